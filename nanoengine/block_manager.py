@@ -1,0 +1,181 @@
+"""Hands out K/V blocks and remembers which prefixes lie in them; knows neither queues nor tensors.
+
+A block is in one of three states: held by at least one sequence (reference count above 0), cached (count 0, but its
+content is known by hash and may be hit), or free (count 0, content unknown). New blocks come from the free ones,
+then from the cached ones, least recently used first.
+
+A full block's hash covers its tokens and, through its parent's hash, everything before them. It is published only
+after the step that filled the block has returned, so no sequence can hit what is not computed yet.
+"""
+
+from __future__ import annotations
+
+import secrets
+from array import array
+from collections import OrderedDict, deque
+from collections.abc import Iterable
+from hashlib import blake2b
+
+from nanoengine.sequence import Sequence
+
+
+class BlockManager:
+    """Blocks of one worker group, all ranks alike: every rank's cache has the same block ids."""
+
+    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.enable_prefix_caching = enable_prefix_caching
+        # Drawn anew each time, so that nobody outside can construct prompts whose hashes collide.
+        self._key = secrets.token_bytes(32)
+        self.num_query_tokens = 0
+        self.num_hit_tokens = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything: a new worker group starts with an empty cache, and every old hash would be a lie."""
+        self._ref_counts = [0] * self.num_blocks
+        self._hash_of: list[bytes | None] = [None] * self.num_blocks
+        self._block_of: dict[bytes, int] = {}
+        self._free: deque[int] = deque(range(self.num_blocks))
+        self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that an allocation may take, cached ones included."""
+        return len(self._free) + len(self._cached)
+
+    @property
+    def num_cached_blocks(self) -> int:
+        """Blocks of reference count 0 whose content may still be hit."""
+        return len(self._cached)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """How many blocks hold `num_tokens` tokens."""
+        return -(-num_tokens // self.block_size)
+
+    def match_prefix(self, seq: Sequence) -> list[int]:
+        """The blocks that already hold a prefix of `seq`, from its first on; takes nothing yet.
+
+        At least the last token is left to compute, since its logits are wanted.
+        """
+        if not self.enable_prefix_caching:
+            return []
+        hits: list[int] = []
+        for block_hash in self._hashes(seq, (seq.num_tokens - 1) // self.block_size):
+            block = self._block_of.get(block_hash)
+            if block is None:
+                break
+            hits.append(block)
+        return hits
+
+    def can_allocate(self, num_new: int, hits: Iterable[int] = (), reserve: int = 0) -> bool:
+        """Whether `num_new` blocks can be taken beside the `hits`, leaving `reserve` blocks.
+
+        A hit of reference count 0 counts as free until it is taken, so it must not be counted twice.
+        """
+        unheld = sum(self._ref_counts[block] == 0 for block in hits)
+        return num_new + unheld + reserve <= self.num_free_blocks
+
+    def allocate(self, seq: Sequence, num_tokens: int, hits: Iterable[int] = ()) -> None:
+        """Give `seq` the `hits` (for a sequence without blocks), then new blocks until it can hold `num_tokens`.
+
+        `can_allocate` comes first; what it granted cannot fail here.
+        """
+        hits = list(hits)
+        if hits:
+            assert not seq.block_table, f"{seq} holds blocks already"
+            for block in hits:
+                self._take(block)
+            seq.block_table.extend(hits)
+            seq.num_computed_tokens = len(hits) * self.block_size
+        for _ in range(self.blocks_for(num_tokens) - len(seq.block_table)):
+            seq.block_table.append(self._new_block())
+
+    def count_query(self, seq: Sequence, num_hit_blocks: int) -> None:
+        """Count one admission for the hit rate."""
+        self.num_query_tokens += seq.num_tokens
+        self.num_hit_tokens += num_hit_blocks * self.block_size
+
+    def free(self, seq: Sequence) -> None:
+        """Give back every block of `seq`. Its last blocks become the least recently used: prefixes outlive tails."""
+        for block in reversed(seq.block_table):
+            self._ref_counts[block] -= 1
+            assert self._ref_counts[block] >= 0, f"block {block} of {seq} was freed twice"
+            if self._ref_counts[block]:
+                continue
+            if self._hash_of[block] is None:
+                self._free.append(block)
+            else:
+                self._cached[block] = None
+        seq.block_table.clear()
+
+    def publish(self, seq: Sequence, start: int, end: int) -> None:
+        """Make the blocks of `seq` that the tokens from `start` to `end` filled up available to prefix hits.
+
+        Where the same content is published already, the block stays this sequence's private copy.
+        """
+        if not self.enable_prefix_caching:
+            return
+        first, last = start // self.block_size, end // self.block_size
+        hashes = self._hashes(seq, last)
+        for i in range(first, last):
+            block, block_hash = seq.block_table[i], hashes[i]
+            if self._hash_of[block] is None and block_hash not in self._block_of:
+                self._hash_of[block] = block_hash
+                self._block_of[block_hash] = block
+
+    def reset_prefix_cache(self) -> None:
+        """Forget what is cached; blocks that sequences hold stay theirs, but nobody will hit them any more."""
+        self._free.extend(self._cached)
+        self._cached.clear()
+        self._block_of.clear()
+        self._hash_of = [None] * self.num_blocks
+
+    def _hashes(self, seq: Sequence, num_blocks: int) -> list[bytes]:
+        """Hashes of the first `num_blocks` full blocks of `seq`; what was computed once is kept with it."""
+        known, size = seq.block_hashes, self.block_size
+        while len(known) < num_blocks:
+            i = len(known)
+            tokens = array("q", seq.token_ids[i * size : (i + 1) * size]).tobytes()
+            parent = known[-1] if known else b""
+            known.append(blake2b(parent + tokens, digest_size=16, key=self._key).digest())
+        return known[:num_blocks]
+
+    def _take(self, block: int) -> None:
+        if self._ref_counts[block] == 0:
+            del self._cached[block]
+        self._ref_counts[block] += 1
+
+    def _new_block(self) -> int:
+        if self._free:
+            block = self._free.popleft()
+        else:
+            block, _ = self._cached.popitem(last=False)
+            # A reused block must not answer to its old content.
+            old_hash = self._hash_of[block]
+            assert old_hash is not None
+            del self._block_of[old_hash]
+            self._hash_of[block] = None
+        self._ref_counts[block] = 1
+        return block
+
+    def check_invariants(self, live: Iterable[Sequence]) -> None:
+        """Raise AssertionError unless every block is accounted for, given all sequences that may hold blocks."""
+        held = [0] * self.num_blocks
+        for seq in live:
+            assert len(set(seq.block_table)) == len(seq.block_table), f"{seq} holds a block twice"
+            for block in seq.block_table:
+                held[block] += 1
+        assert held == self._ref_counts, "reference counts differ from what the sequences hold"
+        free, cached = set(self._free), set(self._cached)
+        assert len(free) == len(self._free), "a block is free twice"
+        assert not free & cached, "a block is both free and cached"
+        for block, count in enumerate(held):
+            unheld = block in free or block in cached
+            assert unheld == (count == 0), f"block {block} has {count} holders and is {'' if unheld else 'not '}free"
+            hashed = self._hash_of[block]
+            assert block not in free or hashed is None, f"free block {block} kept its hash"
+            assert block not in cached or hashed is not None, f"cached block {block} has no hash"
+            assert hashed is None or self._block_of.get(hashed) == block, f"the hash of block {block} names another"
+        assert len(self._block_of) == sum(h is not None for h in self._hash_of), "a hash names a block that lost it"

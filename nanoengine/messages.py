@@ -1,0 +1,136 @@
+"""Messages between front ends and the scheduler: small dataclasses with an explicit tag table, packed with msgpack.
+
+A message is an array: its tag, then its fields in order. There are no method names on the wire, and this module
+knows neither sockets nor what a message leads to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import msgpack
+
+from configs.errors import ChannelError
+
+MAX_MESSAGE_BYTES = 256 * 2**20
+
+
+@dataclasses.dataclass(slots=True)
+class Hello:
+    """Front end → scheduler: here I am; answer with Ready as soon as the engine is."""
+
+    client_id: str
+
+
+@dataclasses.dataclass(slots=True)
+class AddRequest:
+    """Front end → scheduler: serve this; sending it twice is harmless.
+
+    `journal[i]` holds the tokens already journalled for sequence `i`: after a restart they are computed again as
+    if they had just been sampled, and the answer goes on behind them. `seed` was drawn by the front end.
+    `params` is `SamplingParams.to_dict()`.
+    """
+
+    client_id: str
+    request_id: str
+    prompt_token_ids: list[int]
+    params: dict[str, Any]
+    seed: int
+    arrival_time: float
+    priority: int
+    journal: list[list[int]]
+
+
+@dataclasses.dataclass(slots=True)
+class Abort:
+    """Front end → scheduler: end (request, index); index None means every sequence of the request."""
+
+    request_id: str
+    index: int | None
+    reason: str
+
+
+@dataclasses.dataclass(slots=True)
+class Ready:
+    """Scheduler → front end: the engine serves; what was learnt at run time comes along."""
+
+    incarnation: int
+    num_kv_blocks: int
+    block_size: int
+    max_model_len: int
+    dtype: str
+    device: str
+
+
+@dataclasses.dataclass(slots=True)
+class TokenDelta:
+    """New tokens of one sequence, from position `start` of its output on.
+
+    The receiver accepts only the next position, drops lower ones and replays its request on a gap.
+    `finish_reason` is stop, length, abort or error with the last delta, else None; `stop_reason` is the stop
+    token id that matched, if one did (never eos). `error` is `configs.errors.to_wire` of what failed.
+    `metrics` comes with the last delta: seconds and counts, see `outputs.RequestMetrics`.
+    """
+
+    request_id: str
+    index: int
+    start: int
+    token_ids: list[int]
+    finish_reason: str | None = None
+    stop_reason: int | None = None
+    error: dict[str, Any] | None = None
+    metrics: dict[str, float] | None = None
+
+
+@dataclasses.dataclass(slots=True)
+class Deltas:
+    """Scheduler → front end: all deltas of one step for this front end (merged over steps when it is slow)."""
+
+    incarnation: int
+    deltas: list[TokenDelta]
+
+
+@dataclasses.dataclass(slots=True)
+class EngineFailure:
+    """Scheduler → front end: the engine can serve no more; `error` is `configs.errors.to_wire` of the cause."""
+
+    incarnation: int
+    error: dict[str, Any]
+
+
+Message = Hello | AddRequest | Abort | Ready | Deltas | EngineFailure
+
+_TAGS: dict[int, type[Any]] = {1: Hello, 2: AddRequest, 3: Abort, 4: Ready, 5: Deltas, 6: EngineFailure}
+_TAG_OF = {kind: tag for tag, kind in _TAGS.items()}
+_FIELDS = {kind: tuple(field.name for field in dataclasses.fields(kind)) for kind in (*_TAGS.values(), TokenDelta)}
+
+
+def _values(message: Any) -> list[Any]:
+    return [getattr(message, name) for name in _FIELDS[type(message)]]
+
+
+def encode(message: Message) -> bytes:
+    """Pack a message; raises ChannelError when it is larger than any receiver accepts."""
+    values = _values(message)
+    if isinstance(message, Deltas):
+        values[1] = [_values(delta) for delta in message.deltas]
+    frame: bytes = msgpack.packb([_TAG_OF[type(message)], *values])
+    if len(frame) > MAX_MESSAGE_BYTES:
+        raise ChannelError(f"a {type(message).__name__} of {len(frame)} bytes exceeds the limit of {MAX_MESSAGE_BYTES}")
+    return frame
+
+
+def decode(frame: bytes) -> Message:
+    """Unpack a message; raises ChannelError when it is malformed or of an unknown tag."""
+    if len(frame) > MAX_MESSAGE_BYTES:
+        raise ChannelError(f"a message of {len(frame)} bytes exceeds the limit of {MAX_MESSAGE_BYTES}")
+    try:
+        tag, *values = msgpack.unpackb(frame)
+        kind = _TAGS[tag]
+        if kind is Deltas:
+            values[1] = [TokenDelta(*delta) for delta in values[1]]
+        message: Message = kind(*values)
+        return message
+    except (ValueError, TypeError, KeyError, IndexError, msgpack.UnpackException) as error:
+        raise ChannelError(f"malformed message: {type(error).__name__}: {error}") from error

@@ -1,0 +1,201 @@
+"""The scheduler's view of a request: its sequences, their tokens and how far each is computed; knows no queue.
+
+A sequence has one counter instead of phases: `num_computed_tokens` chases `num_tokens`. Chunked prefill, prefix
+hits, preemption and recovery all fall out of that counter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import time
+from typing import Any
+
+from nanoengine.sampling_params import SamplingParams
+
+
+class SequenceStatus(enum.Enum):
+    """Where a sequence stands; the value of a finished one is its finish reason."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    SWAPPED = "swapped"
+    FINISHED_STOPPED = "stop"
+    FINISHED_LENGTH_CAPPED = "length"
+    FINISHED_ABORTED = "abort"
+    FINISHED_IGNORED = "ignored"
+    FINISHED_ERROR = "error"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether no token will follow."""
+        return self not in (SequenceStatus.WAITING, SequenceStatus.RUNNING, SequenceStatus.SWAPPED)
+
+    @property
+    def finish_reason(self) -> str | None:
+        """What clients are told: stop, length, abort or error; None while unfinished.
+
+        A request that is refused at admission (FINISHED_IGNORED) reads as an error to its client.
+        """
+        if not self.is_finished:
+            return None
+        return "error" if self is SequenceStatus.FINISHED_IGNORED else self.value
+
+
+class Sequence:
+    """One output of a request: prompt and generated tokens, and the K/V blocks that hold them.
+
+    `num_computed_tokens` counts the tokens whose K/V is computed or being computed by a step in flight.
+    `num_sent_blocks` counts the entries of `block_table` that the workers know; None: they know nothing of this
+    sequence, and its full state travels with its next row.
+    """
+
+    __slots__ = (
+        "block_hashes",
+        "block_table",
+        "error",
+        "index",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_preemptions",
+        "num_prompt_tokens",
+        "num_sent_blocks",
+        "request",
+        "seq_id",
+        "status",
+        "stop_reason",
+        "token_ids",
+    )
+
+    def __init__(self, seq_id: int, request: Request, index: int, journal: list[int]) -> None:
+        self.seq_id = seq_id
+        self.request = request
+        self.index = index
+        self.token_ids = [*request.prompt_token_ids, *journal]
+        self.num_prompt_tokens = len(request.prompt_token_ids)
+        self.num_computed_tokens = 0
+        self.num_cached_tokens = 0
+        self.num_preemptions = 0
+        self.num_sent_blocks: int | None = None
+        self.block_table: list[int] = []
+        self.block_hashes: list[bytes] = []
+        self.status = SequenceStatus.WAITING
+        self.stop_reason: int | None = None
+        self.error: dict[str, Any] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and generated tokens."""
+        return len(self.token_ids)
+
+    @property
+    def num_completion_tokens(self) -> int:
+        """Generated tokens."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def completion_token_ids(self) -> list[int]:
+        """The generated tokens."""
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens that no step has been given yet: 1 for a steady decode."""
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether no token will follow."""
+        return self.status.is_finished
+
+    def append_token(self, token_id: int) -> None:
+        """Add a generated token; it is not computed yet."""
+        self.token_ids.append(token_id)
+
+    def forget_computation(self) -> None:
+        """Go back to nothing computed (its blocks are freed by whoever calls): after preemption or a new epoch."""
+        self.num_computed_tokens = 0
+        self.num_sent_blocks = None
+
+    def fork(self, seq_id: int, index: int) -> Sequence:
+        """A copy that goes its own way from here; it shares nothing that may change with its parent."""
+        child = Sequence(seq_id, self.request, index, self.completion_token_ids)
+        child.num_computed_tokens = self.num_computed_tokens
+        child.num_cached_tokens = self.num_cached_tokens
+        child.block_table = list(self.block_table)
+        child.block_hashes = list(self.block_hashes)
+        child.status = self.status
+        return child
+
+    def __repr__(self) -> str:
+        return (
+            f"Sequence({self.seq_id}, {self.request.request_id!r}[{self.index}], {self.status.name}, "
+            f"computed {self.num_computed_tokens} of {self.num_tokens})"
+        )
+
+
+class Request:
+    """One client request and its sequences. `prompt` is the text it came from, where that is known here."""
+
+    __slots__ = (
+        "arrival_time",
+        "client_id",
+        "first_scheduled_time",
+        "priority",
+        "prompt",
+        "prompt_token_ids",
+        "request_id",
+        "sampling_params",
+        "seed",
+        "seqs",
+    )
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        sampling_params: SamplingParams,
+        *,
+        client_id: str = "",
+        prompt: str | None = None,
+        arrival_time: float | None = None,
+        priority: int = 0,
+        seed: int = 0,
+    ) -> None:
+        self.request_id = request_id
+        self.client_id = client_id
+        self.prompt = prompt
+        self.prompt_token_ids = prompt_token_ids
+        self.sampling_params = sampling_params
+        self.arrival_time = time.time() if arrival_time is None else arrival_time
+        self.priority = priority
+        self.seed = seed
+        self.first_scheduled_time: float | None = None
+        self.seqs: list[Sequence] = []
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What names a request to the scheduler: request ids are unique within a client only."""
+        return (self.client_id, self.request_id)
+
+    def get_seqs(self, status: SequenceStatus | None = None) -> list[Sequence]:
+        """Its sequences, or those of one status."""
+        return [seq for seq in self.seqs if status is None or seq.status is status]
+
+    def is_finished(self) -> bool:
+        """Whether every sequence is."""
+        return all(seq.is_finished for seq in self.seqs)
+
+
+@dataclasses.dataclass(slots=True)
+class ScheduledRow:
+    """What a step in flight computes of a sequence: `num_tokens` tokens from position `start` on.
+
+    `num_preemptions` is the sequence's count at that moment: a row of an earlier life is discarded.
+    """
+
+    seq: Sequence
+    start: int
+    num_tokens: int
+    sample: bool
+    num_preemptions: int

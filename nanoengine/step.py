@@ -1,0 +1,186 @@
+"""Messages between the scheduler and its workers: what one step computes, and what came of it.
+
+Columnar and primitive: flat tuples of ints, one entry a row, so that packing costs little, the restricted
+unpickler accepts them, and a steady decode step does not grow with the length of its contexts. This module knows
+neither the channel that carries them nor the tensors that are made of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from typing import Any, NamedTuple
+
+from configs.errors import ChannelError
+
+# A token id that stands for "the id sampled for this row in step_id - 1": rank 0 knows it and hands it to the
+# others through the collective, so that a step can be submitted before the one before it has returned.
+PREVIOUS_SAMPLE = -1
+
+# Directions of a block copy.
+DEVICE_TO_DEVICE, DEVICE_TO_HOST, HOST_TO_DEVICE = 0, 1, 2
+
+
+class Epoch(NamedTuple):
+    """One life of a worker group: the scheduler's incarnation, then the group's number within it."""
+
+    incarnation: int
+    group: int
+
+
+class RowParams(NamedTuple):
+    """What the sampler needs of a sequence, sent once with its state.
+
+    `top_k` 0 keeps all tokens; `sequence_index` is the sequence's index within its request, part of the draw's counter.
+    """
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int
+    sequence_index: int
+
+
+@dataclasses.dataclass(slots=True)
+class SequenceState:
+    """One scheduled row: the lightweight state of a sequence, as much of it as a worker needs in this step.
+
+    At prefill `token_ids` is the prompt or its chunk, at decode the last token alone (or PREVIOUS_SAMPLE).
+    Token `token_ids[i]` stands at position `num_computed_tokens + i`.
+
+    Attributes:
+        seq_id: the scheduler's number of the sequence, unique within an epoch.
+        token_ids: ids to compute in this step.
+        num_computed_tokens: tokens whose K/V is in the cache already.
+        new_block_ids: blocks to append to the row's block table; with `params`, the whole table.
+        sample: whether the last token's logits are sampled (false for a partial prompt).
+        num_prompt_tokens: length of the prompt; together with `params` only.
+        params: sent when the row is new to the workers or resumed: the row's state starts afresh. Else None.
+    """
+
+    seq_id: int
+    token_ids: list[int]
+    num_computed_tokens: int
+    new_block_ids: list[int]
+    sample: bool
+    num_prompt_tokens: int = 0
+    params: RowParams | None = None
+
+
+@dataclasses.dataclass(slots=True)
+class StepInput:
+    """One step's work, the same for every rank.
+
+    Attributes:
+        epoch: the group this step is meant for.
+        step_id: counts up by one within an epoch, from 1.
+        copies: ordered (direction, source block, destination block); every rank performs them before computing.
+        rows: scheduled sequences, decodes first; the order is the batch's order.
+        finished: seq_ids whose rows are dropped before this step (an unknown one is ignored).
+    """
+
+    epoch: Epoch
+    step_id: int
+    copies: list[tuple[int, int, int]]
+    rows: list[SequenceState]
+    finished: list[int]
+
+    def pack(self) -> bytes:
+        """Columnar pickle of primitives."""
+        rows = self.rows
+        columns = (
+            tuple(self.epoch),
+            self.step_id,
+            [number for copy in self.copies for number in copy],
+            [row.seq_id for row in rows],
+            [len(row.token_ids) for row in rows],
+            [token for row in rows for token in row.token_ids],
+            [row.num_computed_tokens for row in rows],
+            [len(row.new_block_ids) for row in rows],
+            [block for row in rows for block in row.new_block_ids],
+            bytes(row.sample for row in rows),
+            [(i, row.num_prompt_tokens, *row.params) for i, row in enumerate(rows) if row.params is not None],
+            self.finished,
+        )
+        return pickle.dumps(columns, protocol=5)
+
+    @classmethod
+    def unpack(cls, columns: Any) -> StepInput:
+        """Rebuild from what the channel's restricted unpickler read.
+
+        Raises:
+            ChannelError: the columns do not fit together.
+        """
+        try:
+            (
+                epoch,
+                step_id,
+                copies,
+                seq_ids,
+                num_new,
+                tokens,
+                computed,
+                num_blocks,
+                blocks,
+                sample,
+                states,
+                finished,
+            ) = columns
+            rows, token, block = [], 0, 0
+            for i, seq_id in enumerate(seq_ids):
+                rows.append(
+                    SequenceState(
+                        seq_id=seq_id,
+                        token_ids=tokens[token : token + num_new[i]],
+                        num_computed_tokens=computed[i],
+                        new_block_ids=blocks[block : block + num_blocks[i]],
+                        sample=bool(sample[i]),
+                    )
+                )
+                token, block = token + num_new[i], block + num_blocks[i]
+            for i, num_prompt_tokens, *params in states:
+                rows[i].num_prompt_tokens, rows[i].params = num_prompt_tokens, RowParams(*params)
+            triples = [(copies[i], copies[i + 1], copies[i + 2]) for i in range(0, len(copies), 3)]
+            return cls(Epoch(*epoch), step_id, triples, rows, finished)
+        except (TypeError, ValueError, IndexError) as error:
+            raise ChannelError(f"malformed step input: {error}") from error
+
+
+@dataclasses.dataclass(slots=True)
+class StepOutput:
+    """What rank 0 sampled: for each row of the step, in its order, the ids that it sampled.
+
+    Attributes:
+        token_ids: one list a row; empty for a row that did not sample, several under speculation.
+        compute_seconds: wall time of the step on rank 0.
+    """
+
+    epoch: Epoch
+    step_id: int
+    seq_ids: list[int]
+    token_ids: list[list[int]]
+    compute_seconds: float = 0.0
+
+    def pack(self) -> bytes:
+        """Columnar pickle of primitives."""
+        counts = [len(ids) for ids in self.token_ids]
+        flat = [token for ids in self.token_ids for token in ids]
+        return pickle.dumps(
+            (tuple(self.epoch), self.step_id, self.seq_ids, counts, flat, self.compute_seconds), protocol=5
+        )
+
+    @classmethod
+    def unpack(cls, columns: Any) -> StepOutput:
+        """Rebuild from what the channel's restricted unpickler read. Raises ChannelError when malformed."""
+        try:
+            epoch, step_id, seq_ids, counts, flat, seconds = columns
+            token_ids, at = [], 0
+            for count in counts:
+                token_ids.append(flat[at : at + count])
+                at += count
+            if len(token_ids) != len(seq_ids) or at != len(flat):
+                raise ValueError("counts do not add up")
+            return cls(Epoch(*epoch), step_id, seq_ids, token_ids, seconds)
+        except (TypeError, ValueError) as error:
+            raise ChannelError(f"malformed step output: {error}") from error
