@@ -9,7 +9,7 @@ _nanoengine_activate() {
         case ${ZSH_EVAL_CONTEXT:-} in *:file*) sourced=1 ;; esac
     else
         script=${BASH_SOURCE[0]}
-        [ "$script" = "$0" ] || sourced=1
+        [ "${FUNCNAME[1]:-}" != source ] || sourced=1
     fi
     local folder
     folder=$(cd -- "$(dirname -- "$script")" && pwd) || return 1
