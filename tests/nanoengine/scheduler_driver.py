@@ -1,0 +1,140 @@
+"""Drives the real scheduler with invented outputs: no model, no process. Shared by the scheduler's tests."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from nanoengine.messages import AddRequest, TokenDelta
+from nanoengine.sampling_params import SamplingParams
+from nanoengine.scheduler import Scheduler, SchedulerLimits
+from nanoengine.step import Epoch, StepInput, StepOutput
+
+VOCAB = 1000
+EOS = 2
+EPOCH = Epoch(1, 1)
+
+
+def invented_token(context: list[int]) -> int:
+    """The token that the invented model samples after `context`: a function of all of it, never eos."""
+    digest = hashlib.blake2b(repr(context).encode(), digest_size=4).digest()
+    return 3 + int.from_bytes(digest, "big") % (VOCAB - 3)
+
+
+def expected_output(prompt: list[int], num_tokens: int) -> list[int]:
+    """What an undisturbed run generates."""
+    context = list(prompt)
+    for _ in range(num_tokens):
+        context.append(invented_token(context))
+    return context[len(prompt) :]
+
+
+class FakeWorkers:
+    """Holds paged "K/V" (the token ids themselves) and samples from what is really in the blocks.
+
+    A wrong block table, a stale hit, a missed copy or a wrong position shows up as a wrong token.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.block_size = block_size
+        self.slots: dict[tuple[int, int], int] = {}
+        self.tables: dict[int, list[int]] = {}
+
+    def run(self, step: StepInput) -> StepOutput:
+        step = StepInput.unpack(_through_pickle(step.pack()))
+        for seq_id in step.finished:
+            self.tables.pop(seq_id, None)
+        sampled = []
+        for row in step.rows:
+            if row.params is not None:
+                self.tables[row.seq_id] = []
+            table = self.tables[row.seq_id]
+            table.extend(row.new_block_ids)
+            for position, token in enumerate(row.token_ids, start=row.num_computed_tokens):
+                self.slots[table[position // self.block_size], position % self.block_size] = token
+        for row in step.rows:
+            table, end = self.tables[row.seq_id], row.num_computed_tokens + len(row.token_ids)
+            context = [self.slots[table[p // self.block_size], p % self.block_size] for p in range(end)]
+            sampled.append([invented_token(context)] if row.sample else [])
+        return StepOutput(step.epoch, step.step_id, [row.seq_id for row in step.rows], sampled)
+
+
+def _through_pickle(frame: bytes) -> Any:
+    import pickle
+
+    return pickle.loads(frame)  # noqa: S301 - our own bytes, a moment old
+
+
+class Driver:
+    """A scheduler, invented workers and a client that keeps what it was told."""
+
+    def __init__(self, **limits: Any) -> None:
+        defaults: dict[str, Any] = {
+            "max_num_batched_tokens": 64,
+            "max_num_seqs": 16,
+            "max_model_len": 256,
+            "num_kv_blocks": 64,
+            "block_size": 4,
+            "eos_token_ids": frozenset({EOS}),
+            "vocab_size": VOCAB,
+        }
+        self.limits = SchedulerLimits(**(defaults | limits))
+        self.scheduler = Scheduler(self.limits, EPOCH)
+        self.workers = FakeWorkers(self.limits.num_kv_blocks, self.limits.block_size)
+        self.tokens: dict[str, list[int]] = {}
+        self.finished: dict[str, str] = {}
+        self.last: dict[str, TokenDelta] = {}
+        self.steps: list[StepInput] = []
+
+    def add(
+        self, request_id: str, prompt: list[int], journal: list[int] | None = None, client: str = "c", **params: Any
+    ) -> None:
+        message = AddRequest(
+            client,
+            request_id,
+            prompt,
+            SamplingParams(**({"temperature": 0, "max_tokens": 8} | params)).to_dict(),
+            seed=0,
+            arrival_time=0.0,
+            priority=0,
+            journal=[journal or []],
+        )
+        self.tokens[request_id] = list(journal or [])
+        self.scheduler.add(message)
+        self.receive()
+
+    def abort(self, request_id: str, client: str = "c") -> None:
+        self.scheduler.abort(client, request_id)
+        self.receive()
+
+    def step(self) -> StepInput | None:
+        """Schedule, run and commit one step, check the invariants, take in the deltas."""
+        step = self.scheduler.schedule()
+        if step is not None:
+            assert sum(len(row.token_ids) for row in step.rows) <= self.limits.max_num_batched_tokens
+            self.steps.append(step)
+            self.scheduler.commit(self.workers.run(step))
+        self.scheduler.check_invariants()
+        self.receive()
+        return step
+
+    def receive(self) -> None:
+        for item in self.scheduler.take_deltas():
+            delta = item.delta
+            assert delta.request_id not in self.finished, "a delta after the end"
+            tokens = self.tokens[delta.request_id]
+            assert delta.start == len(tokens), "a stream lost or repeated a token"
+            tokens.extend(delta.token_ids)
+            self.last[delta.request_id] = delta
+            if delta.finish_reason:
+                self.finished[delta.request_id] = delta.finish_reason
+
+    def run(self, max_steps: int = 10_000) -> None:
+        for _ in range(max_steps):
+            if not self.scheduler.has_work:
+                break
+            self.step()
+        assert not self.scheduler.has_work, "the scheduler came to no end"
+        # The workers are told of the last finished rows.
+        self.step()
+        assert self.scheduler.blocks.num_free_blocks == self.limits.num_kv_blocks, "a block leaked"
