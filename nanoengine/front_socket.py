@@ -1,0 +1,116 @@
+"""The scheduler's end of the socket to its front ends: typed messages in, merged deltas out; knows no scheduling.
+
+A front end that is slow has its deltas merged until it takes them: they are never dropped and never waited for.
+One that has vanished is reported, so that its requests can be aborted.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Iterable
+
+import zmq
+
+from configs.errors import ChannelError
+from nanoengine.messages import Deltas, Message, TokenDelta, decode, encode
+from nanoengine.scheduler import ClientDelta
+
+logger = logging.getLogger(__name__)
+
+# Messages that wait in the socket for one slow front end before deltas are merged on our side.
+HIGH_WATER_MARK = 1000
+
+
+class FrontSocket:
+    """A ROUTER bound at `address`; a front end is known by the identity of its DEALER, which is its client id."""
+
+    def __init__(self, address: str, incarnation: int) -> None:
+        self.incarnation = incarnation
+        self._pending: dict[str, list[TokenDelta]] = {}
+        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        # A front end that connects again takes over its own identity instead of being turned away.
+        self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        self.socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
+        self.socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
+        self.socket.bind(address)
+
+    def receive(self) -> list[tuple[str, Message]]:
+        """Everything that has arrived, as (client id, message); never waits. A malformed message is logged."""
+        received = []
+        for _ in range(HIGH_WATER_MARK):
+            try:
+                identity, frame = self.socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            except ValueError:
+                logger.warning("a front end sent a message of the wrong number of parts")
+                continue
+            client_id = identity.decode(errors="replace")
+            try:
+                received.append((client_id, decode(frame)))
+            except ChannelError as error:
+                logger.warning("front end %s: %s", client_id, error)
+        return received
+
+    def send(self, client_id: str, message: Message) -> bool:
+        """Send a message that is not a delta; says whether the front end is still there. A full queue drops it."""
+        return self._send(client_id, message) is not None
+
+    def post(self, deltas: Iterable[ClientDelta]) -> None:
+        """Queue deltas for `flush`."""
+        for item in deltas:
+            self._pending.setdefault(item.client_id, []).append(item.delta)
+
+    @property
+    def has_pending(self) -> bool:
+        """Whether a front end has yet to take something."""
+        return bool(self._pending)
+
+    def flush(self) -> list[str]:
+        """Send each front end its deltas in one message; returns the ids of those that have vanished."""
+        vanished = []
+        for client_id, deltas in list(self._pending.items()):
+            sent = self._send(client_id, Deltas(self.incarnation, deltas))
+            if sent is None:
+                vanished.append(client_id)
+            if sent is not False:
+                del self._pending[client_id]
+            else:
+                self._pending[client_id] = merge(deltas)
+        return vanished
+
+    def _send(self, client_id: str, message: Message) -> bool | None:
+        """True: sent; False: its queue is full; None: it has vanished."""
+        try:
+            self.socket.send_multipart([client_id.encode(), encode(message)], zmq.NOBLOCK)
+            return True
+        except zmq.Again:
+            return False
+        except zmq.ZMQError as error:
+            if error.errno != errno.EHOSTUNREACH:
+                raise
+            return None
+
+    def close(self, linger_ms: int = 0) -> None:
+        """Close the socket; what is not sent within `linger_ms` is dropped."""
+        self.socket.close(linger_ms)
+
+
+def merge(deltas: list[TokenDelta]) -> list[TokenDelta]:
+    """Join deltas of the same sequence that follow each other; the order of sequences is kept."""
+    joined: dict[tuple[str, int], TokenDelta] = {}
+    merged: list[TokenDelta] = []
+    for delta in deltas:
+        key = (delta.request_id, delta.index)
+        last = joined.get(key)
+        if last is None or last.finish_reason or last.start + len(last.token_ids) != delta.start:
+            joined[key] = delta
+            merged.append(delta)
+            continue
+        last.token_ids = last.token_ids + delta.token_ids
+        last.finish_reason, last.stop_reason = delta.finish_reason, delta.stop_reason
+        last.error, last.metrics = delta.error, delta.metrics
+    return merged

@@ -1,0 +1,79 @@
+"""Messages survive their trip, and malformed ones are refused with a typed error."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configs.errors import ChannelError
+from nanoengine.messages import Abort, AddRequest, Deltas, EngineFailure, Hello, Ready, TokenDelta, decode, encode
+from nanoengine.step import PREVIOUS_SAMPLE, Epoch, RowParams, SequenceState, StepInput, StepOutput
+
+MESSAGES = [
+    Hello("client"),
+    AddRequest("c", "r", [1, 2, 3], {"temperature": 0.5, "stop": ["a"]}, 2**63 - 1, 1.5, 0, [[4, 5]]),
+    Abort("r", None, "client went away"),
+    Ready(1, 100, 16, 4096, "bfloat16", "cpu"),
+    Deltas(1, [TokenDelta("r", 0, 3, [7], "stop", 9, None, {"queue_seconds": 0.25}), TokenDelta("s", 0, 0, [])]),
+    EngineFailure(2, {"kind": "WorkerError", "message": "rank 1 died", "rank": 1}),
+]
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
+def test_message_survives_its_trip(message: Any) -> None:
+    assert decode(encode(message)) == message
+
+
+@pytest.mark.parametrize(
+    "frame", [b"", b"\xc1", msgpack.packb([99]), msgpack.packb([1]), msgpack.packb(7), msgpack.packb([5, 1, [[1]]])]
+)
+def test_malformed_message_is_a_channel_error(frame: bytes) -> None:
+    with pytest.raises(ChannelError):
+        decode(frame)
+
+
+ids = st.integers(0, 2**40)
+rows = st.builds(
+    SequenceState,
+    seq_id=ids,
+    token_ids=st.lists(st.integers(PREVIOUS_SAMPLE, 2**31), min_size=1, max_size=9),
+    num_computed_tokens=ids,
+    new_block_ids=st.lists(ids, max_size=4),
+    sample=st.booleans(),
+    num_prompt_tokens=st.just(0),
+    params=st.none(),
+) | st.builds(
+    SequenceState,
+    seq_id=ids,
+    token_ids=st.lists(ids, min_size=1, max_size=9),
+    num_computed_tokens=ids,
+    new_block_ids=st.lists(ids, max_size=4),
+    sample=st.booleans(),
+    num_prompt_tokens=ids,
+    params=st.builds(RowParams, st.floats(0, 2), ids, st.floats(0, 1), st.floats(0, 1), ids, ids),
+)
+
+
+@given(st.lists(rows, max_size=6), st.lists(st.tuples(ids, ids, ids), max_size=3), st.lists(ids, max_size=3))
+def test_step_input_survives_its_trip(state: list[SequenceState], copies: list, finished: list[int]) -> None:
+    step = StepInput(Epoch(2, 3), 17, copies, state, finished)
+    assert StepInput.unpack(pickle.loads(step.pack())) == step  # noqa: S301 - our own bytes
+
+
+@given(st.lists(st.lists(ids, max_size=3), max_size=6))
+def test_step_output_survives_its_trip(token_ids: list[list[int]]) -> None:
+    output = StepOutput(Epoch(2, 3), 17, list(range(len(token_ids))), token_ids, 0.5)
+    assert StepOutput.unpack(pickle.loads(output.pack())) == output  # noqa: S301 - our own bytes
+
+
+@pytest.mark.parametrize("columns", [None, (), (1, 2), ((1, 1), 1, [], [1], [5], [1], [0], [0], [], b"", [], [])])
+def test_malformed_step_is_a_channel_error(columns: Any) -> None:
+    with pytest.raises(ChannelError):
+        StepInput.unpack(columns)
+    with pytest.raises(ChannelError):
+        StepOutput.unpack(columns)

@@ -1,0 +1,61 @@
+"""What a client may ask for, and what it is told when it asks for something else."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+
+from configs.errors import RequestError
+from nanoengine.sampling_params import SamplingParams, SamplingType
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("temperature", -0.1, "at least 0"),
+        ("temperature", float("nan"), "finite"),
+        ("temperature", "hot", "float"),
+        ("top_p", 0.0, "greater than 0 and at most 1"),
+        ("top_p", 1.5, "at most 1"),
+        ("top_k", -2, "at least -1"),
+        ("top_k", 1.5, "int"),
+        ("min_p", 1.01, "at most 1"),
+        ("seed", -1, "at least 0"),
+        ("seed", 2**63, "at most"),
+        ("max_tokens", 0, "at least 1"),
+        ("max_tokens", True, "int"),
+        ("n", 2, "at most 1"),
+        ("ignore_eos", 1, "bool"),
+        ("stop", [""], "1 to 1024 characters"),
+        ("stop", ["x"] * 17, "at most 16"),
+        ("stop", [3], "list of strings"),
+        ("stop", 0, "list of strings"),
+        ("stop_token_ids", [-1], "token ids"),
+        ("stop_token_ids", ["a"], "token ids"),
+        ("stop_token_ids", list(range(300)), "at most 256"),
+    ],
+)
+def test_value_out_of_range_names_field_value_and_range(field: str, value: Any, words: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        SamplingParams(**{field: value})
+    assert caught.value.param == field
+    assert field in str(caught.value)
+    assert words in str(caught.value)
+
+
+def test_temperature_zero_is_greedy_and_a_tiny_one_is_raised(caplog: pytest.LogCaptureFixture) -> None:
+    assert SamplingParams(temperature=0).sampling_type is SamplingType.GREEDY
+    with caplog.at_level(logging.WARNING):
+        tiny = SamplingParams(temperature=0.001)
+    assert tiny.temperature == 0.01
+    assert tiny.sampling_type is SamplingType.RANDOM
+    assert "0.001" in caplog.text
+
+
+def test_dict_round_trip_and_unknown_field() -> None:
+    params = SamplingParams(temperature=0.5, top_k=5, stop="x", stop_token_ids=[1], max_tokens=None)
+    assert SamplingParams.from_dict(params.to_dict()) == params
+    with pytest.raises(RequestError, match="unknown sampling parameter 'beam'"):
+        SamplingParams.from_dict({"beam": 3})
