@@ -1,0 +1,153 @@
+"""Renders a model's chat template in a sandbox, as transformers does; knows no tokens and no tokenizer.
+
+A template is data that comes with a model: it can neither reach Python's internals nor change what it is given.
+The environment (whitespace, filters, functions, the `generation` tag) is that of transformers' `apply_chat_template`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+from jinja2 import nodes
+from jinja2.parser import Parser
+
+from configs.errors import RequestError, TokenizerError
+
+TEMPLATE_FILE = "chat_template.jinja"
+TEMPLATE_FOLDER = "additional_chat_templates"
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """`{% generation %}…{% endgeneration %}` marks what the model wrote; only training asks where, so it is inert."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 reads a class attribute
+
+    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
+        next(parser.stream)
+        return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # jinja2's own filter escapes HTML, which a prompt is not.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _strftime_now(template: str) -> str:
+    return datetime.datetime.now().strftime(template)
+
+
+def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+class ChatTemplate:
+    """A model's chat templates, compiled when first used. `templates` maps names to sources; `default` is the usual."""
+
+    def __init__(self, templates: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
+        self._sources = dict(templates)
+        self._special_tokens = dict(special_tokens)
+        self._compiled: dict[str, jinja2.Template] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._sources)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> str:
+        """The prompt text of a conversation, special tokens included.
+
+        Raises:
+            TokenizerError: there is no template, or it is malformed.
+            RequestError: the template refuses these messages, or fails on them.
+        """
+        if not messages:
+            raise RequestError("messages must hold at least one message", "messages")
+        template = self._template(tools)
+        # Clients send null for what they leave out; a template asks whether the key is there.
+        chat = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        try:
+            return template.render(
+                messages=chat,
+                tools=tools,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **(self._special_tokens | variables),
+            )
+        except jinja2.exceptions.SecurityError as error:
+            raise TokenizerError(f"the chat template is refused: {error}") from error
+        except jinja2.TemplateError as error:
+            raise RequestError(
+                f"the chat template refuses the messages: {error.message or error}", "messages"
+            ) from error
+        except Exception as error:  # a template can raise anything that an expression can
+            what = f"{type(error).__name__}: {error}"
+            raise RequestError(f"the chat template fails on the messages: {what}", "messages") from error
+
+    def _template(self, tools: object) -> jinja2.Template:
+        name = "tool_use" if tools is not None and "tool_use" in self._sources else "default"
+        if name not in self._sources:
+            known = f" (it names {', '.join(sorted(self._sources))})" if self._sources else ""
+            raise TokenizerError(f"the model has no default chat template{known}; send a completion prompt instead")
+        if name not in self._compiled:
+            try:
+                self._compiled[name] = _environment().from_string(self._sources[name])
+            except jinja2.TemplateError as error:
+                raise TokenizerError(f"the chat template is malformed: {error}") from error
+        return self._compiled[name]
+
+
+def load_templates(model_dir: Path, tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
+    """The templates of a model directory by name: its template files, or else those in tokenizer_config.json.
+
+    Raises:
+        TokenizerError: a template file cannot be read, or the setting is of another form.
+    """
+    files = {path.stem: path for path in sorted((model_dir / TEMPLATE_FOLDER).glob("*.jinja"))}
+    if (model_dir / TEMPLATE_FILE).is_file():
+        files["default"] = model_dir / TEMPLATE_FILE
+    try:
+        templates = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+    except (OSError, UnicodeDecodeError) as error:
+        raise TokenizerError(f"cannot read the chat template in {model_dir}: {error}") from error
+    return templates or named_templates(tokenizer_config.get("chat_template"))
+
+
+def named_templates(value: object) -> dict[str, str]:
+    """Normalise `chat_template` of tokenizer_config.json: a string, a list of named ones, a mapping, or nothing."""
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {"default": value}
+    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+        value = {entry.get("name"): entry.get("template") for entry in value}
+    if isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, str) for k, v in value.items()):
+        return dict(value)
+    raise TokenizerError("chat_template in tokenizer_config.json must be a string or a list of named templates")
