@@ -1,0 +1,237 @@
+"""The scheduler's loop between a real front-end socket and an executor that invents tokens in this process."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
+
+from configs.engine import EngineConfig
+from configs.errors import WorkerError
+from nanoengine.engine import EngineCore
+from nanoengine.executor import Executor, ExecutorFacts
+from nanoengine.front_socket import FrontSocket, merge
+from nanoengine.messages import (
+    Abort,
+    AddRequest,
+    Deltas,
+    EngineFailure,
+    Hello,
+    Message,
+    Ready,
+    TokenDelta,
+    decode,
+    encode,
+)
+from nanoengine.sampling_params import SamplingParams
+from nanoengine.step import Epoch, StepInput, StepOutput
+from tests.nanoengine.scheduler_driver import FakeWorkers, expected_output
+
+FACTS = ExecutorFacts(num_kv_blocks=64, dtype="float32", device="cpu")
+EPOCH = Epoch(3, 1)
+
+
+class InventingExecutor(Executor):
+    """Computes with FakeWorkers when it is collected; fails when told to."""
+
+    def __init__(self) -> None:
+        self.workers = FakeWorkers(FACTS.num_kv_blocks, 16)
+        self.steps: list[StepInput] = []
+        self.failure: WorkerError | None = None
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self.steps)
+
+    def start(self, epoch: Epoch) -> ExecutorFacts:
+        return FACTS
+
+    def submit(self, step: StepInput) -> None:
+        self.steps.append(step)
+
+    def collect(self, timeout: float | None = 0) -> StepOutput | None:
+        if self.failure is not None:
+            raise self.failure
+        return self.workers.run(self.steps.pop(0)) if self.steps else None
+
+    def watch(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+
+    def wait_fds(self) -> list[object]:
+        return []
+
+    def stop(self) -> None:
+        pass
+
+
+class FrontEnd:
+    """A DEALER that speaks typed messages."""
+
+    def __init__(self, address: str, client_id: str, **options: int) -> None:
+        self.client_id = client_id
+        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+        self.socket.setsockopt(zmq.IDENTITY, client_id.encode())
+        self.socket.setsockopt(zmq.LINGER, 0)
+        for name, value in options.items():
+            self.socket.setsockopt(getattr(zmq, name), value)
+        self.socket.connect(address)
+
+    def send(self, message: Message) -> None:
+        self.socket.send(encode(message))
+
+    def receive(self, timeout: float = 5.0) -> Message:
+        assert self.socket.poll(int(timeout * 1000)), "no answer in time"
+        return decode(self.socket.recv())
+
+    def add(self, request_id: str, prompt: list[int], **params: Any) -> None:
+        sampling = SamplingParams(**({"temperature": 0} | params)).to_dict()
+        self.send(AddRequest(self.client_id, request_id, prompt, sampling, 0, 0.0, 0, [[]]))
+
+    def tokens_until_end(self, request_id: str) -> tuple[list[int], TokenDelta]:
+        tokens: list[int] = []
+        while True:
+            message = self.receive()
+            assert isinstance(message, Deltas)
+            for delta in message.deltas:
+                if delta.request_id == request_id:
+                    tokens.extend(delta.token_ids)
+                    if delta.finish_reason:
+                        return tokens, delta
+
+
+class Served:
+    """An EngineCore that serves in a thread."""
+
+    def __init__(self, directory: Path) -> None:
+        self.address = f"ipc://{directory}/front"
+        self.executor = InventingExecutor()
+        self.front = FrontSocket(self.address, EPOCH.incarnation)
+        config = EngineConfig.create(model="demo").resolve()
+        self.core = EngineCore(config, self.executor, self.front, FACTS, EPOCH)
+        self.error: BaseException | None = None
+        self.thread = threading.Thread(target=self._serve)
+        self.fronts: list[FrontEnd] = []
+
+    def _serve(self) -> None:
+        try:
+            self.core.serve()
+        except BaseException as error:
+            self.error = error
+
+    def front_end(self, client_id: str = "c", **options: int) -> FrontEnd:
+        front = FrontEnd(self.address, client_id, **options)
+        self.fronts.append(front)
+        return front
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Served]:
+    server = Served(tmp_path)
+    server.thread.start()
+    with contextlib.ExitStack() as stack:
+        stack.callback(server.front.close)
+        stack.callback(lambda: [front.socket.close(0) for front in server.fronts])
+        stack.callback(lambda: server.thread.join(5))
+        stack.callback(server.core.stop)
+        yield server
+
+
+def wait_for(condition: Any, what: str) -> None:
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
+
+
+def test_hello_is_answered_with_what_was_learnt_at_run_time(served: Served) -> None:
+    front = served.front_end()
+    front.send(Hello("c"))
+    ready = front.receive()
+    assert isinstance(ready, Ready)
+    assert (ready.incarnation, ready.num_kv_blocks, ready.max_model_len) == (3, 64, 4096)
+
+
+def test_tokens_come_back_to_the_front_end_that_asked(served: Served) -> None:
+    first, second = served.front_end("a"), served.front_end("b")
+    first.add("same-id", [5, 6, 7], max_tokens=6)
+    second.add("same-id", [8, 9], max_tokens=3)
+    assert first.tokens_until_end("same-id")[0] == expected_output([5, 6, 7], 6)
+    assert second.tokens_until_end("same-id")[0] == expected_output([8, 9], 3)
+
+
+def test_refused_request_gets_its_error_and_the_next_one_is_served(served: Served) -> None:
+    front = served.front_end()
+    front.add("bad", [])
+    _, delta = front.tokens_until_end("bad")
+    assert delta.finish_reason == "error"
+    assert delta.error is not None
+    assert "at least 1 token" in delta.error["message"]
+    front.add("good", [5], max_tokens=2)
+    assert front.tokens_until_end("good")[0] == expected_output([5], 2)
+
+
+def test_malformed_and_unexpected_messages_harm_nobody(served: Served) -> None:
+    front = served.front_end()
+    front.socket.send(b"\xc1nonsense")
+    front.socket.send_multipart([b"too", b"many"])
+    front.send(Ready(1, 1, 1, 1, "x", "y"))
+    front.send(Abort("unknown", None, "test"))
+    front.add("good", [5], max_tokens=2)
+    assert front.tokens_until_end("good")[0] == expected_output([5], 2)
+
+
+def test_requests_of_a_vanished_front_end_are_aborted(served: Served) -> None:
+    front = served.front_end("gone")
+    front.add("endless", [5], max_tokens=None, ignore_eos=True)
+    front.receive()
+    front.socket.close(0)
+    wait_for(lambda: not served.core.scheduler.requests, "the request of a vanished front end still runs")
+    assert served.core.scheduler.blocks.num_free_blocks == FACTS.num_kv_blocks
+
+
+def test_failed_worker_ends_open_requests_with_its_error_and_the_loop(served: Served) -> None:
+    front = served.front_end()
+    front.send(Hello("c"))
+    front.receive()
+    front.add("open", [5], max_tokens=None, ignore_eos=True)
+    front.receive()
+    served.executor.failure = WorkerError("rank 1 died: killed by signal 9", rank=1)
+    _, delta = front.tokens_until_end("open")
+    assert delta.finish_reason == "error"
+    assert delta.error == {"kind": "WorkerError", "message": "rank 1 died: killed by signal 9", "rank": 1}
+    failure = front.receive()
+    assert isinstance(failure, EngineFailure)
+    served.thread.join(5)
+    assert isinstance(served.error, WorkerError)
+
+
+def test_slow_front_end_is_not_waited_for_and_loses_nothing(served: Served) -> None:
+    slow, quick = served.front_end("slow", RCVHWM=1), served.front_end("quick")
+    served.front.socket.setsockopt(zmq.SNDHWM, 1)
+    slow.add("s", [5], max_tokens=900, ignore_eos=True)
+    quick.add("q", [6], max_tokens=900, ignore_eos=True)
+    assert quick.tokens_until_end("q")[0] == expected_output([6], 900)
+    assert slow.tokens_until_end("s")[0] == expected_output([5], 900)
+
+
+def test_merging_keeps_every_token_and_the_end() -> None:
+    deltas = [
+        TokenDelta("a", 0, 0, [1]),
+        TokenDelta("b", 0, 0, [9]),
+        TokenDelta("a", 0, 1, [2, 3]),
+        TokenDelta("a", 0, 3, [], finish_reason="stop", metrics={"num_preemptions": 0}),
+        TokenDelta("a", 0, 1, [2, 3], finish_reason="stop"),  # a replay is a delta of its own
+    ]
+    merged = merge(deltas)
+    assert [(d.request_id, d.start, d.token_ids, d.finish_reason) for d in merged] == [
+        ("a", 0, [1, 2, 3], "stop"),
+        ("b", 0, [9], None),
+        ("a", 1, [2, 3], "stop"),
+    ]
