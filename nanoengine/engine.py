@@ -88,6 +88,8 @@ class EngineCore:
             step = self.scheduler.schedule()
             if step is not None:
                 self.executor.submit(step)
+        if self.config.scheduler.check_invariants:
+            self.scheduler.check_invariants()
         self.front.post(self.scheduler.take_deltas())
         for client_id in self.front.flush():
             logger.info("front end %s is gone; its requests are aborted", client_id)

@@ -393,6 +393,8 @@ class Scheduler:
             assert seq.num_computed_tokens <= len(seq.block_table) * self.limits.block_size, f"{seq} outgrew its blocks"
             assert seq.num_computed_tokens <= seq.num_tokens, f"{seq} computed more than it has"
         assert len(self.running) <= self.limits.max_num_seqs
+        if not queued:
+            assert self.blocks.num_free_blocks == self.limits.num_kv_blocks, "a block is held by nobody"
         self.blocks.check_invariants(queued)
 
 

@@ -1,0 +1,51 @@
+"""Runs the real scheduler over the in-process executor: the whole engine but its processes, in milliseconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from configs.engine import EngineConfig
+from nanoengine.engine import limits_of
+from nanoengine.executor import create_executor
+from nanoengine.messages import AddRequest
+from nanoengine.sampling_params import SamplingParams
+from nanoengine.scheduler import Scheduler
+from nanoengine.step import Epoch
+
+
+class InProcessEngine:
+    """One engine in this process; `generate` returns token ids in the order of the prompts."""
+
+    def __init__(self, run_dir: Path, **settings: Any) -> None:
+        self.config = EngineConfig.create(executor="inprocess", device="cpu", **settings).resolve()
+        self.executor = create_executor(self.config, run_dir)
+        facts = self.executor.start(Epoch(1, 1))
+        self.scheduler = Scheduler(limits_of(self.config, facts), Epoch(1, 1))
+
+    def generate(
+        self, prompts: list[list[int]], params: SamplingParams, seeds: list[int] | None = None
+    ) -> list[list[int]]:
+        for i, prompt in enumerate(prompts):
+            seed = seeds[i] if seeds else 0
+            self.scheduler.add(AddRequest("c", str(i), prompt, params.to_dict(), seed, 0.0, 0, [[]]))
+        outputs: list[list[int]] = [[] for _ in prompts]
+        while self.scheduler.has_work:
+            self.step()
+            for item in self.scheduler.take_deltas():
+                assert item.delta.error is None, item.delta.error
+                outputs[int(item.delta.request_id)].extend(item.delta.token_ids)
+        return outputs
+
+    def step(self) -> None:
+        """One step, with the invariants checked after it."""
+        step = self.scheduler.schedule()
+        assert step is not None, "work is waiting and nothing can be scheduled"
+        self.executor.submit(step)
+        output = self.executor.collect(None)
+        assert output is not None
+        self.scheduler.commit(output)
+        self.scheduler.check_invariants()
+
+    def close(self) -> None:
+        self.executor.stop()
