@@ -1,0 +1,303 @@
+"""Generating text on an event loop, many requests at once; knows neither HTTP nor how a token is computed.
+
+A stream has no queue: its consumer is woken up and takes a snapshot of the journal. So a slow consumer costs
+nothing and misses nothing, it only sees several tokens at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import weakref
+from collections.abc import AsyncGenerator
+from types import TracebackType
+from typing import Any
+
+from configs.engine import EngineConfig
+from configs.errors import ConfigError, DeadlineError, EngineDeadError, EngineError, NanoEngineError
+from nanoengine.connection import SchedulerConnection
+from nanoengine.engine_client import EngineClient
+from nanoengine.engine_process import EngineProcess
+from nanoengine.journal import RequestJournal
+from nanoengine.llm_engine import GREETING_TIMEOUT, load_tokenizer
+from nanoengine.messages import Ready
+from nanoengine.outputs import RequestOutput
+from nanoengine.prompts import Prompt, PromptInput, parse_prompt
+from nanoengine.sampling_params import SamplingParams
+from nanoengine.tokenizer import Tokenizer
+
+# Longer texts are encoded in a thread: this much takes about a millisecond.
+LONG_TEXT_CHARS = 4096
+_WATCH_INTERVAL = 1.0
+
+
+class AsyncLLM:
+    """A model that answers many prompts at once, in processes of its own. Belongs to the event loop that starts it.
+
+        async with AsyncLLM("demo") as llm:
+            async for output in llm.generate("中国的首都是", SamplingParams(temperature=0)):
+                print(output.outputs[0].text)
+
+    Args:
+        model: a name in the registry, or a model directory.
+        config: all settings at once, instead of `model` and `settings`; resolved if it is not.
+        settings: the options of the command line with underscores.
+
+    Raises:
+        ConfigError, UnknownModelError, CheckpointError: a setting or the model cannot be used.
+    """
+
+    def __init__(self, model: str | None = None, *, config: EngineConfig | None = None, **settings: Any) -> None:
+        if config is not None and (model is not None or settings):
+            raise ConfigError("give either config or model and settings, not both", "config")
+        if config is None:
+            config = EngineConfig.create(**({} if model is None else {"model": model}), **settings)
+        self._config = config if config.checkpoint is not None else config.resolve()
+        self._process = EngineProcess(self._config)
+        # Ends the process also when nobody closes: on the interpreter's end, or when this object is forgotten.
+        self._finalizer = weakref.finalize(self, self._process.stop)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._starting: asyncio.Task[None] | None = None
+        self._closing: asyncio.Task[None] | None = None
+        self._tokenizer: Tokenizer | None = None
+        self._client: EngineClient | None = None
+        self._connection: SchedulerConnection | None = None
+        self._start_failure: NanoEngineError | None = None
+        self._news: dict[RequestJournal, asyncio.Event] = {}  # of each request that somebody reads
+        self._watchdog: asyncio.TimerHandle | None = None
+
+    # -- state --------------------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> EngineConfig:
+        """The resolved settings."""
+        return self._config
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer; None under skip_tokenizer_init, and before `start` has returned."""
+        return self._tokenizer
+
+    @property
+    def facts(self) -> Ready | None:
+        """What the engine learnt while it started (K/V blocks, dtype, device); None before it is ready."""
+        return None if self._client is None else self._client.facts
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests are served right now. Reads state only, so that a probe queues no work."""
+        return self.facts is not None and self.failure is None
+
+    @property
+    def failure(self) -> NanoEngineError | None:
+        """Why no request will be served any more, `close` included; None while there is hope."""
+        if self._start_failure is not None:
+            return self._start_failure
+        return None if self._client is None else self._client.failure
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that will still get tokens."""
+        return 0 if self._client is None else self._client.num_unfinished
+
+    # -- start and end ------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Start the engine and return when it serves; the event loop goes on meanwhile. Harmless twice.
+
+        `generate` does it too. Cancelling one of several callers does not stop the start.
+
+        Raises whatever keeps the engine from starting: CheckpointError, TokenizerError, CapacityError …
+        """
+        loop = asyncio.get_running_loop()
+        if self._loop is not None and self._loop is not loop:
+            raise EngineError("an AsyncLLM belongs to the event loop that started it, and this is another one")
+        if self.failure is not None:
+            raise copy.copy(self.failure) from self.failure.__cause__
+        if self._starting is None:
+            self._loop = loop
+            self._starting = loop.create_task(self._start(loop))
+            self._starting.add_done_callback(_retrieve)
+        if self._starting.done() and not self._starting.cancelled():
+            return
+        await asyncio.shield(self._starting)
+
+    async def _start(self, loop: asyncio.AbstractEventLoop) -> None:
+        try:
+            # In this thread, not in a pool's: the child dies with the thread that started it.
+            self._process.start()
+            timeout = self._config.parallel.start_timeout + GREETING_TIMEOUT
+            ready = asyncio.to_thread(self._process.wait_ready, timeout)
+            tokenizer = asyncio.to_thread(load_tokenizer, self._config)  # while the workers load the model
+            self._tokenizer, _ = await asyncio.gather(tokenizer, ready)
+            self._client = EngineClient(self._config, self._tokenizer)
+            self._connection = SchedulerConnection(self._process.address, self._client)
+            loop.add_reader(self._connection.fileno(), self._on_socket)
+            loop.add_reader(self._process.fileno(), self._on_process)
+            await self._greet()
+        except BaseException as error:
+            if not isinstance(error, NanoEngineError):
+                self._start_failure = EngineDeadError(f"the start was broken off: {error!r}")
+            else:
+                self._start_failure = error
+            await self._release()
+            raise
+
+    async def _greet(self) -> None:
+        assert self._client is not None
+        self._client.hello()
+        self._on_socket()
+        self._on_process()
+        for _ in range(int(GREETING_TIMEOUT / 0.02)):
+            self._client.check_alive()
+            if self._client.facts is not None:
+                return
+            await asyncio.sleep(0.02)
+        raise DeadlineError(f"the scheduler did not answer a greeting within {GREETING_TIMEOUT:g} s")
+
+    async def close(self) -> None:
+        """End the engine; open streams end with an error. Harmless twice, and while it is still starting."""
+        if self._loop is None:  # never started
+            self._start_failure = EngineDeadError("the engine was closed")
+            self._finalizer()
+            return
+        if self._closing is None:
+            self._closing = self._loop.create_task(self._close())
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        if self._starting is not None and not self._starting.done():
+            self._starting.cancel()
+            await asyncio.wait([self._starting])
+        if self._client is None:
+            self._start_failure = self._start_failure or EngineDeadError("the engine was closed")
+        else:
+            self._wake(self._client.fail(EngineDeadError("the engine was closed")))
+        await self._release()
+
+    async def _release(self) -> None:
+        """Give back the socket and the process, without blocking the event loop."""
+        connection, self._connection = self._connection, None
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+        if connection is not None and self._loop is not None:
+            self._loop.remove_reader(connection.fileno())
+            self._loop.remove_reader(self._process.fileno())
+            connection.close()
+        await asyncio.to_thread(self._process.stop)
+        self._finalizer.detach()
+
+    async def __aenter__(self) -> AsyncLLM:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    # -- requests -----------------------------------------------------------------------------------------------
+
+    async def generate(
+        self,
+        prompt: PromptInput,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Answer one prompt: yields everything generated so far whenever there is more, the last time with `finished`.
+
+        Leaving the iteration early, by `break`, by `aclose` or by cancellation, aborts the request. What fails
+        before the first output is raised; what fails later ends the stream with finish_reason "error" and the
+        reason in `outputs[0].error`.
+
+        Raises:
+            RequestError: the request cannot be served as it stands.
+            EngineError: the engine is gone, or does not start.
+        """
+        await self.start()
+        assert self._client is not None
+        parsed = await self._encode(parse_prompt(prompt))
+        journal = self._client.add(self._client.check(parsed, sampling_params), request_id, priority)
+        news = self._news[journal] = asyncio.Event()
+        self._start_watchdog()
+        self._on_socket()
+        is_first = True
+        try:
+            while True:
+                await news.wait()
+                news.clear()
+                if journal.failure is not None and is_first:
+                    # A copy, because an exception gathers the traceback of everybody who raises it.
+                    raise copy.copy(journal.failure) from journal.failure.__cause__
+                is_first = False
+                finished = journal.finished
+                yield journal.output()
+                if finished:
+                    return
+        finally:
+            del self._news[journal]
+            if not journal.finished:
+                self._client.abort(journal.request_id)
+                self._on_socket()
+
+    async def abort(self, request_id: str) -> None:
+        """End a request; its stream ends with finish_reason "abort". Harmless when there is no such request."""
+        journal = None if self._client is None else self._client.abort(request_id)
+        if journal is not None:
+            self._wake([journal])
+            self._on_socket()
+
+    async def _encode(self, prompt: Prompt) -> Prompt:
+        assert self._client is not None
+        if prompt.token_ids is None and prompt.text is not None and len(prompt.text) > LONG_TEXT_CHARS:
+            return await asyncio.to_thread(self._client.encode, prompt)
+        return prompt
+
+    # -- what wakes up the event loop ---------------------------------------------------------------------------
+
+    def _on_socket(self) -> None:
+        """Messages arrived, or some may be sent."""
+        if self._connection is None or self._loop is None:
+            return
+        updated, has_more = self._connection.pump()
+        self._wake(updated)
+        if has_more:
+            self._loop.call_soon(self._on_socket)
+
+    def _on_process(self) -> None:
+        """Something happened to the scheduler process: if it is gone, take its last words, then end what is open."""
+        failure = self._process.failure()
+        if failure is None or self._client is None or self._loop is None:
+            return
+        self._loop.remove_reader(self._process.fileno())  # it stays readable
+        self._on_socket()
+        self._wake(self._client.fail(failure))
+
+    def _wake(self, journals: list[RequestJournal]) -> None:
+        for journal in journals:
+            news = self._news.get(journal)
+            if news is not None:
+                news.set()
+
+    def _start_watchdog(self) -> None:
+        if self._watchdog is None and self._loop is not None:
+            self._watchdog = self._loop.call_later(_WATCH_INTERVAL, self._watch)
+
+    def _watch(self) -> None:
+        """Runs while requests are open; an idle engine keeps no timer."""
+        self._watchdog = None
+        if self._client is None or self._connection is None:
+            return
+        self._on_process()
+        self._wake(self._client.watch())
+        self._on_socket()
+        if self._client.num_unfinished:
+            self._start_watchdog()
+
+
+def _retrieve(task: asyncio.Task[None]) -> None:
+    """Look at a failed start, which `failure` keeps: asyncio complains about errors that nobody has seen."""
+    if not task.cancelled():
+        task.exception()

@@ -1,0 +1,391 @@
+"""The front end's side of the engine: checks requests, journals them and follows their tokens; knows no socket.
+
+Whoever owns the transport hands in what arrived (`handle`), sends what stands in `outbox`, in order, and calls
+`watch` about once a second while requests are open. One `EngineClient` belongs to one thread (`encode` excepted).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import random
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from configs.engine import EngineConfig
+from configs.errors import (
+    ChannelError,
+    DeadlineError,
+    EngineDeadError,
+    EngineError,
+    NanoEngineError,
+    RequestError,
+    from_wire,
+)
+from nanoengine.journal import RequestJournal, SequenceJournal
+from nanoengine.messages import Abort, AddRequest, Deltas, EngineFailure, Hello, Message, Ready, TokenDelta
+from nanoengine.prompts import Prompt, check_params
+from nanoengine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from nanoengine.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+MAX_REQUEST_ID_CHARS = 256
+# Missing tokens are asked for at most this often, and this many times without a single token in between.
+REPLAY_INTERVAL = 0.5
+MAX_REPLAYS = 20
+# A scheduler that is silent this long while requests are open is asked for a sign of life (Hello, answered by
+# Ready); it may take as long as the longest step and this much more.
+PING_INTERVAL = 5.0
+SILENCE_GRACE = 30.0
+# Between two calls of `watch` no more than this counts as silence: this process may have been suspended itself.
+_LONGEST_WATCH_GAP = 2.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CheckedRequest:
+    """A request that was checked and may be added; `max_tokens` is what fits into max_model_len."""
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    max_tokens: int
+
+
+class EngineClient:
+    """Journals of one front end's requests, and the messages that keep a scheduler at work on them.
+
+    A request without a seed gets the next number of a generator that is seeded with the setting `seed` when the
+    client is made: the same requests in the same order give the same tokens again, and two requests of the same
+    prompt differ.
+
+    Args:
+        config: resolved.
+        tokenizer: None when the engine runs without one; then token ids go in and out.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        tokenizer: Tokenizer | None = None,
+        client_id: str | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.client_id = client_id or uuid.uuid4().hex
+        self.outbox: deque[Message] = deque()
+        self.facts: Ready | None = None  # what the scheduler told of itself; None until it is ready
+        self.failure: EngineDeadError | None = None  # why no request can be served any more
+        self._live: dict[str, RequestJournal] = {}  # by wire id
+        self._by_request_id: dict[str, RequestJournal] = {}
+        self._serial = itertools.count()
+        self._seeds = random.Random(config.model.seed)
+        self._incarnation = 0
+        self._clock = clock
+        self._silence = self._next_ping = self._last_watch = 0.0
+
+    # -- requests -----------------------------------------------------------------------------------------------
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that will still get tokens."""
+        return len(self._live)
+
+    def open_request_ids(self) -> list[str]:
+        """Ids of the requests that will still get tokens, oldest first."""
+        return list(self._by_request_id)
+
+    def encode(self, prompt: Prompt) -> Prompt:
+        """Give a prompt of text its token ids. Touches no state: long texts may be encoded in another thread.
+
+        Raises:
+            RequestError: the engine runs without a tokenizer, or the text is not valid Unicode.
+        """
+        if prompt.token_ids is not None:
+            return prompt
+        assert prompt.text is not None, "a prompt is text or token ids"
+        if self.tokenizer is None:
+            raise RequestError(
+                "the engine runs without a tokenizer (skip_tokenizer_init): give token ids instead of text", "prompt"
+            )
+        return Prompt(prompt.text, self.tokenizer.encode(prompt.text))
+
+    def check(self, prompt: Prompt, params: SamplingParams | None = None) -> CheckedRequest:
+        """Check a request against model and settings; nothing is sent.
+
+        A prompt must leave room for one token within max_model_len. More tokens than fit are not refused: the
+        output ends there with finish reason `length`, as vLLM's engine does it, and so does max_tokens None.
+
+        Raises:
+            RequestError: it cannot be served as it stands; `param` names the field at fault.
+        """
+        params = check_params(params)
+        encoded = self.encode(prompt)
+        token_ids = encoded.token_ids or []
+        self._check_prompt(token_ids)
+        self._check_against_model(params)
+        room = self.config.max_model_len - len(token_ids)
+        max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        return CheckedRequest(encoded.text, token_ids, params, max_tokens)
+
+    def _check_prompt(self, token_ids: list[int]) -> None:
+        if not token_ids:
+            raise RequestError("the prompt must hold at least 1 token, got none", "prompt")
+        limit = self.config.max_model_len
+        if len(token_ids) >= limit:
+            raise RequestError(
+                f"the prompt must be at most {limit - 1} tokens long, which leaves room for 1 token within "
+                f"max_model_len ({limit}); got {len(token_ids)} tokens",
+                "prompt",
+                "context_length_exceeded",
+            )
+        self._check_vocabulary(token_ids, "prompt", "token ids of the prompt")
+
+    def _check_against_model(self, params: SamplingParams) -> None:
+        self._check_vocabulary(params.stop_token_ids or (), "stop_token_ids", "stop_token_ids")
+        if params.stop and self.tokenizer is None:
+            raise RequestError(
+                "stop strings need a tokenizer, and the engine runs without one (skip_tokenizer_init): "
+                "use stop_token_ids",
+                "stop",
+            )
+
+    def _check_vocabulary(self, token_ids: Iterable[int], param: str, what: str) -> None:
+        vocab_size = self.config.resolved_checkpoint.vocab_size
+        for position, token in enumerate(token_ids):
+            if not 0 <= token < vocab_size:
+                raise RequestError(
+                    f"{what} must be from 0 to {vocab_size - 1}, got {token} at position {position}", param
+                )
+
+    def add(self, request: CheckedRequest, request_id: str | None = None, priority: int = 0) -> RequestJournal:
+        """Open a journal and queue the request for the scheduler.
+
+        Raises:
+            RequestError: the id is malformed or belongs to a request that is not finished yet.
+            EngineDeadError: the engine is gone.
+        """
+        self.check_alive()
+        serial = next(self._serial)
+        if request_id is None:
+            request_id = str(serial)
+            while request_id in self._by_request_id:
+                request_id += "'"  # somebody chose a number as an id
+        self._check_request_id(request_id)
+        if not self._live:
+            self._heard(self._clock())  # an idle scheduler was not silent, it had nothing to say
+        journal = RequestJournal(
+            request_id,
+            f"{request_id}.{serial}",
+            request.prompt,
+            request.prompt_token_ids,
+            request.params,
+            request.max_tokens,
+            self._draw_seed(request.params),
+            priority,
+            time.time(),
+            self.tokenizer,
+        )
+        self._live[journal.wire_id] = self._by_request_id[request_id] = journal
+        self.outbox.extend(journal.submission(self.client_id))
+        return journal
+
+    def _check_request_id(self, request_id: object) -> None:
+        if not isinstance(request_id, str) or not 0 < len(request_id) <= MAX_REQUEST_ID_CHARS:
+            raise RequestError(
+                f"request_id must be a string of 1 to {MAX_REQUEST_ID_CHARS} characters, got {request_id!r:.100}",
+                "request_id",
+            )
+        if any("\ud800" <= char <= "\udfff" for char in request_id):
+            raise RequestError("request_id holds a lone surrogate", "request_id")
+        if request_id in self._by_request_id:
+            raise RequestError(f"request_id {request_id!r} belongs to a request that still runs", "request_id")
+
+    def _draw_seed(self, params: SamplingParams) -> int:
+        drawn = self._seeds.getrandbits(63)  # drawn even when not needed: a seed on one request moves no other
+        return drawn if params.seed is None else params.seed
+
+    def abort(self, request_id: str, index: int | None = None, reason: str = "abort") -> RequestJournal | None:
+        """End a request, or one sequence of it, here and now; the scheduler is told.
+
+        Returns its journal, or None when there is nothing (left) to abort, which is harmless.
+        """
+        journal = self._by_request_id.get(request_id)
+        if journal is None:
+            return None
+        ended = [each for each in journal.sequences if not each.is_finished and index in (None, each.index)]
+        for sequence in ended:
+            sequence.finish("abort")
+        if not ended:
+            return None
+        self.outbox.append(Abort(journal.wire_id, index, reason))
+        self._forget_if_finished(journal)
+        return journal
+
+    def resubmit_all(self) -> list[AddRequest | Abort]:
+        """The messages that hand every unfinished request to a scheduler that knows nothing of them."""
+        return [message for journal in self._live.values() for message in journal.submission(self.client_id)]
+
+    def _forget_if_finished(self, journal: RequestJournal) -> None:
+        if journal.finished:
+            journal.metrics.finished_time = time.time()
+            del self._live[journal.wire_id]
+            del self._by_request_id[journal.request_id]
+
+    # -- what the scheduler says --------------------------------------------------------------------------------
+
+    def hello(self) -> None:
+        """Queue a greeting; the scheduler answers with Ready."""
+        self.outbox.append(Hello(self.client_id))
+
+    def handle(self, message: Message) -> list[RequestJournal]:
+        """Take a message of the scheduler; returns the requests that have news, each once.
+
+        Raises ChannelError for a message that no scheduler sends.
+        """
+        self._heard(self._clock())
+        if not isinstance(message, Ready | Deltas | EngineFailure):
+            raise ChannelError(f"a scheduler does not send {type(message).__name__}")
+        if message.incarnation < self._incarnation:
+            return []  # last words of a scheduler that was replaced
+        if message.incarnation > self._incarnation:
+            replaced, self._incarnation = self._incarnation > 0, message.incarnation
+            if replaced:
+                self.outbox.extend(self.resubmit_all())
+        if isinstance(message, Ready):
+            self.facts = message
+            return []
+        if isinstance(message, EngineFailure):
+            return self.fail(from_wire(message.error))
+        updated = [journal for delta in message.deltas if (journal := self._take(delta)) is not None]
+        return list(dict.fromkeys(updated))
+
+    def _take(self, delta: TokenDelta) -> RequestJournal | None:
+        journal = self._live.get(delta.request_id)
+        if journal is None or not 0 <= delta.index < len(journal.sequences):
+            return None  # finished or aborted meanwhile
+        sequence = journal.sequences[delta.index]
+        if sequence.is_finished:
+            return None
+        try:
+            changed = self._apply(journal, sequence, delta)
+        except Exception as error:  # whatever a tokenizer may raise: a request that fails, fails alone
+            logger.exception("request %s failed in the front end", journal.request_id)
+            self._fail_request(journal, EngineError(f"the front end failed: {type(error).__name__}: {error}"))
+            self.outbox.append(Abort(journal.wire_id, None, "error"))
+            changed = True
+        self._forget_if_finished(journal)
+        return journal if changed else None
+
+    def _apply(self, journal: RequestJournal, sequence: SequenceJournal, delta: TokenDelta) -> bool:
+        """Accept the next tokens and how they end, if they do; says whether anything changed."""
+        if delta.finish_reason in ("abort", "error"):  # true whatever tokens are missing
+            return self._apply_ended(journal, sequence, delta)
+        length = len(sequence.token_ids)
+        if delta.start > length:
+            return self._ask_again(journal, urgent=delta.finish_reason is not None)
+        if delta.start + len(delta.token_ids) < length:
+            return False  # known already, and so is what follows it
+        new = delta.token_ids[length - delta.start :]
+        if not new and delta.finish_reason is None:
+            return False
+        matched = sequence.append(new, hide_last=delta.finish_reason == "stop")
+        if new:
+            journal.touch(time.time())
+        if matched is not None:
+            sequence.finish("stop", matched)
+            if delta.finish_reason is None:
+                self.outbox.append(Abort(journal.wire_id, sequence.index, "stop"))
+        elif delta.finish_reason is not None:
+            sequence.finish(delta.finish_reason, delta.stop_reason)
+        if delta.metrics is not None:
+            journal.add_metrics(delta.metrics)
+        return True
+
+    def _apply_ended(self, journal: RequestJournal, sequence: SequenceJournal, delta: TokenDelta) -> bool:
+        error = None if delta.error is None else from_wire(delta.error)
+        length = len(sequence.token_ids)
+        matched = None
+        if delta.start <= length:
+            new = delta.token_ids[length - delta.start :]
+            matched = sequence.append(new)
+        if matched is not None:
+            sequence.finish("stop", matched)
+            return True
+        if delta.finish_reason == "error":
+            journal.failure = error = error or EngineError("the engine gave no reason")
+        sequence.finish(str(delta.finish_reason), error=None if error is None else error.message)
+        return True
+
+    def _ask_again(self, journal: RequestJournal, urgent: bool) -> bool:
+        """Tokens are missing: have the scheduler send everything behind the journal once more."""
+        now = self._clock()
+        if now < journal.next_replay and not urgent:
+            return False
+        journal.num_replays += 1
+        if journal.num_replays > MAX_REPLAYS:
+            self._fail_request(journal, EngineError("tokens were lost between scheduler and front end"))
+            self.outbox.append(Abort(journal.wire_id, None, "error"))
+            return True
+        journal.next_replay = now + REPLAY_INTERVAL
+        logger.warning("tokens of request %s are missing; asking for them again", journal.request_id)
+        self.outbox.extend(journal.submission(self.client_id))
+        return False
+
+    # -- failure ------------------------------------------------------------------------------------------------
+
+    def fail(self, cause: NanoEngineError) -> list[RequestJournal]:
+        """The engine is gone: every open request ends with an error and no new one is taken. Harmless twice."""
+        if self.failure is None:
+            self.failure = _dead(cause)
+        self.outbox.clear()
+        failed = list(self._live.values())
+        for journal in failed:
+            self._fail_request(journal, self.failure)
+            self._forget_if_finished(journal)
+        return failed
+
+    def check_alive(self) -> None:
+        """Raise EngineDeadError, with the cause, when the engine is gone."""
+        if self.failure is not None:
+            raise _dead(self.failure)  # a new one: a raised exception collects the traceback of each raise
+
+    def watch(self) -> list[RequestJournal]:
+        """Notice a scheduler that hangs; returns the requests that failed of it, usually none."""
+        now = self._clock()
+        self._silence += min(max(0.0, now - self._last_watch), _LONGEST_WATCH_GAP)
+        self._last_watch = now
+        if not self._live or self.failure is not None:
+            return []
+        deadline = self.config.parallel.step_timeout + SILENCE_GRACE
+        if self._silence > deadline:
+            return self.fail(DeadlineError(f"the scheduler has not said anything for {self._silence:.0f} s"))
+        if self._silence > self._next_ping:
+            self._next_ping = self._silence + PING_INTERVAL
+            self.hello()
+        return []
+
+    def _heard(self, now: float) -> None:
+        self._silence, self._next_ping, self._last_watch = 0.0, PING_INTERVAL, now
+
+    @staticmethod
+    def _fail_request(journal: RequestJournal, error: NanoEngineError) -> None:
+        journal.failure = error
+        for sequence in journal.sequences:
+            if not sequence.is_finished:
+                sequence.fail(error.message)
+
+
+def _dead(cause: NanoEngineError) -> EngineDeadError:
+    message = cause.message
+    error = EngineDeadError(message if isinstance(cause, EngineDeadError) else f"the engine died: {message}")
+    error.__cause__ = cause.__cause__ if isinstance(cause, EngineDeadError) else cause
+    return error

@@ -1,0 +1,213 @@
+"""The front end's record of a request: what was asked, and every token that was accepted for it; knows no transport.
+
+The journal is the truth about what a client was told. A token enters it first and is shown afterwards, so whatever
+happens below the front end, the request can be handed to another scheduler and goes on behind its last token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from configs.errors import NanoEngineError
+from nanoengine.detokenizer import IncrementalDetokenizer, StopChecker
+from nanoengine.messages import Abort, AddRequest
+from nanoengine.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from nanoengine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from nanoengine.tokenizer import Tokenizer
+
+_METRIC_TYPES = {"num_cached_tokens": int, "num_preemptions": int, "queue_seconds": float}
+
+
+class SequenceJournal:
+    """Tokens and text of one sequence. Without a tokenizer the text stays empty."""
+
+    __slots__ = (
+        "_detokenizer",
+        "_parts",
+        "_stops",
+        "error",
+        "finish_reason",
+        "index",
+        "stop_reason",
+        "token_ids",
+    )
+
+    def __init__(
+        self, index: int, prompt_token_ids: list[int], params: SamplingParams, tokenizer: Tokenizer | None
+    ) -> None:
+        self.index = index
+        self.token_ids: list[int] = []
+        self.finish_reason: str | None = None
+        self.stop_reason: int | str | None = None
+        self.error: str | None = None
+        self._parts: list[str] = []
+        self._detokenizer = None if tokenizer is None else IncrementalDetokenizer(tokenizer, prompt_token_ids)
+        self._stops = StopChecker(params.stop) if params.stop else None
+
+    @property
+    def text(self) -> str:
+        """The text so far; what may still become a stop string or a whole character is held back."""
+        if len(self._parts) > 1:
+            self._parts = ["".join(self._parts)]
+        return self._parts[0] if self._parts else ""
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether no token will follow."""
+        return self.finish_reason is not None
+
+    def append(self, token_ids: list[int], *, hide_last: bool = False) -> str | None:
+        """Record tokens, then render them; returns the stop string that one of them completed.
+
+        Tokens behind that one are neither recorded nor rendered. `hide_last` records the last token without
+        rendering it: the text ends before a stop token, as it ends before a stop string.
+        """
+        if self._detokenizer is None:
+            self.token_ids += token_ids
+            return None
+        shown = token_ids[:-1] if hide_last else token_ids
+        if self._stops is None:
+            self.token_ids += token_ids
+            self._show(self._detokenizer.append(shown))
+            return None
+        for token_id in shown:  # one by one, to know which token completes the stop string
+            self.token_ids.append(token_id)
+            text, matched = self._stops.feed(self._detokenizer.append([token_id]))
+            self._show(text)
+            if matched is not None:
+                return matched
+        self.token_ids += token_ids[len(shown) :]
+        return None
+
+    def finish(self, reason: str, stop_reason: int | str | None = None, error: str | None = None) -> None:
+        """End the sequence, render what was held back (unless a stop string ended it) and free the detokeniser."""
+        self.finish_reason, self.stop_reason, self.error = reason, stop_reason, error
+        detokenizer, self._detokenizer = self._detokenizer, None
+        stops, self._stops = self._stops, None
+        if detokenizer is None or isinstance(stop_reason, str):
+            return
+        rest = detokenizer.finish()
+        if stops is not None:
+            rest, matched = stops.feed(rest)
+            if matched is None:
+                rest += stops.flush()
+            elif reason in ("stop", "length"):
+                self.finish_reason, self.stop_reason = "stop", matched
+        self._show(rest)
+
+    def fail(self, error: str) -> None:
+        """End the sequence where even rendering the rest may be what failed."""
+        self.finish_reason, self.error = "error", error
+        self._detokenizer = self._stops = None
+
+    def output(self) -> CompletionOutput:
+        """A snapshot for the client."""
+        return CompletionOutput(
+            self.index,
+            self.text,
+            list(self.token_ids),
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+            error=self.error,
+        )
+
+    def _show(self, text: str) -> None:
+        if text:
+            self._parts.append(text)
+
+
+class RequestJournal:
+    """Everything that is needed to show a request, or to hand it to a scheduler again.
+
+    `wire_id` names it to the scheduler. It is never used twice, so that a late delta of an aborted request cannot
+    be taken for one of a later request to which the client gave the same id. `failure` is the error that ended it.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        wire_id: str,
+        prompt: str | None,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        max_tokens: int,
+        seed: int,
+        priority: int,
+        arrival_time: float,
+        tokenizer: Tokenizer | None,
+    ) -> None:
+        self.request_id = request_id
+        self.wire_id = wire_id
+        self.prompt = prompt
+        self.prompt_token_ids = prompt_token_ids
+        self.params = params
+        self.max_tokens = max_tokens
+        self.seed = seed
+        self.priority = priority
+        self.metrics = RequestMetrics(arrival_time)
+        self.sequences = [SequenceJournal(i, prompt_token_ids, params, tokenizer) for i in range(params.n)]
+        self.failure: NanoEngineError | None = None
+        # How often its tokens were asked for again since it last got one, and when that may be done next.
+        self.num_replays = 0
+        self.next_replay = 0.0
+
+    @property
+    def finished(self) -> bool:
+        """Whether every sequence is."""
+        return all(sequence.is_finished for sequence in self.sequences)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Length of the prompt."""
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_generated_tokens(self) -> int:
+        """Tokens recorded so far, over all sequences."""
+        return sum(len(sequence.token_ids) for sequence in self.sequences)
+
+    def touch(self, now: float) -> None:
+        """Tokens were recorded: note the time, and forget that some were missing."""
+        self.num_replays, self.next_replay = 0, 0.0
+        if self.metrics.first_token_time is None:
+            self.metrics.first_token_time = now
+        self.metrics.last_token_time = now
+
+    def add_metrics(self, metrics: dict[str, float]) -> None:
+        """Take over what the scheduler measured; a name that this side does not know is left alone."""
+        for name, kind in _METRIC_TYPES.items():
+            if name in metrics:
+                setattr(self.metrics, name, kind(metrics[name]))
+
+    def output(self) -> RequestOutput:
+        """A snapshot for the client: all tokens so far; it does not change any more."""
+        return RequestOutput(
+            self.request_id,
+            self.prompt,
+            list(self.prompt_token_ids),
+            [sequence.output() for sequence in self.sequences],
+            self.finished,
+            dataclasses.replace(self.metrics),
+        )
+
+    def submission(self, client_id: str) -> list[AddRequest | Abort]:
+        """What makes a scheduler serve this request from its last token on, whatever it knew of it before."""
+        params: dict[str, Any] = self.params.to_dict()
+        params["max_tokens"] = self.max_tokens
+        del params["stop"]  # text is this side's business
+        add = AddRequest(
+            client_id=client_id,
+            request_id=self.wire_id,
+            prompt_token_ids=self.prompt_token_ids,
+            params=params,
+            seed=self.seed,
+            arrival_time=self.metrics.arrival_time,
+            priority=self.priority,
+            journal=[list(sequence.token_ids) for sequence in self.sequences],
+        )
+        # A sequence that a stop string ended looks unfinished to a scheduler that knows its tokens only.
+        ended = [sequence for sequence in self.sequences if sequence.is_finished]
+        return [add, *(Abort(self.wire_id, sequence.index, str(sequence.finish_reason)) for sequence in ended)]

@@ -1,0 +1,150 @@
+"""A local engine that is driven by its caller, without an event loop; knows neither progress bars nor who calls it."""
+
+from __future__ import annotations
+
+import logging
+import time
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+from configs.engine import EngineConfig
+from configs.errors import DeadlineError, EngineDeadError, RequestError
+from nanoengine.connection import SchedulerConnection
+from nanoengine.engine_client import CheckedRequest, EngineClient
+from nanoengine.engine_process import EngineProcess
+from nanoengine.journal import RequestJournal
+from nanoengine.prompts import Message, Prompt
+from nanoengine.sampling_params import SamplingParams
+from nanoengine.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+# The engine reports ready before it is greeted, so its answer takes no longer than a first step might.
+GREETING_TIMEOUT = 60.0
+_WATCH_INTERVAL = 1.0
+
+
+def load_tokenizer(config: EngineConfig) -> Tokenizer | None:
+    """The tokenizer that a resolved config names; None under skip_tokenizer_init. Raises TokenizerError."""
+    if config.model.skip_tokenizer_init:
+        return None
+    source = config.model.tokenizer or config.model_dir
+    assert source is not None, "resolve() comes first"
+    return Tokenizer(source, config.model.tokenizer_mode, config.resolved_checkpoint.vocab_size)
+
+
+class LLMEngine:
+    """A scheduler process, the connection to it and the journals of the requests it serves.
+
+    Belongs to one thread at a time. Does nothing between calls: tokens that arrive meanwhile wait in the socket.
+
+    Raises whatever keeps the engine from starting: CheckpointError, TokenizerError, CapacityError, EngineDeadError …
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self._process = EngineProcess(config)
+        # Ends the process also when the engine is forgotten or the interpreter ends; `stop` is harmless twice.
+        self._finalizer = weakref.finalize(self, self._process.stop)
+        self._connection: SchedulerConnection | None = None
+        self._news: dict[RequestJournal, None] = {}  # an ordered set, until `wait` is asked for it
+        try:
+            self._process.start()
+            self.tokenizer = load_tokenizer(config)  # while the workers load the model
+            self._process.wait_ready(config.parallel.start_timeout + GREETING_TIMEOUT)
+            self.client = EngineClient(config, self.tokenizer)
+            self._connection = SchedulerConnection(self._process.address, self.client)
+            self._connection_finalizer = weakref.finalize(self, self._connection.close)
+            self._greet(GREETING_TIMEOUT)
+        except BaseException:  # Ctrl-C while loading included
+            self.close()
+            raise
+
+    def check(self, prompt: Prompt, params: SamplingParams) -> CheckedRequest:
+        """Check a request and encode its prompt; nothing is sent. Raises RequestError."""
+        return self.client.check(prompt, params)
+
+    def submit(self, request: CheckedRequest, request_id: str | None = None) -> RequestJournal:
+        """Hand a checked request to the engine. Raises RequestError for its id, EngineDeadError."""
+        self._notice_death()
+        journal = self.client.add(request, request_id)
+        if self._connection is not None:
+            self._connection.flush()
+        return journal
+
+    def render_chat(self, messages: list[Message], variables: Mapping[str, Any]) -> Prompt:
+        """Turn a conversation into a prompt. Raises RequestError, e.g. where there is no template."""
+        if self.tokenizer is None:
+            raise RequestError(
+                "chat needs a tokenizer, and the engine runs without one (skip_tokenizer_init)", "messages"
+            )
+        text = self.tokenizer.render_chat(messages, **variables)
+        return Prompt(text, self.tokenizer.encode(text, add_special_tokens=False))
+
+    def wait(self, timeout: float | None = None) -> list[RequestJournal]:
+        """Return the requests that have news, each once, as soon as there are any.
+
+        Returns an empty list after `timeout` seconds (None: no limit), or when no request is open. When the engine
+        dies, its open requests have news: they ended with an error.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            self._pump()
+            left = _WATCH_INTERVAL if deadline is None else deadline - time.monotonic()
+            if self._news or left <= 0 or not self.client.num_unfinished or self._connection is None:
+                news, self._news = list(self._news), {}
+                return news
+            self._connection.wait(min(left, _WATCH_INTERVAL), self._process.fileno())
+            self._notice_death()
+            self._tell(self.client.watch())
+
+    def abort(self, request_id: str) -> None:
+        """End a request, which is news. One that is not open is left alone."""
+        journal = self.client.abort(request_id)
+        self._tell([] if journal is None else [journal])
+        if self._connection is not None:
+            self._connection.flush()
+
+    def open_request_ids(self) -> list[str]:
+        """Ids of the requests that will still get tokens."""
+        return self.client.open_request_ids()
+
+    def close(self) -> None:
+        """End the engine and what it serves. Harmless twice."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            self._tell(self.client.fail(EngineDeadError("the engine was closed")))
+            self._connection_finalizer()
+        self._process.stop()
+        self._finalizer.detach()
+
+    def _pump(self) -> None:
+        if self._connection is not None:
+            self._tell(self._connection.pump()[0])
+
+    def _tell(self, journals: list[RequestJournal]) -> None:
+        self._news |= dict.fromkeys(journals)
+
+    def _notice_death(self) -> None:
+        """When the process is gone, take its last words first, then end what is open."""
+        failure = None if self.client.failure else self._process.failure()
+        if failure is not None:
+            self._pump()
+            self._tell(self.client.fail(failure))
+
+    def _greet(self, timeout: float) -> None:
+        """Say hello, and wait until the scheduler answers with what it learnt while starting."""
+        assert self._connection is not None
+        self.client.hello()
+        deadline = time.monotonic() + timeout
+        while True:
+            self._pump()
+            if self.client.facts is not None:
+                return
+            self._notice_death()
+            self.client.check_alive()
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise DeadlineError(f"the scheduler did not answer a greeting within {timeout:g} s")
+            self._connection.wait(min(left, _WATCH_INTERVAL), self._process.fileno())
