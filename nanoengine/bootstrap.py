@@ -1,0 +1,105 @@
+"""The first moments of the scheduler process: what its owner hands down, and what ties it to its owner.
+
+It knows nothing of what the scheduler does afterwards. The other side is `nanoengine.engine_process`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import contextlib
+import dataclasses
+import faulthandler
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from configs.engine import EngineConfig
+from configs.errors import to_wire
+from nanoengine import processes
+
+_MAX_BYTES = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Bootstrap:
+    """What the owner hands to the scheduler, and how the scheduler answers."""
+
+    config: EngineConfig
+    run_dir: Path
+    front_address: str
+    incarnation: int
+    status_fd: int = dataclasses.field(repr=False)
+
+    def report_ready(self) -> None:
+        """Tell the owner that the engine serves."""
+        self._report({"ready": True})
+
+    def report_failure(self, error: BaseException) -> None:
+        """Tell the owner why the engine ends; the process should exit with a code other than 0 afterwards."""
+        self._report({"error": to_wire(error)})
+
+    def _report(self, report: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):  # the owner is gone: the watchdog deals with that
+            os.write(self.status_fd, json.dumps(report).encode() + b"\n")
+
+
+def receive_bootstrap() -> Bootstrap:
+    """Called first thing in the scheduler's `main`; ties the process to its owner.
+
+    It ignores SIGINT (the owner decides what Ctrl-C means), makes SIGTERM raise SystemExit in the main thread
+    (install another handler afterwards if you like), asks for SIGTERM when the owner dies, and starts the thread
+    that, when the owner is gone, kills the workers, removes the run directory and ends the process.
+
+    Raises:
+        SystemExit: not started by `EngineProcess`.
+    """
+    processes.ignore_interrupts()
+    signal.signal(signal.SIGTERM, _terminate)
+    processes.name_process("nano-scheduler")
+    faulthandler.enable()
+    message = _read_message()
+    run_dir = Path(message["run_dir"])
+    for name in ("death_fd", "status_fd", "lock_fd"):
+        os.set_inheritable(message[name], False)  # none of them is for the ranks
+
+    def abandon() -> None:
+        processes.kill_children()
+        shutil.rmtree(run_dir, ignore_errors=True)
+        os._exit(1)
+
+    processes.on_end_of(message["death_fd"], abandon, "death pipe")
+    # Also when the exit was orderly: nobody serves at these sockets any more.
+    atexit.register(shutil.rmtree, run_dir, ignore_errors=True)
+    if not processes.set_death_signal(signal.SIGTERM, message["owner_pid"]):
+        abandon()
+    config = EngineConfig.from_dict(message["config"])
+    processes.configure_logging(config.server.log_level, "scheduler")
+    return Bootstrap(
+        config=config,
+        run_dir=run_dir,
+        front_address=message["front_address"],
+        incarnation=message["incarnation"],
+        status_fd=message["status_fd"],
+    )
+
+
+def _read_message() -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description="The scheduler of nanoengine; `python -m launch` starts it.")
+    parser.add_argument("--bootstrap-fd", type=int, required=True, help="pipe with configuration, set by the owner")
+    fd = parser.parse_args().bootstrap_fd
+    try:
+        with os.fdopen(fd, "rb") as pipe:
+            message: dict[str, Any] = json.loads(pipe.read(_MAX_BYTES))  # complete before this process was spawned
+            return message
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"{parser.prog}: no configuration at descriptor {fd} ({error})\n")
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(0)

@@ -1,0 +1,246 @@
+"""One rank as a process: how it is spawned, its first function, and the scheduler's handle on it.
+
+It knows the code that computes only as a string, `module:function`, which is imported in the child.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import faulthandler
+import importlib
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import traceback
+import types
+from collections.abc import Callable, Iterator
+from multiprocessing import reduction
+from multiprocessing.connection import wait as wait_for_sentinels
+from multiprocessing.context import SpawnContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from configs.engine import EngineConfig
+from configs.errors import to_wire
+from nanoengine import processes
+from nanoengine.channel import Direction, Failed, Hello, Link, Loaded, RankPort, Ready
+from nanoengine.control_block import ControlBlock, Phase, RankWords
+from nanoengine.step import Epoch, StepOutput
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 0.5
+_REAP_SECONDS = 5.0
+_LAST_WORDS_SECONDS = 0.2
+
+
+class InheritedFd:
+    """A descriptor that a spawned process gets with its arguments; in the child `fd` is its own copy."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _inherited, (reduction.DupFd(self.fd),)
+
+
+def _inherited(duplicate: Any) -> InheritedFd:
+    return InheritedFd(duplicate.detach())
+
+
+@dataclasses.dataclass(frozen=True)
+class RankArguments:
+    """What a rank is given. It travels over a pipe of multiprocessing's own: not in argv, not in the environment."""
+
+    entry: str
+    config: EngineConfig
+    rank: int
+    epoch: Epoch
+    key: bytes = dataclasses.field(repr=False)
+    socket_path: Path
+    run_dir: Path
+    control: InheritedFd
+    collective: InheritedFd | None
+    parent_pid: int
+
+
+# ------------------------------------------------------------------------------------- in the child
+
+
+def run_rank(arguments: RankArguments) -> None:
+    """First function of a rank's process: tie it to its parent, connect, then run the entry.
+
+    An exception of the entry travels to the scheduler as data, and the process ends with exit code 1 at once: the
+    other ranks may be inside a collective with this one, and waiting for them to leave would hang.
+    """
+    rank, config = arguments.rank, arguments.config
+    processes.ignore_interrupts()
+    if not processes.set_death_signal(signal.SIGKILL, arguments.parent_pid):
+        os._exit(1)
+    processes.name_process(f"nano-worker-{rank}")
+    processes.configure_logging(config.server.log_level, f"worker rank {rank}")
+    faulthandler.enable()
+    num_threads = processes.limit_threads(config.parallel.world_size)
+
+    control = ControlBlock(arguments.control.fd, config.parallel.world_size)
+    os.close(arguments.control.fd)
+    threading.Thread(target=_beat, args=(control.ranks[rank],), name="heartbeat", daemon=True).start()
+
+    link = Link(arguments.key, arguments.epoch, rank, end=Direction.TO_RANK)
+    link.connect(arguments.socket_path)
+    link.send(Hello(os.getpid()))
+    port = RankPort(
+        config, rank, arguments.epoch, link, control,
+        run_dir=arguments.run_dir,
+        collective_fd=None if arguments.collective is None else arguments.collective.fd,
+        num_threads=num_threads,
+    )  # fmt: skip
+    try:
+        port.set_phase(Phase.LOADING)
+        resolve(arguments.entry)(port)
+    except BaseException as error:
+        with contextlib.suppress(Exception):
+            port.report_failure(to_wire(error), traceback.format_exc())
+        _leave(port)
+        os._exit(1)
+    _leave(port)
+
+
+def resolve(entry: str) -> Callable[..., Any]:
+    """The function that `module:function` names."""
+    module, _, name = entry.partition(":")
+    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return function
+
+
+def _leave(port: RankPort) -> None:
+    """Flush what was said: the scheduler prefers a rank's own word to an exit code."""
+    port.close()
+    zmq.Context.instance().term()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+
+
+def _beat(words: RankWords) -> None:
+    """Heartbeat, and the tie to the parent where the kernel offers none: the sentinel is a pipe it alone holds."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    while True:
+        words.beat()
+        if wait_for_sentinels([parent.sentinel], HEARTBEAT_SECONDS):
+            os._exit(1)
+
+
+# --------------------------------------------------------------------------------- in the scheduler
+
+
+class RankProcess:
+    """The scheduler's handle on one rank: its process, its link, and what it has said so far."""
+
+    def __init__(self, arguments: RankArguments, words: RankWords) -> None:
+        """Bind the rank's socket; `spawn` starts the process."""
+        self.rank, self.words = arguments.rank, words
+        self.loaded: Loaded | None = None
+        self.ready = False
+        self.failed: Failed | None = None
+        self._arguments = arguments
+        self._process: BaseProcess | None = None
+        self.link = Link(arguments.key, arguments.epoch, arguments.rank, end=Direction.TO_SCHEDULER)
+        self.link.bind(arguments.socket_path)
+
+    def spawn(self, context: SpawnContext) -> None:
+        """Start the process. Runs in a thread that lives as long as the scheduler (see `processes`)."""
+        # Not daemonic: a daemonic process may not have children, which a compiler in the rank may want.
+        process = context.Process(
+            target=run_rank, args=(self._arguments,), name=f"worker rank {self.rank}", daemon=False
+        )
+        with _without_main():
+            process.start()
+        self._process = process
+        assert process.pid is not None
+        processes.register_child(process.pid, process.sentinel)
+
+    @property
+    def sentinel(self) -> int | None:
+        """A descriptor that is readable once the process has ended; None before `spawn` and after `reap`."""
+        return None if self._process is None else self._process.sentinel
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while the process lives."""
+        return None if self._process is None else self._process.exitcode
+
+    def describe(self) -> str:
+        """Name and state, for error messages."""
+        state = self.words.describe() if self.exit_code is None else processes.describe_exit(self.exit_code)
+        return f"rank {self.rank} ({state})"
+
+    def receive(self) -> list[StepOutput]:
+        """Take in what the rank has said, and return the step outputs. Raises ChannelError on a broken link."""
+        outputs: list[StepOutput] = []
+        while True:
+            # What a dead rank said last may still be on its way through ZeroMQ's thread.
+            patience = 0 if self.exit_code is None or self.failed else _LAST_WORDS_SECONDS
+            message = self.link.receive(patience)
+            match message:
+                case None:
+                    return outputs
+                case StepOutput():
+                    outputs.append(message)
+                case Hello():
+                    self.link.unlink()
+                case Loaded():
+                    self.loaded = message
+                    logger.info(
+                        "rank %d loaded the model as %s on %s, room for %d K/V blocks",
+                        self.rank, message.dtype, message.device, message.max_kv_blocks,
+                    )  # fmt: skip
+                case Ready():
+                    self.ready = True
+                case Failed():
+                    self.failed = message
+                case _:
+                    logger.warning("rank %d sent %s, which is not for it to send", self.rank, type(message).__name__)
+
+    def kill(self) -> None:
+        """SIGKILL, which also ends a stopped process; does not wait."""
+        if self._process is not None:
+            self._process.kill()
+
+    def reap(self, timeout: float = _REAP_SECONDS) -> bool:
+        """Wait for the end of the process and release all that belongs to it; False if it has not ended."""
+        self.link.unlink()
+        self.link.close()
+        if self._process is None:
+            return True
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            return False
+        assert self._process.pid is not None
+        processes.forget_child(self._process.pid)
+        self._process.close()
+        self._process = None
+        return True
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Hide `__main__` while a process is spawned.
+
+    multiprocessing imports the parent's main module in every child, so that functions defined there can be
+    unpickled. Ours are not, and that import would run the scheduler's module, or a user's script, once a rank.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main

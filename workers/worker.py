@@ -1,0 +1,119 @@
+"""One rank: puts device, communicator and ModelRunner together and runs the steps that arrive; it decides nothing.
+
+`run_worker` is the entry of a rank's process, `create_ranks` makes the ranks of an in-process group.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from pathlib import Path
+
+import torch
+
+from configs.engine import EngineConfig
+from configs.errors import ConfigError
+from nanoengine.channel import RankPort
+from nanoengine.step import StepInput, StepOutput
+from workers.model_runner import ModelRunner
+from workers.parallel import (
+    Communicator,
+    SharedMemoryCommunicator,
+    SingleCommunicator,
+    ThreadCommunicator,
+    TorchCommunicator,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class Worker:
+    """A rank's model and cache. Every rank of a group makes the same calls in the same order."""
+
+    def __init__(self, config: EngineConfig, device: torch.device, communicator: Communicator) -> None:
+        self.device_name = str(device)
+        self._communicator = communicator
+        self._runner: ModelRunner | None = ModelRunner(config, device, communicator)
+
+    @property
+    def runner(self) -> ModelRunner:
+        """The rank's ModelRunner, until `close`."""
+        assert self._runner is not None, "closed"
+        return self._runner
+
+    @property
+    def dtype_name(self) -> str:
+        """Type of weights and activations; known after `load`."""
+        return self.runner.dtype_name
+
+    def load(self) -> int:
+        """Load this rank's share of the model; returns how many K/V blocks would fit."""
+        self.runner.load_model()
+        return self.runner.max_kv_blocks()
+
+    def allocate(self, num_blocks: int) -> None:
+        """Make the K/V cache and run one step of each kind that needs it before the first request."""
+        self.runner.allocate(num_blocks)
+        self.runner.warm_up()
+
+    def execute(self, step: StepInput) -> StepOutput | None:
+        """Compute a step; None on ranks other than 0."""
+        return self.runner.execute(step)
+
+    def close(self) -> None:
+        """Leave the group together with the others. Captured graphs hold collectives, so the runner goes first."""
+        self._runner = None
+        gc.collect()
+        self._communicator.close()
+
+
+def run_worker(port: RankPort) -> None:
+    """Entry of a rank's process, named as a string by the executor. What it raises, the scheduler is told."""
+    torch.set_num_threads(port.num_threads)
+    device = pick_device(port.config, port.rank)
+    worker = Worker(port.config, device, create_communicator(port, device))
+    num_blocks = port.report_loaded(worker.load(), worker.dtype_name, worker.device_name)
+    if num_blocks is not None:
+        worker.allocate(num_blocks)
+        port.report_ready()
+        for step in port.steps():
+            output = worker.execute(step)
+            if output is not None:
+                port.send_output(output)
+    worker.close()
+
+
+def create_ranks(config: EngineConfig) -> list[Worker]:
+    """All ranks of a group that lives in this process; several of them run as threads."""
+    world_size = config.parallel.world_size
+    communicators: list[Communicator] = [SingleCommunicator()]
+    if world_size > 1:
+        communicators = [*ThreadCommunicator.group(world_size)]
+    return [Worker(config, pick_device(config, rank), communicator) for rank, communicator in enumerate(communicators)]
+
+
+def pick_device(config: EngineConfig, rank: int) -> torch.device:
+    """The device of a rank: `auto` is CUDA where every rank gets a GPU of its own, else the CPU.
+
+    Raises:
+        ConfigError: CUDA is asked for and there are not enough GPUs.
+    """
+    asked, world_size = config.parallel.device, config.parallel.world_size
+    num_gpus = torch.cuda.device_count() if asked != "cpu" and torch.cuda.is_available() else 0
+    if asked == "cuda" and num_gpus < world_size:
+        raise ConfigError(
+            f"device cuda needs a GPU for each of {world_size} rank(s), this machine shows {num_gpus}; "
+            "lower tensor_parallel_size or use device=cpu",
+            "device",
+        )
+    return torch.device("cuda", rank) if num_gpus >= world_size else torch.device("cpu")
+
+
+def create_communicator(port: RankPort, device: torch.device) -> Communicator:
+    """The collectives of a process: shared memory on CPU, NCCL on GPUs, none when the rank is alone."""
+    if port.world_size == 1:
+        return SingleCommunicator()
+    if device.type == "cuda":
+        return TorchCommunicator(port.rank, port.world_size, Path(port.run_dir) / f"store{port.epoch.group}", device)
+    assert port.collective_fd is not None
+    return SharedMemoryCommunicator(port.rank, port.world_size, port.collective_fd)
