@@ -24,6 +24,7 @@ class AttentionMetadata:
         slot_mapping: (num_tokens,) int64, where each token's K/V is stored: block * block_size + offset.
         block_tables: (num_seqs, max_blocks) int64, padded with block 0 behind a sequence's own blocks.
         block_size: tokens in a block.
+        plan: what the attention backend derived from the rest, in the step's first layer, for its other layers.
     """
 
     query_lens: list[int]
@@ -31,6 +32,7 @@ class AttentionMetadata:
     slot_mapping: torch.Tensor
     block_tables: torch.Tensor
     block_size: int
+    plan: object | None = None
 
 
 @dataclasses.dataclass(slots=True)

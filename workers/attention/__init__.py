@@ -1,0 +1,33 @@
+"""The attention backends by name, each imported only when it is asked for; knows nothing of how they work."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+
+from configs.errors import ConfigError
+from workers.attention.base import AttentionBackend
+
+# name -> "module:class". An optional backend's import may fail where its library is not installed.
+_BACKENDS = {
+    "torch": "workers.attention.torch_backend:TorchBackend",
+}
+
+
+def get_backend(name: str, device: torch.device) -> AttentionBackend:
+    """Make the backend called `name`, or with `auto` the best one for `device` (torch, until there are others).
+
+    Raises:
+        ConfigError: an unknown name, or a backend whose library is not installed.
+    """
+    chosen = "torch" if name == "auto" else name
+    if chosen not in _BACKENDS:
+        known = ", ".join(["auto", *sorted(_BACKENDS)])
+        raise ConfigError(f"attention_backend must be one of {known}, got {name!r}", "attention_backend")
+    module_name, _, class_name = _BACKENDS[chosen].partition(":")
+    try:
+        backend: AttentionBackend = getattr(importlib.import_module(module_name), class_name)(device)
+    except ImportError as error:
+        raise ConfigError(f"attention_backend {chosen!r} is not available: {error}", "attention_backend") from error
+    return backend
