@@ -48,11 +48,11 @@ def allowed(metadata: Mapping[str, Any]) -> str:
     low, high, above = metadata.get("minimum"), metadata.get("maximum"), metadata.get("above")
     parts = []
     if above is not None:
-        parts.append(f"greater than {above:g}")
+        parts.append(f"greater than {above}")
     if low is not None:
-        parts.append(f"at least {low:g}")
+        parts.append(f"at least {low}")
     if high is not None:
-        parts.append(f"at most {high:g}")
+        parts.append(f"at most {high}")
     return " and ".join(parts)
 
 
