@@ -132,6 +132,7 @@ class AsyncLLM:
             self._tokenizer, _ = await asyncio.gather(tokenizer, ready)
             self._client = EngineClient(self._config, self._tokenizer)
             self._connection = SchedulerConnection(self._process.address, self._client)
+            weakref.finalize(self, self._connection.close)
             loop.add_reader(self._connection.fileno(), self._on_socket)
             loop.add_reader(self._process.fileno(), self._on_process)
             await self._greet()

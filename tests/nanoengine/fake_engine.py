@@ -1,0 +1,174 @@
+"""A scheduler process that is a thread, and follows a script instead of computing; it speaks the real messages."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import zmq
+
+from configs.engine import EngineConfig
+from configs.errors import EngineDeadError, NanoEngineError
+from nanoengine.messages import Abort, AddRequest, Deltas, Hello, Message, Ready, TokenDelta, decode, encode
+from tests.nanoengine.tokenizers_for_tests import write_byte_level
+
+VOCAB_SIZE = 400  # larger than the tokenizer's, as a padded vocabulary is
+MAX_MODEL_LEN = 64
+EOS = 342
+ENDLESS = [5] * 10**6  # an answer that no test waits for
+CHECKPOINT = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": MAX_MODEL_LEN,
+    "rms_norm_eps": 1e-6,
+    "eos_token_id": EOS,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+}
+
+
+def write_model(directory: Path) -> Path:
+    """A model directory with everything but weights."""
+    write_byte_level(directory)
+    (directory / "config.json").write_text(json.dumps(CHECKPOINT), encoding="utf-8")
+    return directory
+
+
+def invented_tokens(request: AddRequest) -> list[int]:
+    """What the fake model answers: ids that depend on the prompt and the position alone."""
+    first = sum(request.prompt_token_ids)
+    return [(first + 7 * position) % 256 for position in range(request.params["max_tokens"])]
+
+
+class FakeEngineProcess:
+    """Stands for `EngineProcess`; `script` decides what a request is answered with.
+
+    `hold` keeps requests waiting until it is cleared. `inject` sends a message as it is. `die` ends the process.
+    """
+
+    made: list[FakeEngineProcess] = []  # noqa: RUF012  # all instances, for the tests to find theirs
+    start_error: NanoEngineError | None = None  # what wait_ready raises
+    start_gate: threading.Event | None = None  # what wait_ready waits for
+
+    def __init__(self, config: EngineConfig, incarnation: int = 1) -> None:
+        self.config = config
+        self.incarnation = incarnation
+        self.tokens_of: Callable[[AddRequest], list[int]] = invented_tokens
+        self.script: Callable[[AddRequest], list[Message]] | None = None
+        self.hold = threading.Event()
+        self.received: list[Message] = []
+        self.aborted: list[Abort] = []
+        self.tokens_per_step = 1
+        self.is_mute = False
+        self.stops = 0
+        self._live: dict[str, tuple[AddRequest, int]] = {}
+        self._client = b""
+        self._injected: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._failure: NanoEngineError | None = None
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+        FakeEngineProcess.made.append(self)
+
+    # -- EngineProcess ------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._read_fd, self._write_fd = os.pipe()
+        self._directory = tempfile.mkdtemp()
+        self.address = f"ipc://{self._directory}/front"
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def wait_ready(self, timeout: float | None = None) -> None:
+        if self.start_gate is not None:
+            while not self.start_gate.wait(0.01):
+                if self._stopped.is_set():
+                    raise EngineDeadError("stopped while it started")
+        if self.start_error is not None:
+            raise self.start_error
+
+    def failure(self) -> NanoEngineError | None:
+        return self._failure
+
+    def fileno(self) -> int:
+        return self._read_fd
+
+    def stop(self, timeout: float = 3.0) -> None:
+        self.stops += 1
+        self._stopped.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout)
+            if os.path.isdir(self._directory):
+                os.close(self._read_fd)
+                os.close(self._write_fd)
+                shutil.rmtree(self._directory)
+
+    # -- for the tests ------------------------------------------------------------------------------------------
+
+    def die(self, message: str = "killed by signal 9") -> None:
+        self._failure = EngineDeadError(message)
+        os.write(self._write_fd, b"x")
+
+    def inject(self, message: Message) -> None:
+        self._injected.put(message)
+
+    @property
+    def added(self) -> list[AddRequest]:
+        return [message for message in self.received if isinstance(message, AddRequest)]
+
+    # -- the thread ---------------------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        context = zmq.Context()
+        router = context.socket(zmq.ROUTER)
+        router.setsockopt(zmq.LINGER, 0)
+        router.bind(self.address)
+        while not self._stopped.is_set():
+            if router.poll(0 if self._live and not self.hold.is_set() else 2):
+                self._client, frame = router.recv_multipart()
+                self._take(decode(frame), lambda message: router.send_multipart([self._client, encode(message)]))
+                continue
+            while not self._injected.empty():
+                router.send_multipart([self._client, encode(self._injected.get())])
+            if self._live and not self.hold.is_set():
+                router.send_multipart([self._client, encode(Deltas(self.incarnation, self._step()))])
+        router.close()
+        context.term()
+
+    def _take(self, message: Message, send: Callable[[Message], None]) -> None:
+        if self.is_mute:
+            return
+        self.received.append(message)
+        if isinstance(message, Hello):
+            send(Ready(self.incarnation, 8, 16, MAX_MODEL_LEN, "float32", "cpu"))
+        elif isinstance(message, AddRequest) and self.script is not None:
+            for each in self.script(message):
+                send(each)
+        elif isinstance(message, AddRequest):
+            self._live[message.request_id] = (message, len(message.journal[0]))
+        elif isinstance(message, Abort):
+            self.aborted.append(message)
+            self._live.pop(message.request_id, None)
+
+    def _step(self) -> list[TokenDelta]:
+        deltas = []
+        for name, (request, start) in list(self._live.items()):
+            tokens = self.tokens_of(request)
+            end = min(len(tokens), start + self.tokens_per_step)
+            reason = None if end < len(tokens) else "stop" if tokens[-1] == EOS else "length"
+            deltas.append(TokenDelta(name, 0, start, tokens[start:end], reason))
+            self._live[name] = (request, end)
+            if reason is not None:
+                del self._live[name]
+        return deltas
