@@ -102,4 +102,5 @@ def _read_message() -> dict[str, Any]:
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not disturb the cleaning up
     sys.exit(0)

@@ -228,7 +228,8 @@ class FrameReader:
 
     def _reject(self, reason: str, what: str) -> ChannelError:
         self.rejected[reason] += 1
-        return ChannelError(f"{self._direction.name.lower()}, rank {self._rank}: refused {what}")
+        sender = "the scheduler" if self._direction is Direction.TO_RANK else f"rank {self._rank}"
+        return ChannelError(f"on the link from {sender}: refused {what}")
 
 
 # ------------------------------------------------------------------------------------------------- links

@@ -166,17 +166,14 @@ class MultiprocessExecutor(Executor):
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         while True:
             group = self._running()
-            if not self._in_flight:
-                return None
             if not group.outputs:
-                self._guard(group.pump)
+                self.watch()
             if group.outputs:
                 return self._take(group.outputs.popleft())
             left = deadline - time.monotonic()
-            if left <= 0:
+            if left <= 0 or not self._in_flight:
                 return None
             group.wait(min(left, WATCH_SECONDS))
-            self.watch()
 
     def watch(self) -> None:
         """See `Executor.watch`."""
@@ -213,7 +210,7 @@ class MultiprocessExecutor(Executor):
         return WorkerError(f"step {step_id} has not returned within {limit:g} s, waiting for {names}", behind.rank)
 
     def _take(self, output: StepOutput) -> StepOutput:
-        expected = self._in_flight[0]
+        expected = self._in_flight[0] if self._in_flight else 0
         if (output.epoch, output.step_id) != (self._epoch, expected):
             raise self._fail(
                 WorkerError(f"rank 0 answered step {output.step_id} of epoch {output.epoch} instead of {expected}", 0)

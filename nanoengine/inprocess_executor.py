@@ -9,6 +9,7 @@ import collections
 import concurrent.futures
 import contextlib
 import os
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
@@ -70,7 +71,7 @@ class InProcessExecutor(Executor):
             if len(ranks) > 1:
                 self._threads = [ThreadPoolExecutor(1, f"rank {number}") for number in range(len(ranks))]
             timeout = self._config.parallel.start_timeout
-            loading: list[Future[int]] = [self._call(number, rank.load) for number, rank in enumerate(ranks)]
+            loading = [self._call(number, rank.load) for number, rank in enumerate(ranks)]
             num_blocks = min(self._results(loading, timeout))
             warming: list[Future[None]] = [
                 self._call(number, rank.allocate, num_blocks) for number, rank in enumerate(ranks)
@@ -127,9 +128,8 @@ class InProcessExecutor(Executor):
         """See `Executor.stop`."""
         self._release(together=self._failure is None)
 
-    def _call(self, number: int, function: object, *arguments: object) -> Future[T]:
+    def _call(self, number: int, function: Callable[..., T], *arguments: object) -> Future[T]:
         """Run one rank's method: in its thread, or at once."""
-        assert callable(function)
         if self._threads:
             return self._threads[number].submit(function, *arguments)
         future: Future[T] = Future()
@@ -167,7 +167,7 @@ class InProcessExecutor(Executor):
     def _release(self, *, together: bool) -> None:
         """Close the ranks (only when all can: closing waits for the others) and what the group holds."""
         if together and self._ranks:
-            closing: list[Future[None]] = [self._call(number, rank.close) for number, rank in enumerate(self._ranks)]
+            closing = [self._call(number, rank.close) for number, rank in enumerate(self._ranks)]
             concurrent.futures.wait(closing, 5)
         for thread in self._threads:
             thread.shutdown(wait=together, cancel_futures=True)

@@ -1,0 +1,72 @@
+"""What tests of processes share: short private directories, family trees, and proof that nothing was left."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import psutil
+
+
+@contextlib.contextmanager
+def short_directory() -> Iterator[Path]:
+    """pytest's own directories may be longer than a socket's path can be."""
+    path = Path(tempfile.mkdtemp(prefix="nano", dir="/tmp"))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def alive(pids: Iterable[int]) -> list[int]:
+    """Those of `pids` that still run; one that ended and waits for init to notice does not."""
+    running = []
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                running.append(pid)
+    return running
+
+
+def descendants(pid: int | None = None) -> list[int]:
+    """All processes below `pid` (default: this one), multiprocessing's resource tracker aside.
+
+    The tracker belongs to the process that spawns, and ends with it.
+    """
+    pids = []
+    for child in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            if "resource_tracker" not in " ".join(child.cmdline()):
+                pids.append(child.pid)
+    return alive(pids)
+
+
+def eventually(condition: Callable[[], bool], timeout: float = 3.0) -> bool:
+    """Whether `condition` comes true in time. For what offers tests no event to wait for."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def shared_memory() -> set[str]:
+    """Names in /dev/shm."""
+    return set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
+
+
+def open_descriptors() -> int:
+    """How many descriptors this process holds."""
+    return psutil.Process().num_fds()
+
+
+def cpu_seconds(pids: Iterable[int]) -> float:
+    """CPU time that `pids` have used so far."""
+    times = [psutil.Process(pid).cpu_times() for pid in pids]
+    return sum(each.user + each.system for each in times)

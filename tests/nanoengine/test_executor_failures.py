@@ -1,0 +1,165 @@
+"""One rank dies, stops or raises: the whole group ends, within a bounded time, and the error names the rank."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+from configs.errors import WorkerError
+from nanoengine.executor import MultiprocessExecutor
+from nanoengine.step import Epoch
+from tests.nanoengine.fake_worker import invented
+from tests.nanoengine.process_tools import descendants, eventually
+from tests.nanoengine.test_executor import EPOCH, Make, make, run_steps, step
+
+__all__ = ["make"]  # the fixture
+
+
+def rank_pid(executor: MultiprocessExecutor, rank: int) -> int:
+    assert executor._group is not None
+    pid = executor._group.ranks[rank]._process.pid  # type: ignore[union-attr]
+    assert pid is not None
+    return pid
+
+
+def watch_for(executor: MultiprocessExecutor, seconds: float) -> None:
+    """What the engine's loop does while nothing is in flight."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        executor.watch()
+        time.sleep(0.05)
+
+
+def expect_failure(executor: MultiprocessExecutor, rank: int, message: str, within: float = 5) -> None:
+    """The group fails within seconds, nobody of it is left, and it stays failed."""
+    begin = time.monotonic()
+    with pytest.raises(WorkerError, match=message) as caught:
+        while time.monotonic() - begin < within:
+            executor.collect(0.05)
+            executor.watch()
+    assert caught.value.rank == rank
+    assert executor.num_in_flight == 0
+    assert descendants() == []
+    for call in (executor.watch, executor.collect, lambda: executor.submit(step(9))):
+        with pytest.raises(WorkerError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_killed_while_idle(make: Make, rank: int) -> None:
+    executor = make()
+    executor.start(EPOCH)
+    run_steps(executor)
+    os.kill(rank_pid(executor, rank), signal.SIGKILL)
+    expect_failure(executor, rank, rf"rank {rank} died \(killed by signal 9 \(SIGKILL\)\)")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_killed_in_the_middle_of_a_step(make: Make, rank: int) -> None:
+    executor = make(f"die@{rank}")
+    executor.start(EPOCH)
+    executor.submit(step(1))
+    executor.submit(step(2))
+    expect_failure(executor, rank, rf"rank {rank} died")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_exception_on_any_rank_fails_the_step_at_once(make: Make, rank: int) -> None:
+    """On a rank other than 0 it must not leave rank 0 waiting in a collective until some deadline."""
+    executor = make(f"raise@{rank}")
+    executor.start(EPOCH)
+    executor.submit(step(1))
+    executor.submit(step(2))
+    expect_failure(executor, rank, f"rank {rank} failed: ValueError: rank trouble")
+
+
+def test_a_stopped_rank_is_noticed_by_its_silence(make: Make) -> None:
+    executor = make(silence_limit=1.5)
+    executor.start(EPOCH)
+    os.kill(rank_pid(executor, 1), signal.SIGSTOP)
+    expect_failure(executor, 1, r"rank 1 \(ready\) has given no sign of life for 1\.")
+
+
+def test_a_rank_stopped_in_the_middle_of_a_step_is_noticed(make: Make) -> None:
+    executor = make("freeze@0", silence_limit=1.5)
+    executor.start(EPOCH)
+    run_steps(executor, last=1)
+    executor.submit(step(2))
+    expect_failure(executor, 0, r"rank 0 \(computing step 2 for .* s\) has given no sign of life")
+
+
+def test_a_hung_step_is_noticed_although_its_rank_is_alive(make: Make) -> None:
+    executor = make("hang@0", step_timeout=1.0, first_steps=1)
+    executor.start(EPOCH)
+    run_steps(executor, last=1)
+    executor.submit(step(2))
+    expect_failure(executor, 0, r"step 2 has not returned within 1 s, waiting for rank 0 \(computing step 2 for 1")
+
+
+def test_a_slow_first_step_does_not_count_as_hung(make: Make) -> None:
+    """It may compile for a while; the second one has no such excuse."""
+    executor = make("slow@0", step_timeout=0.1, first_steps=1)
+    executor.start(EPOCH)
+    executor.submit(step(1))
+    assert executor.collect(None) == invented(step(1))
+    executor.submit(step(2))
+    expect_failure(executor, 0, "step 2 has not returned within 0.1 s")
+
+
+def test_a_group_that_was_suspended_with_its_scheduler_goes_on(make: Make) -> None:
+    """Ctrl-Z and fg: the scheduler may run again a moment before the ranks do."""
+    executor = make(silence_limit=1.5)
+    executor.start(EPOCH)
+    executor.watch()
+    for rank in (0, 1):
+        os.kill(rank_pid(executor, rank), signal.SIGSTOP)
+    time.sleep(1.8)  # nobody watches meanwhile
+    executor.watch()
+    for rank in (0, 1):
+        os.kill(rank_pid(executor, rank), signal.SIGCONT)
+    watch_for(executor, 0.5)
+    assert run_steps(executor, last=1) == [invented(step(1))]
+
+
+def test_a_failure_wakes_whoever_polls(make: Make) -> None:
+    """The engine's loop sleeps in a poll over these, and must not find out only at its next watch."""
+    import zmq
+
+    executor = make()
+    executor.start(EPOCH)
+    poller = zmq.Poller()
+    for source in executor.wait_fds():
+        poller.register(source, zmq.POLLIN)
+    assert poller.poll(0) == []
+    os.kill(rank_pid(executor, 1), signal.SIGKILL)
+    assert poller.poll(2000)
+    expect_failure(executor, 1, "rank 1 died")
+
+
+def test_a_new_epoch_starts_after_a_failure_and_an_old_one_does_not(make: Make) -> None:
+    executor = make()
+    executor.start(EPOCH)
+    os.kill(rank_pid(executor, 0), signal.SIGKILL)
+    expect_failure(executor, 0, "rank 0 died")
+    with pytest.raises(AssertionError, match="never used twice"):
+        executor.start(EPOCH)
+    executor.start(Epoch(1, 2))
+    executor.submit(step(1, epoch=Epoch(1, 2)))
+    output = executor.collect(None)
+    assert output is not None
+    assert output.epoch == Epoch(1, 2)
+    with pytest.raises(AssertionError, match="another epoch"):
+        executor.submit(step(2, epoch=EPOCH))
+
+
+def test_a_rank_that_does_not_leave_is_made_to(make: Make) -> None:
+    executor = make("wait@1")
+    executor.start(EPOCH)
+    run_steps(executor, last=1)
+    begin = time.monotonic()
+    executor.stop()
+    assert time.monotonic() - begin < 2.5
+    assert eventually(lambda: descendants() == [])
