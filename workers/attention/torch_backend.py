@@ -95,7 +95,7 @@ class TorchBackend(AttentionBackend):
         self._workspace: torch.Tensor | None = None
 
     def kv_cache_shape(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
-        """(num_blocks, block_size, 2, num_kv_heads, head_dim): a token's K and V lie together, one gather finds both."""
+        """(num_blocks, block_size, 2, num_kv_heads, head_dim): one gather finds a token's K and V."""
         return (num_blocks, block_size, 2, num_kv_heads, head_dim)
 
     def store(self, cache: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
