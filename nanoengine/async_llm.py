@@ -62,6 +62,7 @@ class AsyncLLM:
         self._tokenizer: Tokenizer | None = None
         self._client: EngineClient | None = None
         self._connection: SchedulerConnection | None = None
+        self._process_fd = -1
         self._start_failure: NanoEngineError | None = None
         self._news: dict[RequestJournal, asyncio.Event] = {}  # of each request that somebody reads
         self._watchdog: asyncio.TimerHandle | None = None
@@ -134,7 +135,8 @@ class AsyncLLM:
             self._connection = SchedulerConnection(self._process.address, self._client)
             weakref.finalize(self, self._connection.close)
             loop.add_reader(self._connection.fileno(), self._on_socket)
-            loop.add_reader(self._process.fileno(), self._on_process)
+            self._process_fd = self._process.fileno()
+            loop.add_reader(self._process_fd, self._on_process)
             await self._greet()
         except BaseException as error:
             if not isinstance(error, NanoEngineError):
@@ -183,7 +185,7 @@ class AsyncLLM:
             self._watchdog.cancel()
         if connection is not None and self._loop is not None:
             self._loop.remove_reader(connection.fileno())
-            self._loop.remove_reader(self._process.fileno())
+            self._loop.remove_reader(self._process_fd)
             connection.close()
         await asyncio.to_thread(self._process.stop)
         self._finalizer.detach()
@@ -272,7 +274,7 @@ class AsyncLLM:
         failure = self._process.failure()
         if failure is None or self._client is None or self._loop is None:
             return
-        self._loop.remove_reader(self._process.fileno())  # it stays readable
+        self._loop.remove_reader(self._process_fd)  # it stays readable
         self._on_socket()
         self._wake(self._client.fail(failure))
 

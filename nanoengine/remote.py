@@ -44,7 +44,7 @@ class RemoteRequest:
     request_id: str
     prompt: Prompt
     path: str
-    body: dict[str, Any]
+    payload: bytes
     metrics: RequestMetrics
     outputs: list[CompletionOutput] = dataclasses.field(default_factory=list)
     prompt_token_ids: list[int] = dataclasses.field(default_factory=list)
@@ -123,7 +123,7 @@ class RemoteEngine:
         if request_id in self._open:
             raise RequestError(f"request_id {request_id!r} belongs to a request that still runs", "request_id")
         path = "/v1/completions" if prompt.messages is None else "/v1/chat/completions"
-        remote = RemoteRequest(request_id, prompt, path, self._body(prompt, params), RequestMetrics(time.time()))
+        remote = RemoteRequest(request_id, prompt, path, self._payload(prompt, params), RequestMetrics(time.time()))
         self._open[request_id] = remote
         remote.future = self._pool.submit(self._serve, remote)
         return remote
@@ -197,15 +197,20 @@ class RemoteEngine:
             )
         return model or served[0]
 
-    def _body(self, prompt: Prompt, params: SamplingParams) -> dict[str, Any]:
+    def _payload(self, prompt: Prompt, params: SamplingParams) -> bytes:
         # Only what differs from the defaults is sent, so that a server which knows fewer fields than ours can answer.
         defaults = SamplingParams().to_dict()
         body = {name: value for name, value in params.to_dict().items() if value != defaults[name]}
         body |= {"model": self.model, "temperature": params.temperature, "max_tokens": params.max_tokens}
         body["return_token_ids"] = True
         if prompt.messages is not None:
-            return body | {"messages": prompt.messages}
-        return body | {"prompt": prompt.text if prompt.token_ids is None else prompt.token_ids}
+            body["messages"] = [dict(message) for message in prompt.messages]
+        else:
+            body["prompt"] = prompt.text if prompt.token_ids is None else prompt.token_ids
+        try:
+            return json.dumps(body).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise RequestError(f"the request has no JSON form: {error}", "messages") from error
 
     def _connect(self) -> http.client.HTTPConnection:
         kind = http.client.HTTPSConnection if self._address.scheme == "https" else http.client.HTTPConnection
@@ -219,12 +224,11 @@ class RemoteEngine:
         return connection
 
     def _call(
-        self, connection: http.client.HTTPConnection, method: str, path: str, body: dict[str, Any] | None = None
+        self, connection: http.client.HTTPConnection, method: str, path: str, payload: bytes | None = None
     ) -> dict[str, Any]:
         """One request and its JSON answer. Raises RequestError for a 4xx, EngineError for anything else."""
         where = f"the server at {self._address.netloc}"
         try:
-            payload = None if body is None else json.dumps(body).encode()
             connection.request(method, self._root + path, payload, self._headers)
             response = connection.getresponse()
             data = response.read(MAX_ANSWER_BYTES)
@@ -245,7 +249,7 @@ class RemoteEngine:
         try:
             remote.connection = self._connect()
             if not remote.finished:  # aborted while it waited for its turn
-                answer = self._call(remote.connection, "POST", remote.path, remote.body)
+                answer = self._call(remote.connection, "POST", remote.path, remote.payload)
                 if not remote.finished:
                     _read_answer(remote, answer)
         except NanoEngineError as error:

@@ -1,0 +1,241 @@
+"""`LLM(base_url=…)` against a small HTTP server that follows a script."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from configs.errors import ConfigError, EngineDeadError, EngineError, RequestError, UnknownModelError
+from nanoengine.llm import LLM
+from nanoengine.outputs import RequestOutput
+from nanoengine.remote import MAX_CONNECTIONS
+from nanoengine.sampling_params import SamplingParams
+
+Reply = tuple[int, Any]
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Answers with `reply(path, body)`, and notes what it was asked."""
+
+    daemon_threads = True
+    request_queue_size = 200
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.asked: list[tuple[str, dict[str, Any] | None, str | None]] = []
+        self.reply: Callable[[str, dict[str, Any]], Reply] = answer
+        self.hung_up = 0
+        self.release = threading.Event()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        self.hung_up += 1
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        self.server.asked.append((self.path, None, self.headers["Authorization"]))
+        if self.headers["Authorization"] == "Bearer wrong":
+            self.send(401, {"error": {"message": "a valid key is needed"}})
+        else:
+            self.send(200, {"object": "list", "data": [{"id": "small"}, {"id": "large"}]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append((self.path, body, self.headers["Authorization"]))
+        self.send(*self.server.reply(self.path, body))
+
+    def send(self, status: int, body: Any) -> None:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def answer(path: str, body: dict[str, Any]) -> Reply:
+    prompt = body.get("prompt") or body["messages"][-1]["content"]
+    text = f"<{prompt}>"
+    choice: dict[str, Any] = {"index": 0, "finish_reason": "length", "token_ids": [1, 2], "prompt_token_ids": [3, 4, 5]}
+    choice |= {"message": {"role": "assistant", "content": text}} if "messages" in body else {"text": text}
+    return 200, {"choices": [choice], "usage": {"prompt_tokens": 3, "completion_tokens": 2}}
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield server
+    server.release.set()
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def llm(server: Server) -> Iterator[LLM]:
+    with LLM(base_url=server.url) as llm:
+        yield llm
+
+
+def only(outputs: list[RequestOutput]) -> RequestOutput:
+    [output] = outputs
+    return output
+
+
+def test_answers_come_in_the_order_of_the_prompts(llm: LLM, server: Server) -> None:
+    count = 2 * MAX_CONNECTIONS
+    outputs = llm.generate([f"p{n}" for n in range(count)], SamplingParams(temperature=0), use_tqdm=False)
+    assert [output.outputs[0].text for output in outputs] == [f"<p{n}>" for n in range(count)]
+    assert all(output.finished and output.outputs[0].finish_reason == "length" for output in outputs)
+    assert (outputs[0].prompt, outputs[0].prompt_token_ids, outputs[0].outputs[0].token_ids) == (
+        "p0",
+        [3, 4, 5],
+        [1, 2],
+    )
+
+
+def test_only_what_differs_from_the_defaults_is_sent(llm: LLM, server: Server) -> None:
+    llm.generate([[1, 2], [3]], [SamplingParams(), SamplingParams(seed=1, stop="x", max_tokens=None)], use_tqdm=False)
+    bodies = sorted((body for _, body, _ in server.asked if body), key=len)
+    common = {"model": "small", "temperature": 1.0, "return_token_ids": True}
+    assert bodies == [
+        {**common, "prompt": [1, 2], "max_tokens": 16},
+        {**common, "prompt": [3], "max_tokens": None, "seed": 1, "stop": ["x"]},
+    ]
+
+
+def test_a_conversation_is_rendered_by_the_server(llm: LLM, server: Server) -> None:
+    output = only(llm.chat([{"role": "user", "content": "hello"}], use_tqdm=False))
+    assert output.outputs[0].text == "<hello>"
+    path, body, _ = server.asked[-1]
+    assert path == "/v1/chat/completions"
+    assert body is not None
+    assert body["messages"] == [{"role": "user", "content": "hello"}]
+    with pytest.raises(RequestError, match="chat template"):
+        llm.chat([{"role": "user", "content": "hello"}], chat_template_kwargs={"x": 1})
+    with pytest.raises(RequestError, match="no JSON form"):
+        llm.chat([{"role": "user", "content": object()}], use_tqdm=False)
+
+
+@pytest.mark.parametrize("suffix", ["", "/", "/v1", "/v1/"])
+def test_the_address_may_be_written_in_each_form(server: Server, suffix: str) -> None:
+    with LLM(base_url=server.url + suffix, api_key="secret") as llm:
+        assert only(llm.generate("x", use_tqdm=False)).finished
+    assert [path for path, _, _ in server.asked] == ["/v1/models", "/v1/completions"]
+    assert {key for _, _, key in server.asked} == {"Bearer secret"}
+
+
+def test_a_model_is_chosen_by_name_and_an_unknown_one_lists_the_known(server: Server) -> None:
+    with LLM("large", base_url=server.url) as llm:
+        llm.generate("x", use_tqdm=False)
+    assert server.asked[-1][1] is not None
+    assert server.asked[-1][1]["model"] == "large"
+    with pytest.raises(UnknownModelError, match="small, large"):
+        LLM("huge", base_url=server.url)
+
+
+def test_a_request_that_fails_does_not_stop_the_others(llm: LLM, server: Server) -> None:
+    def reply(path: str, body: dict[str, Any]) -> Reply:
+        prompt = str(body["prompt"])
+        if prompt == "long":
+            return 400, {"error": {"message": "too long", "param": "prompt", "code": "context_length_exceeded"}}
+        if prompt == "odd":
+            return 200, {"choices": [{}]}
+        if prompt == "broken":
+            return 502, b"<html>"
+        return answer(path, body)
+
+    server.reply = reply
+    outputs = llm.generate(["long", "fine", "odd", "broken"], use_tqdm=False)
+    errors = [output.outputs[0].error for output in outputs]
+    assert errors[0] == "too long"
+    assert errors[1] is None
+    assert "unreadable answer" in str(errors[2])
+    assert "502" in str(errors[3])
+    assert [output.outputs[0].finish_reason for output in outputs] == ["error", "length", "error", "error"]
+
+
+@pytest.mark.parametrize(
+    ("url", "key", "error", "words"),
+    [
+        ("http://127.0.0.1:1", None, EngineError, "cannot reach"),
+        ("127.0.0.1:8000", None, ConfigError, "base_url"),
+        ("ftp://127.0.0.1", None, ConfigError, "base_url"),
+        (None, "wrong", EngineError, "a valid key is needed"),
+    ],
+)
+def test_a_server_that_does_not_serve_is_reported_at_once(
+    server: Server, url: str | None, key: str | None, error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        LLM(base_url=url or server.url, api_key=key)
+
+
+def test_empty_prompts_and_wrong_types_are_refused_here(llm: LLM, server: Server) -> None:
+    for prompts in ("", [[]], None, [1.5]):
+        with pytest.raises(RequestError):
+            llm.generate(prompts, use_tqdm=False)  # type: ignore[arg-type]
+    assert len(server.asked) == 1
+
+
+def slow(server: Server) -> Callable[[str, dict[str, Any]], Reply]:
+    def reply(path: str, body: dict[str, Any]) -> Reply:
+        server.release.wait(20)
+        return answer(path, body)
+
+    return reply
+
+
+def test_an_interrupt_hangs_up_and_leaves_the_client_usable(llm: LLM, server: Server) -> None:
+    server.reply = slow(server)
+    timer = threading.Timer(0.3, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))
+    timer.start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["x"] * (MAX_CONNECTIONS + 3), use_tqdm=False)
+    timer.join()
+    server.reply = answer
+    assert only(llm.generate("y", use_tqdm=False)).outputs[0].text == "<y>"
+    assert time.monotonic() - began < 10
+
+
+def test_requests_one_at_a_time_and_aborted(llm: LLM, server: Server) -> None:
+    server.reply = slow(server)
+    names = [llm.add_request("x"), llm.add_request("y", request_id="mine")]
+    assert llm.step(timeout=0.05) == []
+    llm.abort("mine")
+    llm.abort("unknown")
+    aborted = only(llm.step())
+    assert (aborted.request_id, aborted.outputs[0].finish_reason) == ("mine", "abort")
+    server.release.set()
+    assert only(llm.step()).request_id == names[0]
+    assert not llm.has_unfinished_requests()
+
+
+def test_close_hangs_up_and_is_harmless_twice(llm: LLM, server: Server) -> None:
+    server.reply = slow(server)
+    llm.add_request("x")
+    time.sleep(0.05)
+    began = time.monotonic()
+    llm.close()
+    llm.close()
+    assert time.monotonic() - began < 5
+    with pytest.raises(EngineDeadError, match="closed"):
+        llm.generate("x", use_tqdm=False)
