@@ -111,10 +111,10 @@ class AsyncLLM:
         Raises whatever keeps the engine from starting: CheckpointError, TokenizerError, CapacityError …
         """
         loop = asyncio.get_running_loop()
-        if self._loop is not None and self._loop is not loop:
-            raise EngineError("an AsyncLLM belongs to the event loop that started it, and this is another one")
         if self.failure is not None:
             raise copy.copy(self.failure) from self.failure.__cause__
+        if self._loop is not None and self._loop is not loop:
+            raise EngineError("an AsyncLLM belongs to the event loop that started it, and this is another one")
         if self._starting is None:
             self._loop = loop
             self._starting = loop.create_task(self._start(loop))
@@ -160,16 +160,16 @@ class AsyncLLM:
 
     async def close(self) -> None:
         """End the engine; open streams end with an error. Harmless twice, and while it is still starting."""
-        if self._loop is None:  # never started
-            self._start_failure = EngineDeadError("the engine was closed")
-            self._finalizer()
-            return
+        if self._loop is not None and self._loop.is_closed():
+            self._loop = None  # with it went its tasks and readers; the rest is given back from here
+        elif self._loop is not None and self._loop is not asyncio.get_running_loop():
+            raise EngineError("an AsyncLLM is closed on the event loop that started it, and this is another one")
         if self._closing is None:
-            self._closing = self._loop.create_task(self._close())
+            self._closing = asyncio.create_task(self._close())
         await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
-        if self._starting is not None and not self._starting.done():
+        if self._loop is not None and self._starting is not None and not self._starting.done():
             self._starting.cancel()
             await asyncio.wait([self._starting])
         if self._client is None:
@@ -183,9 +183,10 @@ class AsyncLLM:
         connection, self._connection = self._connection, None
         if self._watchdog is not None:
             self._watchdog.cancel()
-        if connection is not None and self._loop is not None:
-            self._loop.remove_reader(connection.fileno())
-            self._loop.remove_reader(self._process_fd)
+        if connection is not None:
+            if self._loop is not None:
+                self._loop.remove_reader(connection.fileno())
+                self._loop.remove_reader(self._process_fd)
             connection.close()
         await asyncio.to_thread(self._process.stop)
         self._finalizer.detach()

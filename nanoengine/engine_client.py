@@ -170,7 +170,8 @@ class EngineClient:
         """Open a journal and queue the request for the scheduler.
 
         Raises:
-            RequestError: the id is malformed or belongs to a request that is not finished yet.
+            RequestError: the id is malformed or belongs to a request that is not finished yet, or the priority is no
+                number of 32 bits.
             EngineDeadError: the engine is gone.
         """
         self.check_alive()
@@ -180,6 +181,8 @@ class EngineClient:
             while request_id in self._by_request_id:
                 request_id += "'"  # somebody chose a number as an id
         self._check_request_id(request_id)
+        if type(priority) is not int or not -(2**31) <= priority < 2**31:
+            raise RequestError(f"priority must be an integer of 32 bits, got {priority!r:.100}", "priority")
         if not self._live:
             self._heard(self._clock())  # an idle scheduler was not silent, it had nothing to say
         journal = RequestJournal(

@@ -150,6 +150,8 @@ class RequestJournal:
         self.metrics = RequestMetrics(arrival_time)
         self.sequences = [SequenceJournal(i, prompt_token_ids, params, tokenizer) for i in range(params.n)]
         self.failure: NanoEngineError | None = None
+        # Shared by all outputs, since copying a long prompt for each token would cost more than the token.
+        self._shown_prompt = list(prompt_token_ids)
         # How often its tokens were asked for again since it last got one, and when that may be done next.
         self.num_replays = 0
         self.next_replay = 0.0
@@ -183,11 +185,11 @@ class RequestJournal:
                 setattr(self.metrics, name, kind(metrics[name]))
 
     def output(self) -> RequestOutput:
-        """A snapshot for the client: all tokens so far; it does not change any more."""
+        """A snapshot for the client: all tokens so far; it does not change any more, nor does the journal with it."""
         return RequestOutput(
             self.request_id,
             self.prompt,
-            list(self.prompt_token_ids),
+            self._shown_prompt,
             [sequence.output() for sequence in self.sequences],
             self.finished,
             dataclasses.replace(self.metrics),

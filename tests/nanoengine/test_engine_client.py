@@ -169,6 +169,14 @@ def test_a_malformed_request_id_is_refused(client: EngineClient, request_id: Any
     assert refused.value.param == "request_id"
 
 
+@pytest.mark.parametrize("priority", [2**70, "high", 1.5, True])
+def test_a_priority_that_no_message_can_carry_is_refused(client: EngineClient, priority: Any) -> None:
+    with pytest.raises(RequestError) as refused:
+        client.add(client.check(IDS), priority=priority)
+    assert refused.value.param == "priority"
+    assert not client.outbox
+
+
 def test_a_live_request_id_is_refused_and_a_finished_one_is_free_again(client: EngineClient) -> None:
     journal = add(client, request_id="a")
     with pytest.raises(RequestError, match="still runs"):
@@ -289,6 +297,9 @@ def test_an_output_that_was_handed_out_does_not_change(client: EngineClient) -> 
     tell(client, journal, 0, [10])
     before = journal.output()
     kept = copy.deepcopy(before)
+    before.prompt_token_ids.append(1)  # a client may do what it likes with what it was given
+    assert client.resubmit_all()[0].prompt_token_ids == IDS.token_ids  # type: ignore[union-attr]
+    before.prompt_token_ids.pop()
     tell(client, journal, 1, [11], "length", metrics={"num_cached_tokens": 3.0, "unknown": 1.0})
     assert before == kept
     after = journal.output().metrics

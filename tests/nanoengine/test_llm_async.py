@@ -315,6 +315,8 @@ def test_another_event_loop_is_refused_instead_of_hanging(model: str) -> None:
     asyncio.run(llm.start())
     with pytest.raises(EngineError, match="event loop"):
         asyncio.run(collect(llm, [1]))
+    asyncio.run(llm.close())
+    assert FakeEngineProcess.made[-1].stops >= 1
 
 
 async def test_the_settings_may_be_given_as_a_config(model: str) -> None:
