@@ -34,7 +34,7 @@ class Progress:
 
             self._bar = tqdm(total=total, desc="Generating", unit="prompt", dynamic_ncols=True)
         self._started = time.perf_counter()
-        self._next_postfix = 0.0
+        self._next_postfix = _INTERVAL
         self._seen: dict[int, int] = {}  # id of the request -> its generated tokens
         self.num_prefilled = 0
         self.num_decoded = 0
