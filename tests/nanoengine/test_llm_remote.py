@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -239,3 +240,24 @@ def test_close_hangs_up_and_is_harmless_twice(llm: LLM, server: Server) -> None:
     assert time.monotonic() - began < 5
     with pytest.raises(EngineDeadError, match="closed"):
         llm.generate("x", use_tqdm=False)
+
+
+def test_our_own_server_and_this_client_understand_each_other(tmp_path: Path) -> None:
+    from tests.launch.fake_engine import ANSWER, FakeEngine, served
+
+    engine = FakeEngine(tmp_path)
+    assert engine.tokenizer is not None
+    ids = engine.tokenizer.encode("a")
+    with served(engine) as url, LLM(base_url=url) as llm:
+        params = SamplingParams(max_tokens=50, top_k=3, min_p=0.1, stop_token_ids=[5], ignore_eos=True, seed=9)
+        outputs = [*llm.generate(["a", ids], params, use_tqdm=False)]
+        assert [output.outputs[0].text for output in outputs] == [ANSWER, ANSWER]
+        assert [output.prompt_token_ids for output in outputs] == [ids, ids]
+        assert all(output.outputs[0].token_ids for output in outputs)
+        assert engine.params[-1] == params, "a parameter changed on its way"
+        llm.generate(ids, SamplingParams(max_tokens=None), use_tqdm=False)
+        assert engine.params[-1].max_tokens is None, "no limit became some limit on its way"
+        [chat] = llm.chat([{"role": "user", "content": "hi"}], use_tqdm=False)
+        assert chat.outputs[0].text == ANSWER
+        [refused] = llm.generate([10**6], use_tqdm=False)
+        assert (refused.outputs[0].finish_reason, bool(refused.outputs[0].error)) == ("error", True)
