@@ -126,7 +126,7 @@ class IncrementalDetokenizer:
     def __init__(
         self, tokenizer: _SourceTokenizer, prompt_token_ids: Sequence[int] = (), skip_special_tokens: bool = True
     ) -> None:
-        self.text = ""
+        self._parts: list[str] = []
         self._stream: _ByteStream | _WindowStream
         if tokenizer.pieces is not None:
             skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset[int]()
@@ -137,14 +137,20 @@ class IncrementalDetokenizer:
     def append(self, token_ids: Iterable[int]) -> str:
         """Take more tokens; returns the text they complete, '' while a character is open."""
         new = self._stream.append(token_ids)
-        self.text += new
+        self._parts.append(new)
         return new
 
     def finish(self) -> str:
         """No token follows: returns the rest, U+FFFD for a character that stayed open. Harmless twice."""
         new = self._stream.finish()
-        self.text += new
+        self._parts.append(new)
         return new
+
+    @property
+    def text(self) -> str:
+        """All increments so far, joined when somebody asks."""
+        self._parts = ["".join(self._parts)]
+        return self._parts[0]
 
 
 class _ByteStream:

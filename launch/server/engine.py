@@ -1,0 +1,28 @@
+"""What the HTTP server asks of an engine; `nanoengine.AsyncLLM` is the one that has it, tests have others."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Protocol
+
+from configs.engine import EngineConfig
+from configs.errors import NanoEngineError
+from nanoengine.outputs import RequestOutput
+from nanoengine.sampling_params import SamplingParams
+from nanoengine.tokenizer import Tokenizer
+
+
+class Engine(Protocol):
+    """See `nanoengine.async_llm.AsyncLLM`."""
+
+    @property
+    def config(self) -> EngineConfig: ...
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
+    @property
+    def is_ready(self) -> bool: ...
+    @property
+    def failure(self) -> NanoEngineError | None: ...
+    def generate(
+        self, prompt: list[int], sampling_params: SamplingParams | None = None, request_id: str | None = None
+    ) -> AsyncGenerator[RequestOutput, None]: ...

@@ -1,0 +1,132 @@
+"""Every error a client can see, as OpenAI renders them; knows no route.
+
+`{"error": {"message", "type", "param", "code"}}`, as the body of a response or as an event of a stream that has begun.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from configs.errors import (
+    CapacityError,
+    DeadlineError,
+    EngineDeadError,
+    NanoEngineError,
+    RequestError,
+    TokenizerError,
+)
+
+INVALID_REQUEST = "invalid_request_error"
+AUTHENTICATION = "authentication_error"
+NOT_FOUND = "not_found_error"
+UNAVAILABLE = "service_unavailable_error"
+SERVER = "server_error"
+
+
+class ApiError(Exception):
+    """An answer that is an error: its HTTP status and what the body says."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        type: str = INVALID_REQUEST,
+        param: str | None = None,
+        code: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.type, self.param, self.code = status, message, type, param, code
+
+    def body(self) -> dict[str, Any]:
+        """The JSON object."""
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return {"error": error}
+
+    def response(self) -> JSONResponse:
+        """The whole response."""
+        headers = {}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        if self.status == 503:
+            headers["Retry-After"] = "1"
+        return JSONResponse(self.body(), self.status, headers)
+
+
+def from_exception(error: Exception) -> ApiError:
+    """Render an exception; one that is not of our tree is a fault of ours and is not shown."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, RequestError):
+        return ApiError(400, error.message, param=error.param, code=error.code)
+    if isinstance(error, CapacityError | TokenizerError):
+        return ApiError(400, error.message)
+    if isinstance(error, EngineDeadError | DeadlineError):
+        return ApiError(503, error.message, UNAVAILABLE, code="engine_dead")
+    if isinstance(error, NanoEngineError):
+        return ApiError(500, error.message, SERVER)
+    return ApiError(500, "internal error; the server's log says more", SERVER)
+
+
+def model_not_found(name: str, served: str) -> ApiError:
+    """The 404 for a model that is not served here."""
+    return ApiError(
+        404,
+        f"the model {name!r:.200} does not exist; this server has {served!r}",
+        NOT_FOUND,
+        "model",
+        "model_not_found",
+    )
+
+
+def install(app: FastAPI) -> None:
+    """Make every error of the app one of ours."""
+
+    async def on_known(request: Request, error: Exception) -> JSONResponse:
+        return from_exception(error).response()
+
+    async def on_invalid(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        return _from_validation(error).response()
+
+    async def on_http(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        response = _from_http(error, request).response()
+        response.headers.update(error.headers or {})
+        return response
+
+    app.add_exception_handler(ApiError, on_known)
+    app.add_exception_handler(NanoEngineError, on_known)
+    app.add_exception_handler(RequestValidationError, on_invalid)
+    app.add_exception_handler(HTTPException, on_http)
+    app.add_exception_handler(Exception, on_known)  # it is raised again after the answer, and uvicorn logs it
+
+
+def _from_http(error: HTTPException, request: Request) -> ApiError:
+    where = f"{request.method} {request.url.path}"
+    if error.status_code == 404:
+        return ApiError(404, f"there is no {where:.200}", NOT_FOUND, code="route_not_found")
+    if error.status_code == 405:
+        return ApiError(405, f"{request.url.path:.200} does not take {request.method}", code="method_not_allowed")
+    return ApiError(error.status_code, str(error.detail))
+
+
+def _from_validation(error: RequestValidationError) -> ApiError:
+    """The first of pydantic's complaints, as one sentence that names the field and what was sent."""
+    first = error.errors()[0]
+    where = [part for part in first["loc"] if part != "body"]
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is not valid JSON: {first['ctx']['error']} at character {where[-1]}")
+    if not where:
+        return ApiError(400, "the body must be a JSON object, sent with Content-Type: application/json")
+    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where).lstrip(".")
+    if first["type"] == "missing":
+        return ApiError(400, f"{param} is required", param=param, code="missing_required_parameter")
+    wanted = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    got = json.dumps(first["input"], ensure_ascii=False, default=repr)
+    return ApiError(400, f"{param} must be {wanted}, got {got:.100}", param=param, code="invalid_type")

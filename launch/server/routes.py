@@ -1,0 +1,180 @@
+"""The routes: what each reads of a request, and what it answers; knows neither sockets nor how a token is made."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, Request
+from fastapi.responses import JSONResponse, Response
+
+from configs.errors import RequestError
+from launch.server.engine import Engine
+from launch.server.errors import UNAVAILABLE, ApiError, model_not_found
+from launch.server.formats import ChatFormat, CompletionFormat
+from launch.server.generation import respond
+from launch.server.schema import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+    chat_messages,
+)
+from nanoengine.tokenizer import Tokenizer
+from nanoengine.version import __version__
+
+router = APIRouter()
+_STARTED = int(time.time())
+
+
+def _engine(request: Request) -> Engine:
+    engine: Engine = request.app.state.engine
+    return engine
+
+
+def _serving(request: Request, model: str | None) -> Engine:
+    """The engine, when it serves this model right now. Raises ApiError 404 or 503."""
+    engine = _engine(request)
+    served = engine.config.served_model_name
+    if model is not None and model != served:
+        raise model_not_found(model, served)
+    if not engine.is_ready:
+        raise _not_ready(engine)
+    return engine
+
+
+def _not_ready(engine: Engine) -> ApiError:
+    failure = engine.failure
+    if failure is not None:
+        return ApiError(503, failure.message, UNAVAILABLE, code="engine_dead")
+    return ApiError(503, "the model is still loading", UNAVAILABLE, code="loading")
+
+
+def _tokenizer(engine: Engine, param: str) -> Tokenizer:
+    if engine.tokenizer is None:
+        raise RequestError(
+            "this server runs without a tokenizer (skip_tokenizer_init): send token ids to /v1/completions", param
+        )
+    return engine.tokenizer
+
+
+# -- generation -------------------------------------------------------------------------------------------------
+
+
+@router.post("/v1/completions")
+async def create_completion(request: Request, body: Annotated[CompletionRequest, Body()]) -> Response:
+    """Continue one or several prompts."""
+    engine = _serving(request, body.model)
+    body.check()
+    params, prompts = body.sampling_params(), body.prompts()
+    if isinstance(prompts[0], str):
+        # In a thread: a long text takes milliseconds, which every open stream would wait.
+        prompts = await asyncio.to_thread(_tokenizer(engine, "prompt").encode_batch, prompts)
+    answer_id = f"cmpl-{uuid.uuid4().hex}"
+    answer = CompletionFormat(
+        answer_id, engine.config.served_model_name, len(prompts), bool(body.return_token_ids), body.include_usage
+    )
+    return await respond(request, engine, prompts, params, answer_id, answer, bool(body.stream))
+
+
+@router.post("/v1/chat/completions")
+async def create_chat_completion(request: Request, body: Annotated[ChatCompletionRequest, Body()]) -> Response:
+    """Answer a conversation."""
+    engine = _serving(request, body.model)
+    body.check()
+    params, messages = body.sampling_params(), chat_messages(body.messages)
+    prompt = await asyncio.to_thread(_tokenizer(engine, "messages").apply_chat_template, messages)
+    answer_id = f"chatcmpl-{uuid.uuid4().hex}"
+    answer = ChatFormat(answer_id, engine.config.served_model_name, 1, bool(body.return_token_ids), body.include_usage)
+    return await respond(request, engine, [prompt], params, answer_id, answer, bool(body.stream))
+
+
+# -- models -----------------------------------------------------------------------------------------------------
+
+
+@router.get("/v1/models")
+async def list_models(request: Request) -> dict[str, Any]:
+    """The one model that is served."""
+    return {"object": "list", "data": [_model_card(_engine(request))]}
+
+
+@router.get("/v1/models/{model:path}")
+async def get_model(request: Request, model: str) -> dict[str, Any]:
+    """The model, by name."""
+    engine = _engine(request)
+    if model != engine.config.served_model_name:
+        raise model_not_found(model, engine.config.served_model_name)
+    return _model_card(engine)
+
+
+def _model_card(engine: Engine) -> dict[str, Any]:
+    return {
+        "id": engine.config.served_model_name,
+        "object": "model",
+        "created": _STARTED,
+        "owned_by": "nanoengine",
+        "root": engine.config.model.model,
+        "max_model_len": engine.config.max_model_len,
+    }
+
+
+# -- probes -----------------------------------------------------------------------------------------------------
+
+
+@router.get("/health")
+@router.get("/readyz")
+async def health(request: Request) -> JSONResponse:
+    """200 while requests are served, 503 while the model loads and once the engine is dead. Queues no work."""
+    engine = _engine(request)
+    if not engine.is_ready:
+        return _not_ready(engine).response()
+    return JSONResponse({"status": "ready"})
+
+
+@router.get("/livez")
+async def live() -> dict[str, str]:
+    """200 as long as this process answers."""
+    return {"status": "alive"}
+
+
+@router.get("/version")
+async def version() -> dict[str, str]:
+    """The version of nanoengine."""
+    return {"version": __version__}
+
+
+# -- tokens -----------------------------------------------------------------------------------------------------
+
+
+@router.post("/tokenize")
+async def tokenize(request: Request, body: Annotated[TokenizeRequest, Body()]) -> dict[str, Any]:
+    """The token ids of a prompt, or of a conversation with the chat template around it."""
+    engine = _serving(request, body.model)
+    body.refuse_unsupported()
+    if (body.prompt is None) == (body.messages is None):
+        raise RequestError("send either prompt or messages", "prompt" if body.messages is None else "messages")
+    tokenizer = _tokenizer(engine, "prompt" if body.messages is None else "messages")
+    if body.messages is None:
+        assert body.prompt is not None
+        ids = await asyncio.to_thread(tokenizer.encode, body.prompt, body.add_special_tokens)
+    else:
+        messages = chat_messages(body.messages)
+        ids = await asyncio.to_thread(tokenizer.apply_chat_template, messages, body.add_generation_prompt)
+    strings = [tokenizer.token(token) for token in ids] if body.return_token_strs else None
+    return {
+        "count": len(ids),
+        "max_model_len": engine.config.max_model_len,
+        "tokens": ids,
+        "token_strs": strings,
+    }
+
+
+@router.post("/detokenize")
+async def detokenize(request: Request, body: Annotated[DetokenizeRequest, Body()]) -> dict[str, str]:
+    """The text of token ids, special tokens shown."""
+    engine = _serving(request, body.model)
+    body.refuse_unsupported()
+    tokenizer = _tokenizer(engine, "tokens")
+    return {"prompt": await asyncio.to_thread(tokenizer.decode, body.tokens, False)}

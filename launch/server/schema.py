@@ -1,0 +1,295 @@
+"""What clients may send, and how it becomes sampling parameters and prompts; knows no engine and no route.
+
+A field that is not supported is refused by name, unless its value asks for nothing: many clients send the defaults
+of fields that they do not use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+
+from configs.errors import RequestError
+from nanoengine.sampling_params import SamplingParams
+
+MAX_PROMPTS = 1024
+_ANYTHING = object()
+
+# Values that leave the answer as it is, for each field that is known but not supported (yet). null always is one.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,),
+    "allowed_token_ids": (),
+    "audio": (),
+    "bad_words": ([],),
+    "best_of": (1,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "detokenize": (True,),
+    "documents": ([],),
+    "early_stopping": (False,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "include_reasoning": (_ANYTHING,),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "metadata": (_ANYTHING,),
+    "min_tokens": (0,),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (_ANYTHING,),
+    "prediction": (),
+    "presence_penalty": (0,),
+    "priority": (0,),
+    "prompt_cache_key": (_ANYTHING,),
+    "prompt_logprobs": (),
+    "reasoning_effort": (),
+    "repetition_penalty": (1,),
+    "response_format": ({"type": "text"},),
+    "safety_identifier": (_ANYTHING,),
+    "service_tier": ("auto", "default"),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "store": (False,),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "user": (_ANYTHING,),
+    "verbosity": (),
+}
+_NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
+    "annotations": ([],),
+    "audio": (),
+    "function_call": (),
+    "reasoning_content": (),
+    "refusal": (),
+    "tool_calls": ([],),
+}
+_NEUTRAL_IN_STREAM_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "continuous_usage_stats": (False,),
+    "include_obfuscation": (_ANYTHING,),
+}
+
+_SAMPLING_FIELDS = ("n", "temperature", "top_p", "top_k", "min_p", "seed", "ignore_eos", "stop", "stop_token_ids")
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+
+Prompt = Annotated[
+    Any,
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "items": {"type": "string"}},
+                {"type": "array", "items": {"type": "integer"}},
+                {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+            ]
+        }
+    ),
+]
+Stop = Annotated[
+    Any,
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}]}),
+]
+
+
+class Body(BaseModel):
+    """A request's JSON object: types are taken as they are, and unknown fields are kept to be judged."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    def refuse_unsupported(self) -> None:
+        """Raise RequestError for the first field that asks for what is not supported."""
+        refuse_unsupported(self.model_extra or {}, NEUTRAL)
+
+
+class StreamOptions(BaseModel):
+    """`stream_options`."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    include_usage: bool | None = None
+
+
+class SamplingFields(Body):
+    """What completions and chat completions share. null means the default."""
+
+    model: str | None = None
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    max_tokens: int | None = None
+    ignore_eos: bool | None = None
+    stop: Stop = None
+    stop_token_ids: list[int] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with a chunk that counts."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def check(self) -> None:
+        """Raise RequestError for what no type can say."""
+        self.refuse_unsupported()
+        if self.stream_options is not None:
+            refuse_unsupported(
+                self.stream_options.model_extra or {}, _NEUTRAL_IN_STREAM_OPTIONS, prefix="stream_options."
+            )
+            if not self.stream:
+                raise RequestError("stream_options needs stream: true", "stream_options")
+
+    def sampling_params(self) -> SamplingParams:
+        """The parameters of each prompt. Raises RequestError for an impossible value."""
+        given: dict[str, Any] = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
+        return SamplingParams(**(given | self.length()))
+
+    def length(self) -> dict[str, int | None]:
+        """`max_tokens`, where it is not SamplingParams' own default."""
+        raise NotImplementedError
+
+
+class CompletionRequest(SamplingFields):
+    """POST /v1/completions."""
+
+    prompt: Prompt
+
+    def length(self) -> dict[str, int | None]:
+        # Left out, it is OpenAI's 16; null says "as many as fit", as in SamplingParams.
+        return {"max_tokens": self.max_tokens} if "max_tokens" in self.model_fields_set else {}
+
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The prompts, all text or all token ids. Raises RequestError for any other form."""
+        prompt = self.prompt
+        if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and type(prompt[0]) is int):
+            prompt = [prompt]
+        if not isinstance(prompt, list) or not (_all_text(prompt) or all(_is_ids(entry) for entry in prompt)):
+            raise RequestError(
+                "prompt must be a string, a list of strings, a list of token ids, or a list of lists of token ids",
+                "prompt",
+                "invalid_type",
+            )
+        if not 0 < len(prompt) <= MAX_PROMPTS:
+            raise RequestError(f"prompt must hold 1 to {MAX_PROMPTS} prompts, got {len(prompt)}", "prompt")
+        return prompt
+
+
+class ChatCompletionRequest(SamplingFields):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    max_completion_tokens: int | None = None
+
+    def length(self) -> dict[str, int | None]:
+        return {"max_tokens": self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens}
+
+    def sampling_params(self) -> SamplingParams:
+        try:
+            return super().sampling_params()
+        except RequestError as error:
+            if error.param == "max_tokens" and self.max_completion_tokens is not None:
+                message = error.message.replace("max_tokens", "max_completion_tokens")
+                raise RequestError(message, "max_completion_tokens", error.code) from None
+            raise
+
+
+class TokenizeRequest(Body):
+    """POST /tokenize: `prompt`, or `messages` as in a chat."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(Body):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[int]
+
+
+def chat_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages as chat templates know them: a known role and text.
+
+    Raises:
+        RequestError: names the place of what is not supported, e.g. `messages[1].content[0].type`.
+    """
+    return [_chat_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+
+
+def _chat_message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
+    role = message.get("role")
+    if not isinstance(role, str) or role not in _ROLES:
+        raise RequestError(f"{where}.role must be one of {', '.join(_ROLES)}, got {role!r:.100}", f"{where}.role")
+    taken: dict[str, Any] = {"role": _ROLES[role], "content": _content(message.get("content"), role, where)}
+    for name in ("name", "tool_call_id"):
+        if message.get(name) is not None:
+            if not isinstance(message[name], str):
+                raise RequestError(f"{where}.{name} must be a string", f"{where}.{name}", "invalid_type")
+            taken[name] = message[name]
+    rest = {name: value for name, value in message.items() if name not in ("role", "content", "name", "tool_call_id")}
+    refuse_unsupported(rest, _NEUTRAL_IN_MESSAGE, prefix=f"{where}.")
+    return taken
+
+
+def _content(content: Any, role: str, where: str) -> str:
+    if isinstance(content, str):
+        return content
+    if content is None and role == "assistant":
+        return ""
+    param = f"{where}.content"
+    if not isinstance(content, list) or not content:
+        raise RequestError(f"{param} must be a string or a list of text parts", param, "invalid_type")
+    texts = []
+    for index, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in ("text", "input_text"):
+            raise RequestError(
+                f"{param}[{index}].type must be 'text', the only kind supported, got {kind!r:.100}",
+                f"{param}[{index}].type",
+            )
+        if not isinstance(part.get("text"), str):
+            raise RequestError(f"{param}[{index}].text must be a string", f"{param}[{index}].text", "invalid_type")
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+def refuse_unsupported(extra: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]], prefix: str = "") -> None:
+    """Raise RequestError for the first field that is unknown, or known and not neutral."""
+    for name, value in extra.items():
+        if name not in neutral:
+            raise RequestError(f"{prefix}{name:.100} is not a field that this server knows", f"{prefix}{name:.100}")
+        allowed = neutral[name]
+        if value is None or _ANYTHING in allowed or any(_same(value, each) for each in allowed):
+            continue
+        named = ", ".join(["null", *(repr(each) for each in allowed)])
+        raise RequestError(
+            f"{prefix}{name} is not supported (only {named}), got {value!r:.100}", f"{prefix}{name}", "unsupported"
+        )
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    """Equal as JSON: 0 and 0.0 are, 0 and false are not."""
+    return isinstance(value, bool) == isinstance(neutral, bool) and bool(value == neutral)
+
+
+def _all_text(prompts: list[Any]) -> bool:
+    return all(isinstance(entry, str) for entry in prompts)
+
+
+def _is_ids(prompt: Any) -> bool:
+    return isinstance(prompt, list) and all(type(token) is int for token in prompt)

@@ -1,0 +1,122 @@
+"""An engine without processes for the HTTP server: it checks requests as the real one does, and invents the answers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import AsyncGenerator, Iterator
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from configs.engine import EngineConfig
+from configs.errors import EngineError, NanoEngineError
+from launch.server.app import create_app
+from nanoengine.detokenizer import IncrementalDetokenizer, StopChecker
+from nanoengine.engine_client import EngineClient
+from nanoengine.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from nanoengine.prompts import Prompt
+from nanoengine.sampling_params import SamplingParams
+from nanoengine.tokenizer import Tokenizer
+from tests.nanoengine.tokenizers_for_tests import write_byte_level
+
+ANSWER = "北京 is the capital 😀."
+MAX_MODEL_LEN = 256
+
+
+class FakeEngine:
+    """Answers `ANSWER` token by token, or what `answers` holds for a prompt's text.
+
+    `delay` seconds lie between tokens; `fail_after` tokens the request fails; `open` and `aborted` hold request ids.
+    """
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        self.tokenizer: Tokenizer | None = Tokenizer(write_byte_level(folder / "tokenizer"))
+        settings = {"max_model_len": MAX_MODEL_LEN} | settings
+        self.config = EngineConfig.create(**settings).resolve()
+        self.is_ready = True
+        self.failure: NanoEngineError | None = None
+        self.delay = 0.0
+        self.fail_after: int | None = None
+        self.raise_at_once: Exception | None = None
+        self.answers: dict[str, str] = {}
+        self.open: set[str] = set()
+        self.aborted: list[str] = []
+        self.params: list[SamplingParams] = []
+        self.prompts: list[list[int]] = []
+
+    async def generate(
+        self, prompt: list[int], sampling_params: SamplingParams | None = None, request_id: str | None = None
+    ) -> AsyncGenerator[RequestOutput, None]:
+        request = EngineClient(self.config, self.tokenizer).check(Prompt(token_ids=prompt), sampling_params)
+        if self.raise_at_once is not None:
+            raise self.raise_at_once
+        assert request_id is not None
+        self.params.append(request.params)
+        self.prompts.append(prompt)
+        self.open.add(request_id)
+        finished = False
+        try:
+            for output in self._outputs(request_id, prompt, request.params, request.max_tokens):
+                await asyncio.sleep(self.delay)
+                finished = output.finished
+                yield output
+        finally:
+            self.open.discard(request_id)
+            if not finished:
+                self.aborted.append(request_id)
+
+    def _outputs(
+        self, request_id: str, prompt: list[int], params: SamplingParams, max_tokens: int
+    ) -> Iterator[RequestOutput]:
+        assert self.tokenizer is not None
+        answer = self.tokenizer.encode(self.answers.get(self.tokenizer.decode(prompt), ANSWER))
+        ids = [*answer, self.tokenizer.eos_token_id or 0]
+        stream, stops, text = IncrementalDetokenizer(self.tokenizer, prompt), StopChecker(params.stop), ""
+        for count in range(1, len(ids) + 1):
+            if count - 1 == self.fail_after:
+                yield self._output(request_id, prompt, text, ids[: count - 1], "error", None)
+                return
+            new, matched = stops.feed(stream.append([ids[count - 1]]))
+            text += new
+            reason = "stop" if matched or count == len(ids) else "length" if count == max_tokens else None
+            if reason and not matched:
+                text += stops.feed(stream.finish())[0] + stops.flush()
+            yield self._output(request_id, prompt, text, ids[:count], reason, matched)
+            if reason:
+                return
+
+    @staticmethod
+    def _output(
+        request_id: str, prompt: list[int], text: str, ids: list[int], reason: str | None, matched: str | None
+    ) -> RequestOutput:
+        error = "rank 1 fell over" if reason == "error" else None
+        last = CompletionOutput(0, text, ids, finish_reason=reason, stop_reason=matched, error=error)
+        metrics = RequestMetrics(time.time(), num_cached_tokens=1)
+        return RequestOutput(request_id, None, prompt, [last], reason is not None, metrics)
+
+
+@contextlib.contextmanager
+def served(engine: FakeEngine) -> Iterator[str]:
+    """The address of a real uvicorn server over the engine, in a thread."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    settings = uvicorn.Config(create_app(engine), log_config=None, lifespan="off", timeout_graceful_shutdown=1)
+    server = uvicorn.Server(settings)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.005)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        listener.close()
+
+
+def engine_error(message: str) -> EngineError:
+    return EngineError(message)

@@ -1,0 +1,212 @@
+"""Starting, signals and ends of the whole server, as a process of its own with an engine that only pretends."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = """
+import asyncio, sys
+import launch.supervisor as supervisor
+from configs.errors import CapacityError, EngineDeadError
+from nanoengine.outputs import CompletionOutput, RequestMetrics, RequestOutput
+
+class Pretender:
+    tokenizer = None
+    def __init__(self, config):
+        self.config, self.is_ready, self.failure = config, False, None
+    async def start(self):
+        await asyncio.sleep({start_seconds})
+        if {start_fails}:
+            raise CapacityError("more memory is asked for\\nthan there is")
+        self.is_ready = True
+        if {dies_after}:
+            asyncio.get_running_loop().call_later({dies_after}, self.die, "rank 1 was killed")
+    def die(self, why):
+        self.is_ready, self.failure = False, EngineDeadError(why)
+    async def close(self):
+        if self.failure is None:
+            self.die("the engine was closed")
+        print("closed", file=sys.stderr, flush=True)
+    async def generate(self, prompt, params=None, request_id=None):
+        count = 0
+        while self.failure is None:
+            count += 1
+            await asyncio.sleep(0.02)
+            last = CompletionOutput(0, "x" * count, [1])
+            yield RequestOutput(request_id, None, prompt, [last], False, RequestMetrics(0))
+        raise self.failure
+
+supervisor.AsyncLLM = Pretender
+supervisor.DRAIN_SECONDS = {drain_seconds}
+from launch.cli import main
+sys.exit(main(["--port", "0"]))
+"""
+
+
+class Server:
+    """The process and what it printed."""
+
+    def __init__(self, **how: Any) -> None:
+        settings = {"start_seconds": 0, "start_fails": False, "dies_after": 0, "drain_seconds": 5} | how
+        program = PROGRAM
+        for name, value in settings.items():
+            program = program.replace("{" + name + "}", repr(value))
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        self.out: list[str] = []
+        self.err: list[str] = []
+        pairs = ((self.process.stdout, self.out), (self.process.stderr, self.err))
+        self.readers = [threading.Thread(target=self._read, args=pair) for pair in pairs]
+        for reader in self.readers:
+            reader.start()
+
+    @staticmethod
+    def _read(pipe: Any, lines: list[str]) -> None:
+        lines.extend(iter(pipe.readline, ""))  # extend takes each line as it comes
+        pipe.close()
+
+    def address(self) -> str:
+        """Where it listens, which it logs before it loads."""
+        self.until(lambda: any("listening on" in line for line in self.err))
+        (line,) = [line for line in self.err if "listening on" in line]
+        found = re.search(r"http://[^;\s]+", line)
+        assert found is not None
+        return found[0]
+
+    def ready(self) -> str:
+        self.until(lambda: bool(self.out))
+        return self.address()
+
+    def until(self, condition: Callable[[], bool], seconds: float = 15) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, "".join(self.err)
+            assert time.monotonic() < deadline, "".join(self.err)
+            time.sleep(0.01)
+
+    def end(self, *signals: int, seconds: float = 3.0) -> int:
+        for number in signals:
+            self.process.send_signal(number)
+            time.sleep(0.2 if len(signals) > 1 else 0)
+        code = self.process.wait(seconds)
+        for reader in self.readers:
+            reader.join(5)
+        return code
+
+    def errors(self) -> list[str]:
+        return [line for line in self.err if line.startswith("nanoengine: error:")]
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Server]]:
+    servers: list[Server] = []
+
+    def make(**how: Any) -> Server:
+        servers.append(Server(**how))
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        if server.process.poll() is None:
+            server.process.kill()
+        server.end(seconds=10)
+
+
+def test_health_turns_green_with_the_one_line_on_stdout(start: Callable[..., Server]) -> None:
+    server = start(start_seconds=1)
+    url = server.address()
+    loading = httpx.get(f"{url}/health")
+    assert (loading.status_code, loading.json()["error"]["code"]) == (503, "loading")
+    assert httpx.get(f"{url}/livez").status_code == 200
+    assert not server.out
+    assert server.ready() == url
+    assert httpx.get(f"{url}/health").status_code == 200
+    assert server.end(signal.SIGTERM) == 0
+    assert server.out == [f"nanoengine ready: {url} (model=demo, tp=1)\n"]
+    assert "Traceback" not in "".join(server.err)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("loading", [True, False])
+def test_a_signal_stops_it_cleanly_also_while_it_loads(
+    start: Callable[..., Server], number: int, loading: bool
+) -> None:
+    server = start(start_seconds=60 if loading else 0)
+    server.address() if loading else server.ready()
+    assert server.end(number) == 0
+    assert "closed\n" in server.err
+    assert "Traceback" not in "".join(server.err)
+    assert bool(server.out) is not loading
+
+
+def test_an_idle_connection_does_not_delay_the_stop(start: Callable[..., Server]) -> None:
+    server = start()
+    with httpx.Client() as client:
+        assert client.get(f"{server.ready()}/health").status_code == 200
+        assert server.end(signal.SIGTERM) == 0
+
+
+def test_a_second_signal_ends_it_at_once(start: Callable[..., Server]) -> None:
+    server = start(drain_seconds=60)
+    url = server.ready()
+    with httpx.stream("POST", f"{url}/v1/completions", json={"prompt": [1], "stream": True}) as response:
+        lines = response.iter_lines()  # forgetting it would hang up
+        next(lines)
+        begun = time.monotonic()
+        assert server.end(signal.SIGTERM, signal.SIGINT, seconds=1.5) == 128 + signal.SIGINT
+        assert time.monotonic() - begun < 1.5
+
+
+def test_a_stream_that_outlasts_the_stop_is_told(start: Callable[..., Server]) -> None:
+    server = start(drain_seconds=0.3)
+    url = server.ready()
+    with httpx.stream("POST", f"{url}/v1/completions", json={"prompt": [1], "stream": True}) as response:
+        lines = response.iter_lines()
+        next(lines)
+        server.process.send_signal(signal.SIGTERM)
+        rest = [line for line in lines if line]
+    assert "the engine was closed" in rest[-2]
+    assert rest[-1] == "data: [DONE]"
+    assert server.end() == 0
+
+
+def test_a_fatal_error_ends_it_with_an_exit_code_and_one_line(start: Callable[..., Server]) -> None:
+    """An orchestrator restarts what exits with an error, and nothing else."""
+    server = start(dies_after=1)
+    url = server.ready()
+    with httpx.stream("POST", f"{url}/v1/completions", json={"prompt": [1], "stream": True}) as response:
+        rest = [line for line in response.iter_lines() if line]
+    assert "rank 1 was killed" in rest[-2]
+    assert server.end(seconds=5) == 1
+    assert server.errors() == ["nanoengine: error: rank 1 was killed\n"]
+    assert "Traceback" not in "".join(server.err)
+
+
+def test_a_failed_start_is_one_line(start: Callable[..., Server]) -> None:
+    server = start(start_fails=True)
+    assert server.end(seconds=15) == 1
+    assert server.errors() == ["nanoengine: error: more memory is asked for than there is\n"]
+    assert "Traceback" not in "".join(server.err)
+    assert not server.out
+
+
+def test_the_front_end_imports_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys, launch.supervisor, nanoengine.tokenizer; from launch.server.app import create_app;"
+        "sys.exit(', '.join(name for name in ('torch', 'transformers', 'workers') if name in sys.modules) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
