@@ -1,0 +1,172 @@
+"""The worker's rows: what a step becomes as tensors, and that a step which does not fit is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from configs.errors import EngineError
+from nanoengine.step import PREVIOUS_SAMPLE, Epoch, RowParams, SequenceState, StepInput
+from workers.input_batch import Batch, InputBatch
+
+PARAMS = RowParams(0.5, 3, 0.9, 0.1, 2**63 - 1, 4)
+
+
+def make_batch(block_size: int = 4) -> InputBatch:
+    return InputBatch(
+        num_blocks=50, block_size=block_size, max_model_len=40, vocab_size=100, device=torch.device("cpu")
+    )
+
+
+def state(
+    seq_id: int,
+    tokens: list[int],
+    computed: int,
+    blocks: list[int],
+    params: RowParams | None = None,
+    sample: bool = True,
+) -> SequenceState:
+    return SequenceState(seq_id, tokens, computed, blocks, sample, params=params)
+
+
+def apply(batch: InputBatch, *rows: SequenceState, finished: tuple[int, ...] = ()) -> Batch | None:
+    return batch.apply(StepInput(Epoch(1, 1), 1, [], list(rows), list(finished)))
+
+
+def test_mixed_step_lays_out_tokens_slots_and_tables() -> None:
+    """A chunk, then a decode beside a new prompt; positions and slots follow the tables, tails are padded with 0."""
+    batch = make_batch()
+    apply(batch, state(7, [1, 2, 3, 4, 5], 0, [9, 3], PARAMS, sample=False))
+    made = apply(
+        batch, state(7, [6], 5, []), state(8, [10, 11, 12], 4, [20, 21], PARAMS), state(9, [1], 0, [30], PARAMS)
+    )
+    assert made is not None
+    assert made.seq_ids == [7, 8, 9]
+    assert made.input_ids.tolist() == [6, 10, 11, 12, 1]
+    assert made.positions.tolist() == [5, 4, 5, 6, 0]
+    assert made.metadata.slot_mapping.tolist() == [3 * 4 + 1, 21 * 4, 21 * 4 + 1, 21 * 4 + 2, 30 * 4]
+    assert made.metadata.block_tables.tolist() == [[9, 3], [20, 21], [30, 0]]
+    assert made.metadata.query_lens == [1, 3, 1]
+    assert made.metadata.seq_lens == [6, 7, 1]
+    assert made.logits_rows.tolist() == [0, 3, 4]
+    assert made.sampled == [0, 1, 2]
+    assert made.sampling.position.tolist() == [6, 7, 1]
+    assert {tensor.dtype for tensor in (made.input_ids, made.positions, made.logits_rows)} == {torch.int64}
+
+
+def test_partial_prompts_do_not_sample() -> None:
+    """Trap 11: their logits are not even computed."""
+    batch = make_batch()
+    made = apply(batch, state(1, [1, 2], 0, [1], PARAMS, sample=False), state(2, [5, 6], 0, [2], PARAMS))
+    assert made is not None
+    assert made.sampled == [1]
+    assert made.logits_rows.tolist() == [3]
+    assert len(made.sampling.temperature) == 1
+
+
+def test_parameters_stay_with_their_sequence() -> None:
+    batch = make_batch()
+    other = RowParams(0.0, 0, 1.0, 0.0, 5, 0)
+    apply(batch, state(1, [1], 0, [1], PARAMS), state(2, [1], 0, [2], other))
+    made = apply(batch, state(2, [1], 1, []), state(1, [1], 1, []))
+    assert made is not None
+    assert made.sampling.temperature.tolist() == [0.0, 0.5]
+    assert made.sampling.top_k.tolist() == [0, 3]
+    assert made.sampling.seed.tolist() == [5, 2**63 - 1]
+    assert made.sampling.index.tolist() == [0, 4]
+
+
+def test_previous_samples_are_named_in_row_order() -> None:
+    batch = make_batch()
+    apply(batch, state(1, [1], 0, [1], PARAMS), state(2, [1, 1], 0, [2], PARAMS), state(3, [1], 0, [3], PARAMS))
+    made = apply(batch, state(3, [PREVIOUS_SAMPLE], 1, []), state(1, [9], 1, []), state(2, [PREVIOUS_SAMPLE], 2, []))
+    assert made is not None
+    assert made.previous == [(0, 3), (2, 2)]
+
+
+def test_resumed_row_starts_afresh() -> None:
+    """Parameters replace table and progress (traps 14, 53): no block of before may be read."""
+    batch = make_batch()
+    apply(batch, state(1, [1] * 12, 0, [5, 6, 7], PARAMS))
+    made = apply(batch, state(1, [2] * 2, 4, [8, 9], PARAMS))
+    assert made is not None
+    assert made.metadata.block_tables.tolist() == [[8, 9]]
+    assert made.positions.tolist() == [4, 5]
+
+
+def test_reused_line_of_the_table_shows_nothing_of_its_former_owner() -> None:
+    """Stale columns behind a shorter table (trap 41)."""
+    batch = make_batch()
+    apply(batch, state(1, [1] * 12, 0, [5, 6, 7], PARAMS))
+    made = apply(batch, state(2, [1], 0, [8], PARAMS), state(3, [1] * 9, 0, [1, 2, 3], PARAMS), finished=(1,))
+    assert made is not None
+    assert made.metadata.block_tables.tolist() == [[8, 0, 0], [1, 2, 3]]
+
+
+def test_finished_rows_are_dropped_and_unknown_ones_ignored() -> None:
+    batch = make_batch()
+    apply(batch, state(1, [1], 0, [1], PARAMS), state(2, [1], 0, [2], PARAMS))
+    assert apply(batch, finished=(1, 1, 77)) is None
+    assert 1 not in batch
+    assert 2 in batch
+    with pytest.raises(EngineError, match="sequence 1 is unknown"):
+        apply(batch, state(1, [1], 1, []))
+
+
+def test_many_sequences_come_and_go() -> None:
+    """The table grows with the batch and lines are reused; nobody sees another's blocks."""
+    batch = InputBatch(1000, 4, 40, 100, torch.device("cpu"))
+    rng, live = np.random.default_rng(0), {}
+    for step in range(30):
+        gone = [seq_id for seq_id in live if rng.random() < 0.3]
+        for seq_id in gone:
+            del live[seq_id]
+        new = {step * 100 + i: int(rng.integers(1000)) for i in range(rng.integers(1, 20))}
+        rows = [state(seq_id, [1], computed, []) for seq_id, (computed, _) in live.items()]
+        rows += [state(seq_id, [1], 0, [block], PARAMS) for seq_id, block in new.items()]
+        made = apply(batch, *rows, finished=tuple(gone))
+        assert made is not None
+        live |= {seq_id: (0, block) for seq_id, block in new.items()}
+        expected = [block for _, block in live.values()]
+        assert made.metadata.block_tables[:, 0].tolist() == expected
+        live = {seq_id: (computed + 1, block) for seq_id, (computed, block) in live.items() if computed < 3}
+        apply(batch, finished=tuple(set(made.seq_ids) - set(live)))
+        assert len(batch) == len(live)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (state(1, [1], 3, []), "continues at 3, but 2"),
+        (state(1, [1], 1, []), "continues at 1, but 2"),
+        (state(9, [1], 0, [1]), "sequence 9 is unknown"),
+        (state(1, [], 2, []), "computes 0 tokens"),
+        (state(1, [1] * 3, 2, []), "has 1 blocks of 4 tokens for 5 tokens"),
+        (state(1, [1] * 39, 2, [1] * 10), "max_model_len is 40"),
+        (state(1, [1], 2, [50]), "50 blocks"),
+        (state(1, [1], 2, [-1]), "50 blocks"),
+        (state(1, [1], 2, [1] * 10), "table 10"),
+        (state(1, [100], 2, []), "outside the vocabulary"),
+        (state(1, [-2], 2, []), "outside the vocabulary"),
+        (state(1, [1, PREVIOUS_SAMPLE], 2, []), "outside the vocabulary"),
+    ],
+)
+def test_a_step_that_does_not_fit_is_refused_by_name(row: SequenceState, message: str) -> None:
+    """Computing it would write over another sequence's K/V, silently (traps 13, 21)."""
+    batch = make_batch()
+    apply(batch, state(1, [1, 2], 0, [3], PARAMS))
+    with pytest.raises(EngineError, match=f"sequence {row.seq_id} .*{message}|{message}"):
+        apply(batch, row)
+
+
+def test_a_sequence_twice_in_a_step_is_refused() -> None:
+    batch = make_batch()
+    with pytest.raises(EngineError, match="twice"):
+        apply(batch, state(1, [1], 0, [3], PARAMS), state(1, [1], 1, []))
+
+
+def test_a_huge_top_k_does_not_overflow() -> None:
+    made = apply(make_batch(), state(1, [1], 0, [3], PARAMS._replace(top_k=2**64)))
+    assert made is not None
+    assert made.sampling.top_k[0] > 2**24
