@@ -18,11 +18,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from configs.errors import EngineError
+from configs.errors import EngineError, RequestError
 from launch.server.engine import Engine
 from launch.server.errors import from_exception
 from launch.server.formats import AnswerFormat
 from nanoengine.outputs import RequestOutput
+from nanoengine.prompts import at_index
 from nanoengine.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -82,6 +83,8 @@ async def _all_outputs(
             async with contextlib.aclosing(stream) as several:
                 async for output in several:
                     await queue.put((index, output))
+        except RequestError as error:
+            await queue.put((index, at_index(error, index, len(prompts))))
         except Exception as error:  # travels to the one who reads
             await queue.put((index, error))
 

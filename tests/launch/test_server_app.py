@@ -279,7 +279,9 @@ async def test_what_fails_before_the_first_token_has_a_status(
     error = error_of(await client.post("/v1/completions", json=asked | {"prompt": [5] * MAX_MODEL_LEN}), 400)
     assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
     assert str(MAX_MODEL_LEN) in error["message"]
-    assert error_of(await client.post("/v1/completions", json=asked | {"prompt": [[5], []]}), 400)["param"] == "prompt"
+    error = error_of(await client.post("/v1/completions", json=asked | {"prompt": [[5], []]}), 400)
+    assert error["param"] == "prompt"
+    assert error["message"].startswith("prompt 1: ")
     assert error_of(await client.post("/v1/completions", json=asked | {"prompt": [10**6]}), 400)["param"] == "prompt"
     assert error_of(await client.post("/v1/completions", json=asked | {"prompt": ""}), 400)["param"] == "prompt"
     long_chat = {"messages": [{"role": "user", "content": "ab" * 500}]}

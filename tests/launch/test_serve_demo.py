@@ -1,0 +1,148 @@
+"""The demo model served by `python -m launch --tp 2`, asked as clients ask, and ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from tests.launch.server_process import ServerProcess
+
+PROMPT, QUESTION = "中国的首都是", "中国的首都是哪里？"
+
+
+@pytest.fixture(scope="module")
+def run_base() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="nano-test-") as name:  # short: sockets lie in there
+        yield Path(name)
+
+
+@pytest.fixture(scope="module")
+def server(run_base: Path) -> Iterator[ServerProcess]:
+    with ServerProcess("--tp", "2", run_base=run_base) as server:
+        server.wait_ready()
+        yield server
+
+
+@pytest.fixture(scope="module")
+def url(server: ServerProcess) -> str:
+    return server.wait_ready()
+
+
+def test_it_says_that_it_is_ready_and_is(server: ServerProcess, url: str) -> None:
+    assert server.out == [f"nanoengine ready: {url} (model=demo, tp=2)\n"]
+    assert httpx.get(f"{url}/health").status_code == 200
+
+
+def test_the_openai_client_gets_the_capital_of_china(url: str) -> None:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        completion = client.completions.create(model="demo", prompt=PROMPT, temperature=0, max_tokens=8)
+        assert completion.choices[0].text.startswith("北京")
+        assert completion.usage is not None
+        pieces = client.completions.create(model="demo", prompt=PROMPT, temperature=0, max_tokens=8, stream=True)
+        assert "".join(piece.choices[0].text for piece in pieces) == completion.choices[0].text
+        asked = [{"role": "user", "content": QUESTION}]
+        chat = client.chat.completions.create(model="demo", messages=asked, temperature=0)
+        assert "北京" in str(chat.choices[0].message.content)
+        assert chat.choices[0].finish_reason == "stop", "the model ends its answer by itself"
+        chunks = list(client.chat.completions.create(model="demo", messages=asked, temperature=0, stream=True))
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        assert text == chat.choices[0].message.content
+        assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices[0].finish_reason] == ["stop"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("completions", {"prompt": PROMPT}),
+        ("chat/completions", {"messages": [{"role": "user", "content": QUESTION}]}),
+    ],
+)
+def test_curl_gets_the_capital_of_china(url: str, path: str, asked: dict[str, object], stream: bool) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("there is no curl")
+    body = json.dumps(asked | {"temperature": 0, "max_tokens": 8, "stream": stream})
+    command = ["curl", "-sSN", "--fail", f"{url}/v1/{path}", "-H", "Content-Type: application/json", "-d", body]
+    done = subprocess.run(command, capture_output=True, timeout=30)
+    assert done.returncode == 0, done.stderr
+    answer = done.stdout.decode()
+    if stream:
+        events = [json.loads(line[6:]) for line in answer.split("\n\n") if line and "[DONE]" not in line]
+        choices = [event["choices"][0] for event in events]
+        text = "".join(choice.get("text", "") or choice.get("delta", {}).get("content", "") for choice in choices)
+        assert answer.endswith("data: [DONE]\n\n")
+    else:
+        choice = json.loads(answer)["choices"][0]
+        text = choice.get("text") or choice["message"]["content"]
+    assert "北京" in text
+
+
+def test_the_same_answer_comes_with_its_token_ids(url: str) -> None:
+    asked = {"prompt": PROMPT, "temperature": 0, "max_tokens": 8, "return_token_ids": True}
+    (choice,) = httpx.post(f"{url}/v1/completions", json=asked).json()["choices"]
+    back = httpx.post(f"{url}/detokenize", json={"tokens": choice["token_ids"]}).json()["prompt"]
+    assert back.startswith(choice["text"])
+    asked = asked | {"prompt": choice["prompt_token_ids"]}
+    again = httpx.post(f"{url}/v1/completions", json=asked).json()["choices"][0]
+    assert again["token_ids"] == choice["token_ids"]
+
+
+def test_bad_requests_harm_nobody(url: str) -> None:
+    """An impossible request is refused while others are served."""
+    limit = httpx.get(f"{url}/v1/models").json()["data"][0]["max_model_len"]
+    for bad, status in [
+        ({"prompt": [5] * limit}, 400),
+        ({"prompt": [10**9]}, 400),
+        ({"prompt": ""}, 400),
+        ({"prompt": PROMPT, "temperature": -1}, 400),
+        ({"prompt": PROMPT, "model": "gpt"}, 404),
+    ]:
+        response = httpx.post(f"{url}/v1/completions", json=bad)
+        assert response.status_code == status, response.text
+        assert response.json()["error"]["message"]
+    good = {"prompt": PROMPT, "temperature": 0, "max_tokens": 8}
+    assert httpx.post(f"{url}/v1/completions", json=good).json()["choices"][0]["text"].startswith("北京")
+
+
+def test_clients_that_hang_up_leave_the_server_as_it_was(url: str) -> None:
+    asked = {"prompt": PROMPT, "ignore_eos": True, "max_tokens": 2000, "stream": True}
+    for _ in range(8):
+        with httpx.stream("POST", f"{url}/v1/completions", json=asked) as response:
+            next(lines := response.iter_lines())
+            del lines
+    good = {"prompt": PROMPT, "temperature": 0, "max_tokens": 8}
+    begun = time.monotonic()
+    assert httpx.post(f"{url}/v1/completions", json=good).json()["choices"][0]["text"].startswith("北京")
+    assert time.monotonic() - begun < 5, "the others' requests still run"
+
+
+def test_sigterm_ends_it_in_three_seconds_with_nothing_left(server: ServerProcess, run_base: Path) -> None:
+    """Runs last: the server is gone afterwards."""
+    family = psutil.Process(server.process.pid).children(recursive=True)
+    assert len(family) >= 3, "a scheduler and two workers"
+    assert list(run_base.iterdir()), "the run directory lies elsewhere"
+    inherited = {path for child in family for path in _mapped_shared_memory(child)}
+    begun = time.monotonic()
+    assert server.stop(signal.SIGTERM) == 0
+    assert time.monotonic() - begun < 3
+    _, alive = psutil.wait_procs(family, timeout=1)
+    assert not alive
+    assert not [path for path in inherited if os.path.exists(path)]
+    assert not list(run_base.iterdir())
+    assert "Traceback" not in "".join(server.err)
+
+
+def _mapped_shared_memory(process: psutil.Process) -> list[str]:
+    return [entry.path for entry in process.memory_maps() if entry.path.startswith("/dev/shm/")]
