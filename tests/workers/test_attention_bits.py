@@ -23,7 +23,8 @@ def restored_threads() -> Iterator[None]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("head_dim", "group", "threads"), [(16, 1, 1), (40, 3, 1), (64, 2, 2), (80, 7, 1), (128, 4, 1), (64, 40, 1)]
+    ("head_dim", "group", "threads"),
+    [(16, 1, 1), (40, 3, 1), (64, 2, 2), (80, 7, 1), (128, 4, 1), (64, 40, 1), (192, 3, 1)],
 )
 def test_bits_do_not_depend_on_batch_or_chunk(dtype: torch.dtype, head_dim: int, group: int, threads: int) -> None:
     """Alone token by token, in chunks of every size, and mixed with other sequences: the same bits."""
@@ -71,3 +72,13 @@ def test_bits_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> None
         outs.append(torch.cat(made.attend(chunks)))
     assert torch.equal(outs[0], outs[1])
     assert torch.equal(outs[0], outs[2])
+
+
+@pytest.mark.parametrize(("head_dim", "group"), [(128, 32), (64, 2)])
+def test_bits_of_a_lone_block_do_not_depend_on_threads(head_dim: int, group: int) -> None:
+    """One decode with one K/V head is one matrix product, which the library would split over its threads."""
+    made = Sequences.make([593], 1, group, head_dim)
+    torch.set_num_threads(2)
+    (whole,) = made.attend([(0, 0, 593)])
+    for p in (0, 100, 592):
+        assert torch.equal(made.attend([(0, p, p + 1)])[0], whole[p : p + 1])

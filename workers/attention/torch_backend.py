@@ -3,12 +3,17 @@
 It knows no model, scheduler or sampler; it is the slow twin that other backends are tested against.
 
 Row-invariance (DESIGN.md, 3.6): on CPU the bits of a token's output depend on its own query and keys alone. The
-fused CPU kernel walks queries in blocks of at most 32 rows and keys in tiles of 512, the last one shorter, and
-other kernels of the matrix library (hence other bits) are taken when fewer than 8 rows or another number of keys
-meet in a block. So here a row at position p always meets exactly `round_up(p + 1, 64)` keys, whatever the chunk it
-is computed in, in a block of 8, 16, 24 or 32 rows; prompts are cut at multiples of 64 positions for it, which also
-saves the upper half of the causal square. Blocks of 64 rows and more are avoided: there the kernel may repack
-bfloat16 operands, depending on the batch. tests/workers/test_attention_bits.py compares the bits.
+fused CPU kernel walks queries in blocks of at most 32 rows and keys in tiles of 512, the last one shorter, with a
+matrix product each; and the matrix library takes another kernel (hence other bits) for few rows, for another number
+of keys, and for a product that it may spread over several threads. So here
+
+* a row at position p always meets exactly `round_up(p + 1, 64)` keys, whatever the chunk that it is computed in;
+  prompts are cut at multiples of 64 positions for it, which also saves the upper half of the causal square;
+* it does so in a block of 8, 16, 24 or 32 rows, always 32 with heads larger than 128: measured with torch 2.13,
+  8 rows and 32 agree up to there. From 64 rows on the kernel may repack bfloat16 operands, depending on the batch;
+* a call holds at least two blocks, so that threads divide blocks and never a product.
+
+tests/workers/test_attention_bits.py compares the bits.
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ from workers.forward_context import AttentionMetadata
 
 ROW_QUANTUM = 8
 ROW_BLOCK = 32
+LARGEST_HEAD_IN_SMALL_BLOCKS = 128
 KEY_QUANTUM = 64
 # A GPU is promised nothing about bits and suffers from many small launches.
 CUDA_ROW_BLOCK = 4096
@@ -30,6 +36,11 @@ CUDA_KEY_QUANTUM = 512
 
 # Gathered K/V of one call; small enough to stay in a CPU's caches between the gather and its use.
 WORKSPACE_BYTES = 8 << 20
+
+
+def row_quantum(head_dim: int) -> int:
+    """What the rows of a block are padded to a multiple of."""
+    return ROW_QUANTUM if head_dim <= LARGEST_HEAD_IN_SMALL_BLOCKS else ROW_BLOCK
 
 
 def round_up(number: int, multiple: int) -> int:
@@ -138,9 +149,9 @@ class TorchBackend(AttentionBackend):
         num_seqs, head_dim = decodes.tokens.numel(), q.shape[-1]
         k, v = self._gather(cache, decodes.slots, num_seqs)
         rows = q.index_select(0, decodes.tokens).view(num_seqs, -1, group, head_dim)
-        rows = F.pad(rows, (0, 0, 0, round_up(group, ROW_QUANTUM) - group))  # (num_seqs, num_kv_heads, 8 n, head_dim)
-        mask = decodes.mask.expand(-1, 1, rows.shape[2], -1)
-        attended = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale)
+        num_rows = round_up(group, row_quantum(head_dim))
+        rows = F.pad(rows, (0, 0, 0, num_rows - group))  # (num_seqs, num_kv_heads, num_rows, head_dim)
+        attended = _attend(rows, k, v, decodes.mask.expand(-1, 1, num_rows, -1), scale)
         out.index_copy_(0, decodes.tokens, attended[:, :, :group].reshape(num_seqs, -1, head_dim))
 
     def _make_plan(self, metadata: AttentionMetadata, q: torch.Tensor, group: int, max_keys: int) -> _Plan:
@@ -152,7 +163,7 @@ class TorchBackend(AttentionBackend):
             if query_len == 1 and group <= ROW_BLOCK:
                 alike.setdefault(round_up(seq_len, self._key_quantum), []).append((seq, token))
             else:
-                plan.chunks.append(self._plan_chunk(metadata, seq, token, group))
+                plan.chunks.append(self._plan_chunk(metadata, seq, token, group, row_quantum(q.shape[-1])))
             token += query_len
         for num_keys, members in alike.items():
             at_once = max(1, max_keys // num_keys)
@@ -160,7 +171,9 @@ class TorchBackend(AttentionBackend):
                 plan.decodes.append(_plan_decodes(metadata, members[first : first + at_once], num_keys, q))
         return plan
 
-    def _plan_chunk(self, metadata: AttentionMetadata, seq: int, first_token: int, group: int) -> _Chunk:
+    def _plan_chunk(
+        self, metadata: AttentionMetadata, seq: int, first_token: int, group: int, row_quantum: int
+    ) -> _Chunk:
         device, quantum = metadata.slot_mapping.device, self._key_quantum
         seq_len = metadata.seq_lens[seq]
         position = seq_len - metadata.query_lens[seq]
@@ -170,7 +183,7 @@ class TorchBackend(AttentionBackend):
             num_keys = round_up(position + 1, quantum)
             end = min(seq_len, num_keys)
             num_rows = (end - position) * group
-            rows_per_block = min(self._row_block, round_up(num_rows, ROW_QUANTUM))
+            rows_per_block = min(self._row_block, round_up(num_rows, row_quantum))
             rows = torch.arange(round_up(num_rows, rows_per_block), device=device)
             # Rows that only fill up a block stand at the last position, so that no row is without a key.
             positions = (position + rows // group).clamp_(max=end - 1)
@@ -225,13 +238,21 @@ def _run_segment(
     rows = rows.view(num_kv_heads, num_blocks, -1, head_dim).transpose(0, 1)
     hidden = torch.arange(num_keys, device=q.device) > segment.positions[:, None]
     mask = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(hidden, -torch.inf)
-    attended = F.scaled_dot_product_attention(
+    attended = _attend(
         rows,  # (num_blocks, num_kv_heads, rows_per_block, head_dim)
         k[:, :, :num_keys].expand(num_blocks, -1, -1, -1),
         v[:, :, :num_keys].expand(num_blocks, -1, -1, -1),
-        attn_mask=mask.view(num_blocks, 1, -1, num_keys),
-        scale=scale,
+        mask.view(num_blocks, 1, -1, num_keys),
+        scale,
     )
     attended = attended.transpose(0, 1).reshape(num_kv_heads, -1, head_dim)[:, :num_rows]
     attended = attended.view(num_kv_heads, num_tokens, group, head_dim).transpose(0, 1)
     out[segment.start : segment.end] = attended.reshape(num_tokens, num_kv_heads * group, head_dim)
+
+
+def _attend(rows: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    """Fused attention of (num_blocks, num_kv_heads, rows, head_dim) blocks; of a lone one together with its twin."""
+    num_blocks = rows.shape[0]
+    if num_blocks * rows.shape[1] == 1 and rows.device.type == "cpu":
+        rows, k, v, mask = (tensor.expand(2, -1, -1, -1) for tensor in (rows, k, v, mask))
+    return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale)[:num_blocks]
