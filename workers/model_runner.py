@@ -1,0 +1,208 @@
+"""One rank's engine room: model, K/V cache and rows, put together to compute one step after another.
+
+It decides nothing: what a step holds is the scheduler's choice, where tokens go the executor's. It knows neither
+processes nor sockets; the communicator is handed to it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import numpy as np
+import torch
+
+from configs.engine import EngineConfig
+from configs.errors import EngineError
+from nanoengine.step import PREVIOUS_SAMPLE, Epoch, RowParams, SequenceState, StepInput, StepOutput
+from workers.attention import get_backend
+from workers.forward_context import ForwardContext, forward_context
+from workers.input_batch import Batch, InputBatch
+from workers.kv_cache import KVCacheSpec, copy_blocks, free_gpu_memory, free_host_memory, max_kv_blocks
+from workers.layers.attention import Attention
+from workers.model_loader import ModelLoader, resolve_dtype
+from workers.models.decoder import Decoder
+from workers.parallel import Communicator
+from workers.sampler import sample
+
+logger = logging.getLogger(__name__)
+
+_PROBE_EPOCH = Epoch(0, 0)
+_PROBE_PARAMS = RowParams(temperature=1.0, top_k=8, top_p=0.9, min_p=0.01, seed=0, sequence_index=0)
+
+
+class ModelRunner:
+    """Computes the steps of one rank. Every rank of a group makes the same calls in the same order.
+
+    Args:
+        config: resolved.
+        device: where model and cache live; the number of threads is the caller's business.
+        communicator: this rank's.
+    """
+
+    def __init__(self, config: EngineConfig, device: torch.device, communicator: Communicator) -> None:
+        self._config = config
+        self._device = device
+        self._communicator = communicator
+        self._dtype = resolve_dtype(config, device)
+        self._model: Decoder | None = None
+        self._kv_caches: list[torch.Tensor] = []
+        self._batch: InputBatch | None = None
+        # Rank 0 only: what the last step sampled, for rows of the next step that say PREVIOUS_SAMPLE.
+        self._previous: dict[int, int] = {}
+
+    @property
+    def dtype_name(self) -> str:
+        """Type of weights, activations and K/V, e.g. `bfloat16`."""
+        return str(self._dtype).removeprefix("torch.")
+
+    @property
+    def model(self) -> Decoder:
+        """The decoder, after `load_model`."""
+        assert self._model is not None, "load_model() comes first"
+        return self._model
+
+    def load_model(self) -> None:
+        """Load this rank's share of the weights.
+
+        Raises:
+            CheckpointError: the checkpoint is incomplete, misshapen or of a refused format.
+        """
+        self._model = ModelLoader(self._config).load_model(self._device, self._communicator, self._dtype)
+
+    def max_kv_blocks(self) -> int:
+        """How many K/V blocks this rank can hold; on a GPU this runs the largest step to see what it leaves.
+
+        Raises:
+            CapacityError: more is asked for than there is, or not even one sequence fits.
+        """
+        if self._device.type != "cuda":
+            return max_kv_blocks(self._config, self._spec(), False, free_host_memory)
+        share = self._config.cache.gpu_memory_utilization
+        return max_kv_blocks(
+            self._config,
+            self._spec(),
+            True,
+            lambda: free_gpu_memory(self._device, share, self._run_largest_step),
+        )
+
+    def allocate(self, num_blocks: int) -> None:
+        """Make the cache, of as many blocks as all ranks agreed on, and forget every row.
+
+        Raises:
+            CapacityError: the memory is not there after all.
+        """
+        self._kv_caches = self._spec().allocate(num_blocks, self._device)
+        self._batch = self._make_batch(num_blocks)
+        self._previous = {}
+
+    def warm_up(self) -> None:
+        """Run one small prefill and one decode through model and sampler, so that no request waits for first calls.
+
+        Leaves no row; what it wrote into the cache, nobody reads.
+        """
+        config = self._config
+        room = min(config.max_model_len, len(self._kv_caches[0]) * config.cache.block_size)
+        length = min(4, config.scheduler.max_num_batched_tokens, max(1, room - 1))
+        blocks = list(range(-(-min(length + 1, room) // config.cache.block_size)))
+        prompt = SequenceState(-1, [0] * length, 0, blocks, True, length, _PROBE_PARAMS)
+        self.execute(StepInput(_PROBE_EPOCH, 1, [], [prompt], []))
+        if length < room:
+            decode = SequenceState(-1, [PREVIOUS_SAMPLE], length, [], True)
+            self.execute(StepInput(_PROBE_EPOCH, 2, [], [decode], []))
+        self.execute(StepInput(_PROBE_EPOCH, 3, [], [], [-1]))
+
+    def execute(self, step: StepInput) -> StepOutput | None:
+        """Compute a step and, on rank 0, sample.
+
+        Returns:
+            Rank 0: for each row the ids it sampled, in order. None on the other ranks.
+
+        Raises:
+            EngineError: the step does not continue what this rank knows.
+        """
+        began = time.perf_counter()
+        batch, logits = self.compute_logits(step)
+        if self._communicator.rank != 0:
+            return None
+        token_ids: list[list[int]] = [[] for _ in step.rows]
+        self._previous = {}
+        if batch is not None and logits is not None:
+            with torch.inference_mode():
+                ids = sample(logits, batch.sampling).tolist()
+            for row, token in zip(batch.sampled, ids, strict=True):
+                token_ids[row] = [token]
+                self._previous[batch.seq_ids[row]] = token
+        seq_ids = [state.seq_id for state in step.rows]
+        return StepOutput(step.epoch, step.step_id, seq_ids, token_ids, time.perf_counter() - began)
+
+    @torch.inference_mode()
+    def compute_logits(self, step: StepInput) -> tuple[Batch | None, torch.Tensor | None]:
+        """The first half of `execute`: everything but sampling.
+
+        Returns:
+            The batch, None when no row is scheduled, and on rank 0 the (num_sampled, vocab_size) float32 logits of
+            the rows that sample, None when there are none.
+        """
+        assert self._batch is not None, "allocate() comes first"
+        copy_blocks(self._kv_caches, step.copies)
+        batch = self._batch.apply(step)
+        if batch is None:
+            return None, None
+        if batch.previous:
+            self._fill_previous(batch)
+        return batch, self._forward(batch, self._kv_caches)
+
+    def _forward(self, batch: Batch, kv_caches: list[torch.Tensor]) -> torch.Tensor | None:
+        with forward_context(ForwardContext(batch.metadata, kv_caches)):
+            hidden = self.model(batch.input_ids, batch.positions)  # (num_tokens, hidden_size)
+        if not batch.sampled:
+            return None
+        logits: torch.Tensor | None = self.model.compute_logits(hidden.index_select(0, batch.logits_rows))
+        return logits
+
+    def _fill_previous(self, batch: Batch) -> None:
+        """Put in the ids that the step before sampled. Every rank sees from the step that rank 0 will send them."""
+        ids = np.zeros(len(batch.previous), dtype=np.int64)
+        if self._communicator.rank == 0:
+            unknown = [seq_id for _, seq_id in batch.previous if seq_id not in self._previous]
+            if unknown:
+                raise EngineError(f"sequence {unknown[0]} continues a sample that the step before did not make")
+            ids[:] = [self._previous[seq_id] for _, seq_id in batch.previous]
+        sampled = self._communicator.broadcast(torch.from_numpy(ids).to(self._device), source=0)
+        tokens = torch.tensor([token for token, _ in batch.previous], device=self._device)
+        batch.input_ids.index_copy_(0, tokens, sampled)
+
+    def _spec(self) -> KVCacheSpec:
+        layers = [module for module in self.model.modules() if isinstance(module, Attention)]
+        return KVCacheSpec(
+            backend=get_backend(self._config.model.attention_backend, self._device),
+            num_layers=len(layers),
+            block_size=self._config.cache.block_size,
+            num_kv_heads=layers[0].num_kv_heads,
+            head_dim=layers[0].head_dim,
+            dtype=self._dtype,
+        )
+
+    def _make_batch(self, num_blocks: int) -> InputBatch:
+        config = self._config
+        vocab_size = config.resolved_checkpoint.vocab_size
+        return InputBatch(num_blocks, config.cache.block_size, config.max_model_len, vocab_size, self._device)
+
+    @torch.inference_mode()
+    def _run_largest_step(self) -> None:
+        """As many tokens and sampling rows as a step may hold, all of them in one block, so that no cache is needed."""
+        scheduler, block_size = self._config.scheduler, self._config.cache.block_size
+        left = scheduler.max_num_batched_tokens
+        num_rows = min(scheduler.max_num_seqs, left)
+        rows = []
+        for i in range(num_rows):
+            length = min(self._config.max_model_len, left - (num_rows - 1 - i))
+            blocks = [0] * -(-length // block_size)
+            rows.append(SequenceState(i, [0] * length, 0, blocks, True, length, _PROBE_PARAMS))
+            left -= length
+        batch = self._make_batch(1).apply(StepInput(_PROBE_EPOCH, 1, [], rows, []))
+        assert batch is not None
+        logits = self._forward(batch, self._spec().allocate(1, self._device))
+        if logits is not None:
+            sample(logits, batch.sampling)
