@@ -36,6 +36,7 @@ CUDA_KEY_QUANTUM = 512
 
 # Gathered K/V of one call; small enough to stay in a CPU's caches between the gather and its use.
 WORKSPACE_BYTES = 8 << 20
+CUDA_WORKSPACE_BYTES = 256 << 20
 
 
 def row_quantum(head_dim: int) -> int:
@@ -103,6 +104,7 @@ class TorchBackend(AttentionBackend):
         on_gpu = device.type == "cuda"
         self._key_quantum = CUDA_KEY_QUANTUM if on_gpu else KEY_QUANTUM
         self._row_block = CUDA_ROW_BLOCK if on_gpu else ROW_BLOCK
+        self._workspace_bytes = CUDA_WORKSPACE_BYTES if on_gpu else WORKSPACE_BYTES
         self._workspace: torch.Tensor | None = None
 
     def kv_cache_shape(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
@@ -120,7 +122,7 @@ class TorchBackend(AttentionBackend):
         group = q.shape[1] // num_kv_heads
         if not isinstance(metadata.plan, _Plan):
             bytes_per_key = 2 * num_kv_heads * head_dim * cache.element_size()
-            metadata.plan = self._make_plan(metadata, q, group, max(1, WORKSPACE_BYTES // bytes_per_key))
+            metadata.plan = self._make_plan(metadata, q, group, max(1, self._workspace_bytes // bytes_per_key))
         out = torch.empty_like(q)  # (num_tokens, num_heads, head_dim)
         for decodes in metadata.plan.decodes:
             self._run_decodes(decodes, q, cache, group, scale, out)
