@@ -15,8 +15,8 @@ import torch
 
 # Elements of logits that are transformed at a time; bounds the int64 copies of a large vocabulary to 32 MiB each.
 CHUNK_ELEMENTS = 1 << 22
-# Top-p looks at this many of the likeliest tokens before it sorts a whole vocabulary.
-TOP_P_PREFIX = 1024
+# Top-p looks at so many of the likeliest tokens, one after the other, before it sorts a whole vocabulary.
+TOP_P_PREFIXES = (1024, 16384)
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -152,7 +152,7 @@ def _top_p_threshold(weights: torch.Tensor, top_p: npt.NDArray[np.float64]) -> t
     goal = torch.from_numpy(top_p).to(weights.device)[:, None] * weights.sum(dim=-1, keepdim=True).double()
     thresholds = torch.zeros_like(weights[:, :1])
     open_rows = torch.arange(len(weights), device=weights.device)
-    for size in dict.fromkeys((min(TOP_P_PREFIX, vocab_size), vocab_size)):
+    for size in dict.fromkeys(min(size, vocab_size) for size in (*TOP_P_PREFIXES, vocab_size)):
         likeliest = weights.index_select(0, open_rows).topk(size, dim=-1).values
         running = likeliest.cumsum(dim=-1)
         open_goal = goal.index_select(0, open_rows)
