@@ -1,0 +1,1 @@
+"""Decoders, built from the normalised checkpoint config; they know neither files nor processes."""

@@ -1,0 +1,198 @@
+"""The one decoder for Llama, Mistral, Qwen2 and Qwen3, driven by the checkpoint's config; knows no file.
+
+The families differ in flags alone (biases, q/k norms, rope), which `CheckpointConfig` has sorted out. Submodules
+carry the names of Hugging Face checkpoints, fused ones (`qkv_proj`, `gate_up_proj`) in place of their parts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import nn
+
+from configs.checkpoint import CheckpointConfig
+from workers.attention.base import AttentionBackend
+from workers.layers.activation import silu_and_mul
+from workers.layers.attention import Attention
+from workers.layers.embedding import ParallelLMHead, VocabParallelEmbedding
+from workers.layers.linear import LinearBase, MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from workers.layers.norm import RMSNorm, rms_norm
+from workers.layers.parameter import ShardedParameter
+from workers.layers.rotary import RotaryEmbedding, rotate
+from workers.parallel import Communicator
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderSpec:
+    """What a decoder is built from.
+
+    Attributes:
+        config: the normalised checkpoint config.
+        communicator: this rank's.
+        backend: how attention is computed.
+        dtype: of weights and activations.
+        device: where it lives.
+        max_positions: how many positions a sequence can have.
+    """
+
+    config: CheckpointConfig
+    communicator: Communicator
+    backend: AttentionBackend
+    dtype: torch.dtype
+    device: torch.device
+    max_positions: int
+
+
+class DecoderAttention(nn.Module):
+    """Projections, rotation and attention over this rank's heads."""
+
+    def __init__(self, spec: DecoderSpec, layer_index: int) -> None:
+        super().__init__()
+        config, dtype, device = spec.config, spec.dtype, spec.device
+        head_dim = config.head_dim
+        self.qkv_proj = QKVParallelLinear(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            head_dim,
+            config.qkv_bias,
+            spec.communicator,
+            dtype,
+            device,
+        )
+        self.o_proj = RowParallelLinear(
+            config.num_attention_heads * head_dim,
+            config.hidden_size,
+            config.attention_output_bias,
+            spec.communicator,
+            dtype,
+            device,
+        )
+        self._heads, self._kv_heads = self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads
+        self._head_dim, self._eps = head_dim, config.rms_norm_eps
+        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps, dtype, device) if config.qk_norm else None
+        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps, dtype, device) if config.qk_norm else None
+        self._head_norm: torch.Tensor | None = None
+        self.attn = Attention(layer_index, self._heads, self._kv_heads, head_dim, head_dim**-0.5, spec.backend)
+
+    def finish_loading(self) -> None:
+        """Put both norms into one weight, since q and k are normalised together."""
+        if self.q_norm is not None and self.k_norm is not None:
+            weights = [self.q_norm.weight] * self._heads + [self.k_norm.weight] * self._kv_heads
+            self._head_norm = torch.stack([weight.data for weight in weights])  # (heads + kv_heads, head_dim)
+
+    def forward(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Map (num_tokens, hidden_size) to the same shape."""
+        heads, kv_heads = self._heads, self._kv_heads
+        qkv = self.qkv_proj(hidden).view(len(hidden), heads + 2 * kv_heads, self._head_dim)
+        qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
+        if self._head_norm is not None:
+            qk = rms_norm(qk, self._head_norm, self._eps)
+        qk = rotate(qk, cos, sin)
+        out: torch.Tensor = self.attn(qk[:, :heads], qk[:, heads:], v)  # (num_tokens, heads, head_dim)
+        return self.o_proj(out.reshape(len(hidden), heads * self._head_dim))  # type: ignore[no-any-return]
+
+
+class DecoderMLP(nn.Module):
+    """SwiGLU between two projections."""
+
+    def __init__(self, spec: DecoderSpec) -> None:
+        super().__init__()
+        config = spec.config
+        self.gate_up_proj = MergedColumnParallelLinear(
+            config.hidden_size,
+            config.intermediate_size,
+            ("gate_proj", "up_proj"),
+            config.mlp_bias,
+            spec.communicator,
+            spec.dtype,
+            spec.device,
+        )
+        self.down_proj = RowParallelLinear(
+            config.intermediate_size,
+            config.hidden_size,
+            config.mlp_bias,
+            spec.communicator,
+            spec.dtype,
+            spec.device,
+        )
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Map (num_tokens, hidden_size) to the same shape."""
+        return self.down_proj(silu_and_mul(self.gate_up_proj(hidden)))  # type: ignore[no-any-return]
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each behind a norm and beside the residual stream."""
+
+    def __init__(self, spec: DecoderSpec, layer_index: int) -> None:
+        super().__init__()
+        size, eps = spec.config.hidden_size, spec.config.rms_norm_eps
+        self.input_layernorm = RMSNorm(size, eps, spec.dtype, spec.device)
+        self.self_attn = DecoderAttention(spec, layer_index)
+        self.post_attention_layernorm = RMSNorm(size, eps, spec.dtype, spec.device)
+        self.mlp = DecoderMLP(spec)
+
+    def forward(
+        self, hidden: torch.Tensor, residual: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One layer's contribution, and the residual stream that it has not been added to yet."""
+        hidden, residual = self.input_layernorm(hidden, residual)
+        hidden = self.self_attn(hidden, cos, sin)
+        hidden, residual = self.post_attention_layernorm(hidden, residual)
+        return self.mlp(hidden), residual
+
+
+class Decoder(nn.Module):
+    """Token ids and positions to hidden states, and hidden states to logits; this rank's share of it."""
+
+    def __init__(self, spec: DecoderSpec) -> None:
+        super().__init__()
+        config, dtype, device = spec.config, spec.dtype, spec.device
+        vocabulary = (config.vocab_size, config.hidden_size, spec.communicator, dtype, device)
+        self.config = config
+        self.embed_tokens = VocabParallelEmbedding(*vocabulary)
+        self.layers = nn.ModuleList(DecoderLayer(spec, index) for index in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
+        self.lm_head = ParallelLMHead(*vocabulary, tied_to=self.embed_tokens if config.tie_word_embeddings else None)
+        self._rotary = RotaryEmbedding(config.head_dim, spec.max_positions, config.rope, device)
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Compute one step's tokens inside a forward context.
+
+        Args:
+            input_ids: (num_tokens,) int64.
+            positions: (num_tokens,) int64, each below max_positions.
+
+        Returns:
+            (num_tokens, hidden_size), normalised, whole on every rank.
+        """
+        cos, sin = self._rotary(positions)
+        hidden, residual = self.embed_tokens(input_ids), None
+        for layer in self.layers:
+            hidden, residual = layer(hidden, residual, cos, sin)
+        normalised: torch.Tensor = self.norm(hidden, residual)[0]
+        return normalised
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        """Map (num_rows, hidden_size) to (num_rows, vocab_size) float32 on rank 0, to None on the other ranks."""
+        return self.lm_head.compute_logits(hidden)
+
+    def checkpoint_parameters(self) -> dict[str, tuple[ShardedParameter, str]]:
+        """For each tensor that the checkpoint must hold: the parameter it belongs to, and its name in there."""
+        found: dict[str, tuple[ShardedParameter, str]] = {}
+        for path, parameter in self.named_parameters():
+            assert isinstance(parameter, ShardedParameter), path
+            module, _, leaf = path.rpartition(".")
+            parent = module.rpartition(".")[0]
+            prefix = "" if path.startswith("lm_head.") else "model."
+            for name in parameter.shards:
+                found[f"{prefix}{parent}.{name}.{leaf}" if name else prefix + path] = (parameter, name)
+        return found
+
+    def finish_loading(self) -> None:
+        """Bring the loaded weights into the form that is computed with. Call once."""
+        for module in self.modules():
+            if isinstance(module, LinearBase | DecoderAttention):
+                module.finish_loading()
