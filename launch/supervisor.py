@@ -109,7 +109,7 @@ async def _serve(config: EngineConfig, listener: socket.socket, signals: Signals
         return await _watch(engine, serving, stop)
     finally:
         stop.cancel()
-        drain = DRAIN_SECONDS if engine.failure is None else 0
+        drain = DRAIN_SECONDS if engine.num_unfinished else 0
         server.config.timeout_graceful_shutdown = drain + _LAST_WORDS_SECONDS
         server.should_exit = True
         if drain:

@@ -23,7 +23,7 @@ from configs.errors import CapacityError, EngineDeadError
 from nanoengine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 
 class Pretender:
-    tokenizer = None
+    tokenizer, num_unfinished = None, 0
     def __init__(self, config):
         self.config, self.is_ready, self.failure = config, False, None
     async def start(self):
@@ -41,11 +41,13 @@ class Pretender:
         print("closed", file=sys.stderr, flush=True)
     async def generate(self, prompt, params=None, request_id=None):
         count = 0
+        self.num_unfinished += 1
         while self.failure is None:
             count += 1
             await asyncio.sleep(0.02)
             last = CompletionOutput(0, "x" * count, [1])
             yield RequestOutput(request_id, None, prompt, [last], False, RequestMetrics(0))
+        self.num_unfinished -= 1
         raise self.failure
 
 supervisor.AsyncLLM = Pretender
