@@ -60,7 +60,8 @@ class Progress:
                 f"prefill {self.num_prefilled / elapsed:.0f} tok/s, decode {self.num_decoded / elapsed:.0f} tok/s",
                 refresh=num_finished == 0,
             )
-        self._bar.update(num_finished)
+        if num_finished:
+            self._bar.update(num_finished)
 
     def __enter__(self) -> Progress:
         return self
