@@ -21,16 +21,16 @@ MODELS = ("demo", *FAMILIES)
 MAX_NEW_TOKENS = 12
 MIN_GAP = 1e-3  # of the largest logit
 
-LENGTHS = (1, 4, 16, 17, 31, 40)
+LENGTHS = (31, 16, 40, 4, 17, 1)  # in an order that makes a tight cache preempt
 LONG_LENGTH = 1500
 # For each model the seeds of its prompts, one a length, the long one last; chosen so that no two logits nearly tie,
 # which test_prompts_are_far_from_ties asserts.
 SEEDS: dict[str, tuple[int, ...]] = {
     "demo": (0, 0, 0, 0, 0, 0, 0),
-    "llama": (0, 0, 1, 0, 0, 0, 0),
-    "llama3": (0, 0, 0, 0, 0, 1, 0),
-    "mistral": (0, 0, 0, 0, 0, 1, 0),
-    "qwen2": (0, 0, 0, 1, 1, 0, 0),
+    "llama": (0, 1, 0, 0, 0, 0, 0),
+    "llama3": (0, 0, 1, 0, 0, 0, 0),
+    "mistral": (0, 0, 1, 0, 0, 0, 0),
+    "qwen2": (1, 0, 0, 0, 1, 0, 0),
     "qwen3": (0, 0, 0, 0, 0, 0, 0),
 }
 

@@ -16,7 +16,7 @@ from tests.end_to_end.reference import LENGTHS, LONG_LENGTH, MAX_NEW_TOKENS, MIN
 GREEDY = SamplingParams(temperature=0, max_tokens=MAX_NEW_TOKENS)
 UNLIMITED = 2**20
 BUDGETS = (1, 7, 64, UNLIMITED)
-# The largest of the short prompts takes 40 + 12 tokens; all six at once want more than 60 tokens of cache.
+# One short prompt and its output take at most 40 + 12 tokens; all six together want 181.
 TIGHT_TOKENS = 64
 
 
@@ -61,7 +61,7 @@ def test_in_process_engine_equals_transformers_for_the_full_product_of_options(
             assert engine.generate(prompts, GREEDY) == outputs, settings
             if tight and budget > 1:
                 assert engine.scheduler.num_preemptions > 0, "the tight cache is meant to preempt"
-            if caching and not tight:
+            if caching and not tight and budget > 1:
                 assert engine.scheduler.blocks.num_hit_tokens > 0
 
 
