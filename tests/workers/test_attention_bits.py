@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,14 +10,6 @@ import torch
 from tests.workers.attention_batches import Sequences, random_chunks
 
 LENGTHS = [1, 7, 64, 65, 130, 300, 577, 700]
-
-
-@pytest.fixture(autouse=True)
-def restored_threads() -> Iterator[None]:
-    """Puts the number of threads of torch's operators back."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
