@@ -9,7 +9,6 @@ import argparse
 import atexit
 import contextlib
 import dataclasses
-import faulthandler
 import json
 import os
 import shutil
@@ -62,7 +61,6 @@ def receive_bootstrap() -> Bootstrap:
     processes.ignore_interrupts()
     signal.signal(signal.SIGTERM, _terminate)
     processes.name_process("nano-scheduler")
-    faulthandler.enable()
     message = _read_message()
     run_dir = Path(message["run_dir"])
     for name in ("death_fd", "status_fd", "lock_fd"):

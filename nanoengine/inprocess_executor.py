@@ -23,6 +23,8 @@ RANKS_ENTRY = "workers.worker:create_ranks"
 
 T = TypeVar("T")
 
+_CAUSE_SECONDS = 1.0
+
 
 class Rank(Protocol):
     """What an in-process rank can do; `workers.worker.Worker` is one."""
@@ -41,6 +43,9 @@ class Rank(Protocol):
 
     def close(self) -> None:
         """Leave the group, together with the other ranks."""
+
+    def abort(self) -> None:
+        """Leave without waiting; whoever waits for this rank raises instead. From any thread."""
 
 
 class InProcessExecutor(Executor):
@@ -131,7 +136,7 @@ class InProcessExecutor(Executor):
     def _call(self, number: int, function: Callable[..., T], *arguments: object) -> Future[T]:
         """Run one rank's method: in its thread, or at once."""
         if self._threads:
-            return self._threads[number].submit(function, *arguments)
+            return self._threads[number].submit(self._run, self._ranks[number], function, *arguments)
         future: Future[T] = Future()
         try:
             future.set_result(function(*arguments))
@@ -139,15 +144,21 @@ class InProcessExecutor(Executor):
             future.set_exception(error)
         return future
 
+    @staticmethod
+    def _run(rank: Rank, function: Callable[..., T], *arguments: object) -> T:
+        try:
+            return function(*arguments)
+        except BaseException:
+            rank.abort()  # the others may be waiting for this one
+            raise
+
     def _results(self, futures: list[Future[T]], timeout: float) -> list[T]:
         """Every rank's result; the first exception, typed, when one raised; DeadlineError names who is late."""
         done, late = concurrent.futures.wait(futures, timeout, concurrent.futures.FIRST_EXCEPTION)
-        for number, future in enumerate(futures):
-            error = future.exception() if future in done else None
-            if isinstance(error, NanoEngineError):
-                raise error
-            if error is not None:
-                raise WorkerError(f"rank {number} failed: {type(error).__name__}: {error}", number) from error
+        if any(future.exception() is not None for future in done):
+            done, _ = concurrent.futures.wait(futures, _CAUSE_SECONDS)  # the first may be but a consequence
+            failed = [(number, future.exception()) for number, future in enumerate(futures) if future in done]
+            raise _cause([(number, error) for number, error in failed if error is not None])
         if late:
             names = ", ".join(f"rank {number}" for number, future in enumerate(futures) if future in late)
             raise DeadlineError(f"waited {timeout:g} s for {names}")
@@ -169,9 +180,22 @@ class InProcessExecutor(Executor):
         if together and self._ranks:
             closing = [self._call(number, rank.close) for number, rank in enumerate(self._ranks)]
             concurrent.futures.wait(closing, 5)
+        elif self._threads:
+            for rank in self._ranks:
+                rank.abort()
         for thread in self._threads:
             thread.shutdown(wait=together, cancel_futures=True)
         for fd in self._wake or ():
             os.close(fd)
         self._ranks, self._threads, self._wake = [], [], None
         self._queue.clear()
+
+
+def _cause(errors: list[tuple[int, BaseException]]) -> NanoEngineError:
+    """What to raise for the ranks' errors: rather a cause than that somebody waited for it in vain."""
+    number, error = min(errors, key=lambda each: (isinstance(each[1], DeadlineError | WorkerError), each[0]))
+    if isinstance(error, NanoEngineError):
+        return error
+    failure = WorkerError(f"rank {number} failed: {type(error).__name__}: {error}", number)
+    failure.__cause__ = error
+    return failure

@@ -9,6 +9,7 @@ import atexit
 import concurrent.futures
 import contextlib
 import ctypes
+import faulthandler
 import logging
 import os
 import queue
@@ -150,9 +151,9 @@ def kill_children(timeout: float = 1.0) -> None:
     while alive and (left := deadline - time.monotonic()) > 0:
         for sentinel in wait_for_sentinels(alive, left):
             alive.remove(sentinel)  # type: ignore[arg-type]
-    for pid in children:
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(pid, os.WNOHANG)
+    for pid, sentinel in children.items():
+        with contextlib.suppress(ChildProcessError):  # reaped already, by another thread
+            os.waitpid(pid, os.WNOHANG if sentinel in alive else 0)
 
 
 # multiprocessing waits at exit, without end, for children that nobody has stopped; this runs before it does.
@@ -181,7 +182,9 @@ def limit_threads(num_ranks: int) -> int:
 
 
 def configure_logging(level: str, who: str) -> None:
-    """Log to stderr, each line saying who wrote it."""
+    """Log to stderr, each line saying who wrote it; a crash in native code leaves its stacks there too."""
+    if sys.stderr is not None:  # closed, as some daemons do
+        faulthandler.enable()
     logging.basicConfig(
         level=level.upper(), force=True, format=f"%(asctime)s %(levelname)s {who}: %(message)s", datefmt="%H:%M:%S"
     )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import faulthandler
 import importlib
 import logging
 import multiprocessing
@@ -86,7 +85,6 @@ def run_rank(arguments: RankArguments) -> None:
         os._exit(1)
     processes.name_process(f"nano-worker-{rank}")
     processes.configure_logging(config.server.log_level, f"worker rank {rank}")
-    faulthandler.enable()
     num_threads = processes.limit_threads(config.parallel.world_size)
 
     control = ControlBlock(arguments.control.fd, config.parallel.world_size)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import logging
-from pathlib import Path
 
 import torch
 
@@ -66,6 +65,10 @@ class Worker:
         gc.collect()
         self._communicator.close()
 
+    def abort(self) -> None:
+        """Leave without waiting for anybody; ranks that wait for this one in a collective raise instead."""
+        self._communicator.abort()
+
 
 def run_worker(port: RankPort) -> None:
     """Entry of a rank's process, named as a string by the executor. What it raises, the scheduler is told."""
@@ -113,7 +116,10 @@ def create_communicator(port: RankPort, device: torch.device) -> Communicator:
     """The collectives of a process: shared memory on CPU, NCCL on GPUs, none when the rank is alone."""
     if port.world_size == 1:
         return SingleCommunicator()
+    # The scheduler watches over steps; this is for the case that it cannot, and must not be shorter than its own.
+    deadline = max(port.config.parallel.start_timeout, port.config.parallel.step_timeout)
     if device.type == "cuda":
-        return TorchCommunicator(port.rank, port.world_size, Path(port.run_dir) / f"store{port.epoch.group}", device)
+        store = port.run_dir / f"store{port.epoch.group}"
+        return TorchCommunicator(port.rank, port.world_size, store, device, deadline)
     assert port.collective_fd is not None
-    return SharedMemoryCommunicator(port.rank, port.world_size, port.collective_fd)
+    return SharedMemoryCommunicator(port.rank, port.world_size, port.collective_fd, deadline)

@@ -10,6 +10,7 @@ import os
 import signal
 import time
 
+from configs.engine import EngineConfig
 from configs.errors import CapacityError, ConfigError
 from nanoengine.channel import RankPort
 from nanoengine.step import StepInput, StepOutput
@@ -23,13 +24,13 @@ def invented(step: StepInput) -> StepOutput:
     return StepOutput(step.epoch, step.step_id, [row.seq_id for row in step.rows], tokens)
 
 
-def misbehaviour(port: RankPort) -> str:
-    what, _, rank = port.config.model.model.removeprefix("fake:").partition("@")
-    return what if rank in ("*", str(port.rank)) else ""
+def misbehaviour(config: EngineConfig, rank: int) -> str:
+    what, _, who = config.model.model.removeprefix("fake:").partition("@")
+    return what if who in ("*", str(rank)) else ""
 
 
 def run_worker(port: RankPort) -> None:
-    what = misbehaviour(port)
+    what = misbehaviour(port.config, port.rank)
     match what:
         case "die-loading":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -70,3 +71,43 @@ def run_worker(port: RankPort) -> None:
             port.send_output(output)
         elif what == "wait":
             time.sleep(600)
+
+
+class FakeRank:
+    """The same for the in-process executor. `closed` tells a test that the rank left in an orderly way."""
+
+    dtype_name, device_name = "float32", "cpu"
+
+    def __init__(self, config: EngineConfig, rank: int) -> None:
+        self.rank, self.what = rank, misbehaviour(config, rank)
+        self.num_blocks, self.closed, self.aborted = 0, False, False
+
+    def load(self) -> int:
+        match self.what:
+            case "config-error":
+                raise ConfigError("tensor_parallel_size must be odd, got 2", "tensor_parallel_size")
+            case "raise-loading":
+                raise RuntimeError("no such luck")
+            case "hang-loading":
+                time.sleep(1)
+        return MAX_BLOCKS[self.rank]
+
+    def allocate(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+
+    def execute(self, step: StepInput) -> StepOutput | None:
+        if step.step_id == 2 and self.what == "raise":
+            raise ValueError("rank trouble")
+        if self.what in ("slow", "hang"):
+            time.sleep(0.3 if self.what == "slow" else 1)
+        return invented(step) if self.rank == 0 else None
+
+    def close(self) -> None:
+        self.closed = True
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+def create_ranks(config: EngineConfig) -> list[FakeRank]:
+    return [FakeRank(config, rank) for rank in range(config.parallel.world_size)]

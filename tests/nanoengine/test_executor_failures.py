@@ -12,37 +12,31 @@ from configs.errors import WorkerError
 from nanoengine.executor import MultiprocessExecutor
 from nanoengine.step import Epoch
 from tests.nanoengine.fake_worker import invented
-from tests.nanoengine.process_tools import descendants, eventually
-from tests.nanoengine.test_executor import EPOCH, Make, make, run_steps, step
+from tests.nanoengine.process_tools import alive
+from tests.nanoengine.test_executor import EPOCH, Make, make, rank_pids, run_steps, step
 
 __all__ = ["make"]  # the fixture
 
 
-def rank_pid(executor: MultiprocessExecutor, rank: int) -> int:
-    assert executor._group is not None
-    pid = executor._group.ranks[rank]._process.pid  # type: ignore[union-attr]
-    assert pid is not None
-    return pid
-
-
-def watch_for(executor: MultiprocessExecutor, seconds: float) -> None:
-    """What the engine's loop does while nothing is in flight."""
+def turn_for(executor: MultiprocessExecutor, seconds: float) -> None:
+    """What the engine's loop does while it waits."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        executor.watch()
-        time.sleep(0.05)
+        if executor.num_in_flight:
+            executor.collect(0.05)
+        else:
+            time.sleep(0.05)
+            executor.watch()
 
 
 def expect_failure(executor: MultiprocessExecutor, rank: int, message: str, within: float = 5) -> None:
     """The group fails within seconds, nobody of it is left, and it stays failed."""
-    begin = time.monotonic()
+    pids = rank_pids(executor)
     with pytest.raises(WorkerError, match=message) as caught:
-        while time.monotonic() - begin < within:
-            executor.collect(0.05)
-            executor.watch()
+        turn_for(executor, within)
     assert caught.value.rank == rank
     assert executor.num_in_flight == 0
-    assert descendants() == []
+    assert alive(pids) == []
     for call in (executor.watch, executor.collect, lambda: executor.submit(step(9))):
         with pytest.raises(WorkerError, match=message):
             call()
@@ -53,7 +47,7 @@ def test_a_rank_killed_while_idle(make: Make, rank: int) -> None:
     executor = make()
     executor.start(EPOCH)
     run_steps(executor)
-    os.kill(rank_pid(executor, rank), signal.SIGKILL)
+    os.kill(rank_pids(executor)[rank], signal.SIGKILL)
     expect_failure(executor, rank, rf"rank {rank} died \(killed by signal 9 \(SIGKILL\)\)")
 
 
@@ -79,7 +73,7 @@ def test_an_exception_on_any_rank_fails_the_step_at_once(make: Make, rank: int) 
 def test_a_stopped_rank_is_noticed_by_its_silence(make: Make) -> None:
     executor = make(silence_limit=1.5)
     executor.start(EPOCH)
-    os.kill(rank_pid(executor, 1), signal.SIGSTOP)
+    os.kill(rank_pids(executor)[1], signal.SIGSTOP)
     expect_failure(executor, 1, r"rank 1 \(ready\) has given no sign of life for 1\.")
 
 
@@ -115,12 +109,12 @@ def test_a_group_that_was_suspended_with_its_scheduler_goes_on(make: Make) -> No
     executor.start(EPOCH)
     executor.watch()
     for rank in (0, 1):
-        os.kill(rank_pid(executor, rank), signal.SIGSTOP)
+        os.kill(rank_pids(executor)[rank], signal.SIGSTOP)
     time.sleep(1.8)  # nobody watches meanwhile
     executor.watch()
     for rank in (0, 1):
-        os.kill(rank_pid(executor, rank), signal.SIGCONT)
-    watch_for(executor, 0.5)
+        os.kill(rank_pids(executor)[rank], signal.SIGCONT)
+    turn_for(executor, 0.5)
     assert run_steps(executor, last=1) == [invented(step(1))]
 
 
@@ -134,7 +128,7 @@ def test_a_failure_wakes_whoever_polls(make: Make) -> None:
     for source in executor.wait_fds():
         poller.register(source, zmq.POLLIN)
     assert poller.poll(0) == []
-    os.kill(rank_pid(executor, 1), signal.SIGKILL)
+    os.kill(rank_pids(executor)[1], signal.SIGKILL)
     assert poller.poll(2000)
     expect_failure(executor, 1, "rank 1 died")
 
@@ -142,7 +136,7 @@ def test_a_failure_wakes_whoever_polls(make: Make) -> None:
 def test_a_new_epoch_starts_after_a_failure_and_an_old_one_does_not(make: Make) -> None:
     executor = make()
     executor.start(EPOCH)
-    os.kill(rank_pid(executor, 0), signal.SIGKILL)
+    os.kill(rank_pids(executor)[0], signal.SIGKILL)
     expect_failure(executor, 0, "rank 0 died")
     with pytest.raises(AssertionError, match="never used twice"):
         executor.start(EPOCH)
@@ -162,4 +156,3 @@ def test_a_rank_that_does_not_leave_is_made_to(make: Make) -> None:
     begin = time.monotonic()
     executor.stop()
     assert time.monotonic() - begin < 2.5
-    assert eventually(lambda: descendants() == [])

@@ -1,0 +1,183 @@
+"""A rank's parts put together: devices, communicators, the order of leaving, and the protocol of its process."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from configs.engine import EngineConfig
+from configs.errors import ConfigError
+from nanoengine.control_block import anonymous_file
+from nanoengine.step import Epoch, StepInput, StepOutput
+from workers import worker as worker_module
+from workers.parallel import SharedMemoryCommunicator, SingleCommunicator, TorchCommunicator
+from workers.worker import Worker, create_communicator, create_ranks, pick_device, run_worker
+
+EPOCH = Epoch(1, 1)
+
+
+def config(**settings: Any) -> EngineConfig:
+    return EngineConfig.create(model="demo", **settings)
+
+
+def gpus(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: number > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: number)
+
+
+@dataclasses.dataclass
+class FakePort:
+    """Stands for RankPort: two steps arrive, or the order to leave before anything is allocated."""
+
+    config: EngineConfig
+    rank: int = 0
+    num_blocks: int | None = 7
+    collective_fd: int | None = None
+    run_dir: Path = Path("/nowhere")
+    epoch: Epoch = EPOCH
+    num_threads: int = 1
+    said: list[Any] = dataclasses.field(default_factory=list)
+
+    @property
+    def world_size(self) -> int:
+        return self.config.parallel.world_size
+
+    def report_loaded(self, max_kv_blocks: int, dtype: str, device: str) -> int | None:
+        self.said.append((max_kv_blocks, dtype, device))
+        return self.num_blocks
+
+    def report_ready(self) -> None:
+        self.said.append("ready")
+
+    def steps(self) -> Iterator[StepInput]:
+        for step_id in (1, 2):
+            yield StepInput(self.epoch, step_id, [], [], [])
+
+    def send_output(self, output: StepOutput) -> None:
+        self.said.append(output.step_id)
+
+
+class FakeRunner:
+    """Stands for ModelRunner and writes down what is asked of it."""
+
+    dtype_name = "float32"
+    calls: list[Any] = []  # noqa: RUF012
+
+    def __init__(self, config: EngineConfig, device: torch.device, communicator: Any) -> None:
+        self.rank = communicator.rank
+
+    def load_model(self) -> None:
+        self.calls.append("load_model")
+
+    def max_kv_blocks(self) -> int:
+        self.calls.append("max_kv_blocks")
+        return 9
+
+    def allocate(self, num_blocks: int) -> None:
+        self.calls.append(("allocate", num_blocks))
+
+    def warm_up(self) -> None:
+        self.calls.append("warm_up")
+
+    def execute(self, step: StepInput) -> StepOutput | None:
+        return StepOutput(step.epoch, step.step_id, [], []) if self.rank == 0 else None
+
+    def __del__(self) -> None:
+        self.calls.append("runner gone")
+
+
+class FakeCommunicator(SingleCommunicator):
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+
+    def close(self) -> None:
+        FakeRunner.calls.append("communicator closed")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    monkeypatch.setattr(worker_module, "ModelRunner", FakeRunner)
+    monkeypatch.setattr(worker_module, "create_communicator", lambda port, device: FakeCommunicator(port.rank))
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    monkeypatch.setattr(FakeRunner, "calls", [])
+    return FakeRunner.calls
+
+
+def test_a_rank_loads_allocates_what_was_agreed_warms_up_and_answers(calls: list[Any]) -> None:
+    port = FakePort(config(device="cpu"))
+    run_worker(port)  # type: ignore[arg-type]
+    assert port.said == [(9, "float32", "cpu"), "ready", 1, 2]
+    assert calls[:4] == ["load_model", "max_kv_blocks", ("allocate", 7), "warm_up"]
+
+
+def test_ranks_other_than_0_send_no_output(calls: list[Any]) -> None:
+    port = FakePort(config(device="cpu"), rank=1)
+    run_worker(port)  # type: ignore[arg-type]
+    assert port.said == [(9, "float32", "cpu"), "ready"]
+
+
+def test_a_rank_told_to_leave_instead_of_allocating_leaves(calls: list[Any]) -> None:
+    port = FakePort(config(device="cpu"), num_blocks=None)
+    run_worker(port)  # type: ignore[arg-type]
+    assert port.said == [(9, "float32", "cpu")]
+    assert ("allocate", 7) not in calls
+
+
+def test_the_runner_goes_before_the_group_does(calls: list[Any]) -> None:
+    """Captured graphs hold collectives; destroyed after the group, they hang the exit."""
+    worker = Worker(config(), torch.device("cpu"), FakeCommunicator(0))
+    worker.close()
+    assert calls == ["runner gone", "communicator closed"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "tp", "number", "device"),
+    [
+        ("auto", 1, 0, "cpu"),
+        ("auto", 2, 1, "cpu"),
+        ("auto", 2, 2, "cuda:1"),
+        ("cpu", 2, 8, "cpu"),
+        ("cuda", 2, 4, "cuda:1"),
+    ],
+)
+def test_every_rank_gets_a_device_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, asked: str, tp: int, number: int, device: str
+) -> None:
+    gpus(monkeypatch, number)
+    assert str(pick_device(config(device=asked, tensor_parallel_size=tp), tp - 1)) == device
+
+
+@pytest.mark.parametrize(("tp", "number"), [(1, 0), (2, 1)])
+def test_too_few_gpus_are_a_config_error(monkeypatch: pytest.MonkeyPatch, tp: int, number: int) -> None:
+    gpus(monkeypatch, number)
+    with pytest.raises(ConfigError, match=rf"GPU for each of {tp} rank.*shows {number}.*device=cpu"):
+        pick_device(config(device="cuda", tensor_parallel_size=tp), 0)
+
+
+def test_the_communicator_fits_the_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cpu = torch.device("cpu")
+    assert isinstance(create_communicator(FakePort(config()), cpu), SingleCommunicator)  # type: ignore[arg-type]
+    fd = anonymous_file("test")
+    shared = create_communicator(FakePort(config(tensor_parallel_size=2), collective_fd=fd), cpu)  # type: ignore[arg-type]
+    assert isinstance(shared, SharedMemoryCommunicator)
+    shared.abort()
+    os.close(fd)
+    made: list[Any] = []
+    monkeypatch.setattr(TorchCommunicator, "__init__", lambda self, *arguments: made.append(arguments))
+    port = FakePort(config(tensor_parallel_size=2), rank=1, run_dir=tmp_path, epoch=Epoch(1, 3))
+    assert isinstance(create_communicator(port, torch.device("cuda", 1)), TorchCommunicator)  # type: ignore[arg-type]
+    assert made == [(1, 2, tmp_path / "store3", torch.device("cuda", 1), 600.0)]
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_ranks_of_one_process_know_each_other(calls: list[Any], tp: int) -> None:
+    ranks = create_ranks(config(device="cpu", tensor_parallel_size=tp))
+    assert [rank._communicator.rank for rank in ranks] == list(range(tp))
+    assert {rank._communicator.world_size for rank in ranks} == {tp}
