@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from configs.engine import EngineConfig
@@ -51,11 +52,19 @@ class KVCacheSpec:
         """
         try:
             shape = self.layer_shape(num_blocks)
-            return [torch.zeros(shape, dtype=self.dtype, device=device) for _ in range(self.num_layers)]
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+            return [_zeros(shape, self.dtype, device) for _ in range(self.num_layers)]
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             raise CapacityError(
                 f"{num_blocks} K/V blocks of {_gib(self.bytes_per_block * num_blocks)} in all do not fit: {error}"
             ) from error
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros; on CPU, untouched pages of the system, where torch would write gigabytes of them at once."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(pages).view(dtype).view(shape)
 
 
 def max_kv_blocks(config: EngineConfig, spec: KVCacheSpec, on_gpu: bool, measure: Callable[[], int]) -> int:

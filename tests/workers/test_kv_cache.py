@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -133,3 +134,14 @@ def test_copies_happen_in_order_in_every_layer() -> None:
 def test_impossible_copies_are_refused(copy: tuple[int, int, int]) -> None:
     with pytest.raises(EngineError, match="block copy"):
         copy_blocks([torch.zeros(5, 2, 2, 1, 4)], [copy])
+
+
+def test_cache_takes_no_memory_before_it_is_written() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident()
+    caches = SPEC.allocate(2**30 // SPEC.bytes_per_block, CPU)
+    assert sum(cache.nbytes for cache in caches) > 0.99 * 2**30
+    assert resident() - before < 2**24
+    assert not caches[-1][-1].any()
