@@ -40,7 +40,8 @@ MAX_FRAME_BYTES = 256 * 2**20
 
 KEY_BYTES = 32
 MAX_SOCKET_PATH = 107  # sun_path of unix(7) less its final zero
-SEND_TIMEOUT = 5.0
+SEND_TIMEOUT = 0.5
+"""A message waits for room only when the peer is gone or stopped: far fewer are under way than a queue holds."""
 SPIN_SECONDS = 1e-3
 IDLE_POLL = 5.0
 

@@ -155,6 +155,7 @@ class MultiprocessExecutor(Executor):
         try:
             group.broadcast(step)
         except DeadlineError as error:
+            self._guard(group.check)  # most likely it died
             raise self._fail(WorkerError(f"step {step.step_id} cannot be sent: {error.message}")) from error
         if not self._in_flight:
             self._oldest_since = time.monotonic()

@@ -22,7 +22,7 @@ from configs.engine import EngineConfig
 from configs.errors import DeadlineError, EngineError, NanoEngineError, WorkerError, from_wire
 from nanoengine import processes
 from nanoengine.channel import KEY_BYTES, Message, Stop, encode
-from nanoengine.control_block import ControlBlock, Phase, anonymous_file
+from nanoengine.control_block import ControlBlock, anonymous_file
 from nanoengine.rank_process import InheritedFd, RankArguments, RankProcess
 from nanoengine.step import Epoch, StepOutput
 
@@ -30,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 WATCH_SECONDS = 0.5
 LEAVE_SECONDS = 1.5
-_LOADING = (Phase.STARTING, Phase.LOADING, Phase.READY)
 
 
 class WorkerGroup:
@@ -137,19 +136,25 @@ class WorkerGroup:
         """Let idle ranks leave together; whoever has not left after `timeout` seconds is killed. Never raises."""
         deadline = time.monotonic() + timeout
         self.control.request_stop()
-        try:
-            self.broadcast(Stop())
-        except EngineError as error:
-            logger.warning("a rank cannot be asked to leave: %s", error)
+        # A rank that is still loading would hear it too late.
+        if not self.ranks or not all(rank.ready for rank in self.ranks) or not self._ask_to_leave():
             deadline = 0
-        # A rank that is still loading hears nothing for a long time.
-        loading = any(rank.words.phase in _LOADING and not rank.ready for rank in self.ranks)
-        while not loading and (left := deadline - time.monotonic()) > 0:
+        while (left := deadline - time.monotonic()) > 0:
             alive = [rank for rank in self.ranks if rank.exit_code is None]
             if not alive:
                 break
             wait_for_sentinels([rank.sentinel for rank in alive if rank.sentinel is not None], left)
         self.kill()
+
+    def _ask_to_leave(self) -> bool:
+        try:
+            for rank in self.ranks:
+                if rank.exit_code is None:
+                    rank.link.send(Stop(), timeout=0)
+            return True
+        except EngineError as error:
+            logger.warning("a rank cannot be asked to leave: %s", error)
+            return False
 
     def kill(self) -> None:
         """SIGKILL and reap whoever is left, and release everything the group holds. Harmless twice; never raises."""

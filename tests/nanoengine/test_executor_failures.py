@@ -51,6 +51,17 @@ def test_a_rank_killed_while_idle(make: Make, rank: int) -> None:
     expect_failure(executor, rank, rf"rank {rank} died \(killed by signal 9 \(SIGKILL\)\)")
 
 
+def test_a_step_for_a_rank_that_is_gone_fails_without_a_wait(make: Make) -> None:
+    executor = make()
+    executor.start(EPOCH)
+    os.kill(rank_pids(executor)[1], signal.SIGKILL)
+    begin = time.monotonic()
+    with pytest.raises(WorkerError, match="rank 1 died"):
+        run_steps(executor)
+    assert time.monotonic() - begin < 2
+    executor.stop()
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_killed_in_the_middle_of_a_step(make: Make, rank: int) -> None:
     executor = make(f"die@{rank}")
