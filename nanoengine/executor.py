@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import logging
 import math
+import multiprocessing
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -126,7 +127,6 @@ class MultiprocessExecutor(Executor):
         """See `Executor.start`."""
         assert self._group is None, "stop() comes before another start()"
         assert self._epoch is None or epoch > self._epoch, "an epoch is never used twice"
-        import torch.multiprocessing  # here, as nothing else in the scheduler needs torch
 
         began, limit = time.monotonic(), self._config.parallel.start_timeout
         self._epoch, self._failure, self._num_collected = epoch, None, 0
@@ -134,7 +134,8 @@ class MultiprocessExecutor(Executor):
         group = WorkerGroup(self._config, self._run_dir, epoch, self._entry, self._silence_limit)
         self._group = group
         try:
-            group.spawn(torch.multiprocessing.get_context("spawn"))
+            # Not torch.multiprocessing: no tensor crosses, and torch would cost the scheduler a second and 140 MiB.
+            group.spawn(multiprocessing.get_context("spawn"))
             logger.info("started %d rank(s), epoch %d.%d", len(group.ranks), *epoch)
             group.await_all(lambda rank: rank.loaded is not None, "loading the model", began + limit, limit)
             loaded = [rank.loaded for rank in group.ranks if rank.loaded is not None]

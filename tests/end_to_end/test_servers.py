@@ -102,7 +102,16 @@ def test_each_kind_of_process_loads_only_what_it_needs(pair: Pair) -> None:
     for modules in kinds["launch"]:
         assert not modules & {"torch", "transformers", "workers"}
     for modules in kinds["scheduler"]:
-        assert not modules & {"transformers", "tokenizers", "fastapi", "uvicorn", "workers", "launch", "jinja2"}
+        assert not modules & {
+            "torch",
+            "transformers",
+            "tokenizers",
+            "fastapi",
+            "uvicorn",
+            "workers",
+            "launch",
+            "jinja2",
+        }
     for modules in kinds["worker"]:
         unwanted = {"transformers", "tokenizers", "fastapi", "uvicorn", "launch", "nanoengine.scheduler"}
         assert not modules & unwanted

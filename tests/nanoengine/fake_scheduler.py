@@ -7,13 +7,11 @@ fake_worker. It writes the pids of all of them into the file that NANO_TEST_PIDS
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
-import types
 from pathlib import Path
 
 from configs.errors import CheckpointError
@@ -23,11 +21,6 @@ from nanoengine.step import Epoch
 from tests.nanoengine.process_tools import descendants
 
 ENTRY = "tests.nanoengine.fake_worker:run_worker"
-
-
-# Ranks without tensors need nothing of torch, whose import would take most of these tests' time.
-sys.modules["torch"] = types.ModuleType("torch")
-sys.modules["torch.multiprocessing"] = sys.modules["torch"].multiprocessing = multiprocessing  # type: ignore[attr-defined]
 
 
 def tell_pids(wanted: int) -> None:

@@ -47,11 +47,9 @@ def nanoengine_may(module: str, name: str) -> bool:
     top = name.split(".")[0]
     if top in OURS:
         return top in {"nanoengine", "configs"}
-    if top == "torch":
-        return module == "nanoengine.executor"
     if top == "transformers":
         return module == "nanoengine.tokenizer"
-    return top not in WEB
+    return top not in WEB | {"torch"}
 
 
 def workers_may(module: str, name: str) -> bool:
@@ -126,7 +124,7 @@ def test_names_are_resolved(source: str, module: str, expected: str) -> None:
     [
         ("configs", "configs.engine", "torch", False),
         ("nanoengine", "nanoengine.scheduler", "torch", False),
-        ("nanoengine", "nanoengine.executor", "torch.multiprocessing", True),
+        ("nanoengine", "nanoengine.executor", "torch.multiprocessing", False),
         ("nanoengine", "nanoengine.executor", "workers.worker", False),
         ("nanoengine", "nanoengine.tokenizer", "transformers.AutoTokenizer", True),
         ("nanoengine", "nanoengine.engine", "fastapi.FastAPI", False),
