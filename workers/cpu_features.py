@@ -1,9 +1,12 @@
-"""What this machine's processor can do, read from the kernel's own list; knows no tensor and no model."""
+"""What this machine's processor can do, read from the kernel's own list; knows no model."""
 
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
+
+import torch
 
 
 @functools.cache
@@ -25,6 +28,8 @@ def has_native_bfloat16() -> bool:
     return bool(cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
-def has_tiles_for(dtype_name: str) -> bool:
-    """Whether oneDNN would multiply this 16-bit type (`bfloat16`, `float16`) in AMX tiles."""
-    return {"bfloat16": "amx_bf16", "float16": "amx_fp16"}.get(dtype_name) in cpu_flags()
+def has_tiles_for(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies this type in AMX tiles here (unless its own environment variable forbids it)."""
+    flag = {torch.bfloat16: "amx_bf16", torch.float16: "amx_fp16"}.get(dtype)
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "all").lower()
+    return flag in cpu_flags() and (limit in ("all", "default") or "amx" in limit)
