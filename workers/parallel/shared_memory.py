@@ -17,7 +17,7 @@ from workers.parallel.base import CLOSE_DEADLINE, DEFAULT_DEADLINE, Communicator
 
 # The file: a page of flags, then two buffers of one slot a rank. A rank's flags lie on a cache line of their own.
 _HEADER_BYTES, _WORDS_PER_RANK, _MAX_RANKS = 4096, 8, 64
-_SLOT_BYTES = 512 * 1024
+_SLOT_BYTES = 2**20
 # Seconds of busy waiting, then of giving way to other processes; after that the rank sleeps between looks.
 _SPIN_SECONDS, _YIELD_SECONDS, _SLEEP_SECONDS = 0.001, 0.003, 0.0001
 # x86 keeps the order of stores and of loads, so data written before a flag is seen before it.
