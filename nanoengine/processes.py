@@ -87,10 +87,12 @@ class _LastingThread:
         threading.Thread(target=self._run, name="spawner", daemon=True).start()
 
     def _run(self) -> None:
-        # Inherited by what is spawned here: a Ctrl-C must not hit a child before it has chosen to ignore it.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         while True:
-            self._calls.get()()
+            call = self._calls.get()
+            # Inherited by what is spawned here: a Ctrl-C must not hit a child before it has chosen to ignore it.
+            # Each time, because multiprocessing unblocks it when it has started its resource tracker.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            call()
 
     def run(self, call: Callable[[], T]) -> T:
         future: concurrent.futures.Future[T] = concurrent.futures.Future()

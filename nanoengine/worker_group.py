@@ -12,6 +12,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait as wait_for_sentinels
 from multiprocessing.context import SpawnContext
 from pathlib import Path
@@ -67,6 +68,8 @@ class WorkerGroup:
 
     def spawn(self, context: SpawnContext) -> None:
         """Start every rank's process; from then on they load in parallel."""
+        # Before the first rank: starting it unblocks SIGINT, which the ranks must inherit blocked.
+        processes.in_lasting_thread(resource_tracker.ensure_running)
         for rank in self.ranks:
             processes.in_lasting_thread(lambda rank=rank: rank.spawn(context))  # type: ignore[misc]
         self._close_fds()  # the ranks have theirs

@@ -1,9 +1,12 @@
-"""What all tests share: the option --slow and the skips of the markers `gpu` and `slow`.
+"""What all tests share: the option --slow, the skips of the markers `gpu` and `slow`, and one thread for torch.
 
 It imports no torch unless a test marked `gpu` was collected, so that the tests of text and folders start at once.
 """
 
 from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -21,6 +24,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("slow"):
                 item.add_marker(pytest.mark.skip(reason="slow; runs with --slow"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny operators on several threads crawl when other programs run; a test about threads sets their number itself.
+
+    Processes that a test starts are not concerned: they choose for themselves.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def _has_cuda() -> bool:

@@ -105,6 +105,7 @@ def test_tp_that_cannot_divide_the_heads_is_refused_with_those_that_can(tmp_path
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
         ({"architectures": None}, "architecture None"),
         ({"auto_map": {"AutoModel": "x.Y"}}, "remote code"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"vocab_size": 0}, "vocab_size"),
         ({"vocab_size": None}, "vocab_size"),

@@ -26,7 +26,7 @@ LONG_LENGTH = 1500
 # For each model the seeds of its prompts, one a length, the long one last; chosen so that no two logits nearly tie,
 # which test_prompts_are_far_from_ties asserts.
 SEEDS: dict[str, tuple[int, ...]] = {
-    "demo": (0, 15, 6, 8, 27, 0, 79),
+    "demo": (3, 8, 17, 15, 17, 10, 79),
     "llama": (0, 1, 0, 0, 0, 0, 0),
     "llama3": (0, 0, 1, 0, 0, 0, 0),
     "mistral": (0, 0, 1, 0, 0, 0, 0),

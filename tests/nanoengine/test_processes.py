@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,7 @@ def test_the_spawning_thread_outlives_its_callers_and_blocks_ctrl_c() -> None:
         names.add(threading.get_ident())
         masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, set()))
 
+    processes.in_lasting_thread(resource_tracker.ensure_running)  # unblocks SIGINT in the thread that calls it
     threads = [threading.Thread(target=processes.in_lasting_thread, args=(call,)) for _ in range(3)]
     for thread in threads:
         thread.start()
