@@ -89,7 +89,9 @@ def load_checkpoint_config(model_dir: str | Path) -> CheckpointConfig:
             f"{root / 'config.json'} names remote code (auto_map); models are data, remote code is refused"
         )
     if raw.get("quantization_config"):
-        raise CheckpointError(f"{root / 'config.json'} has a quantization_config; quantised weights are not implemented")
+        raise CheckpointError(
+            f"{root / 'config.json'} has a quantization_config; quantised weights are not implemented"
+        )
     names = raw.get("architectures") or []
     architecture = names[0] if isinstance(names, list) and names else None
     if architecture not in _FAMILIES:
