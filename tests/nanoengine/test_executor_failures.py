@@ -12,7 +12,7 @@ from configs.errors import WorkerError
 from nanoengine.executor import MultiprocessExecutor
 from nanoengine.step import Epoch
 from tests.nanoengine.fake_worker import invented
-from tests.nanoengine.process_tools import alive
+from tests.nanoengine.process_tools import alive, eventually
 from tests.nanoengine.test_executor import EPOCH, Make, make, rank_pids, run_steps, step
 
 __all__ = ["make"]  # the fixture
@@ -54,7 +54,9 @@ def test_a_rank_killed_while_idle(make: Make, rank: int) -> None:
 def test_a_step_for_a_rank_that_is_gone_fails_without_a_wait(make: Make) -> None:
     executor = make()
     executor.start(EPOCH)
-    os.kill(rank_pids(executor)[1], signal.SIGKILL)
+    killed = rank_pids(executor)[1]
+    os.kill(killed, signal.SIGKILL)
+    assert eventually(lambda: not alive([killed]))  # the other rank could answer every step before it is
     begin = time.monotonic()
     with pytest.raises(WorkerError, match="rank 1 died"):
         run_steps(executor)
