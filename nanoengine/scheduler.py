@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 # Share of the blocks that admission leaves free, so that the sequences which run already can grow a little before
 # somebody must be preempted.
 WATERMARK = 0.01
+# How many waiting sequences that wait for a prefix are passed over in search of one that does not.
+MAX_PASSED = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +104,7 @@ class Scheduler:
             arrival_time=message.arrival_time,
             priority=message.priority,
             seed=message.seed,
+            cache_salt=message.cache_salt,
         )
         self.requests[request.key] = request
         for index in range(params.n):
@@ -250,12 +253,22 @@ class Scheduler:
         self.waiting.appendleft(seq)
 
     def _schedule_waiting(self, batch: _Batch) -> None:
-        """Admit waiting sequences in order while budget, rows and blocks last."""
-        while self.waiting and batch.budget > 0 and len(self.running) < self.limits.max_num_seqs:
-            seq = self.waiting[0]
+        """Admit waiting sequences in order while budget, rows and blocks last.
+
+        One whose prefix a running sequence is computing just now is passed over until the blocks are there. That
+        takes as long as the other's prefill at most, since it leaves the running ones only by giving its blocks back.
+        """
+        passed = 0
+        while passed < min(len(self.waiting), MAX_PASSED) and batch.budget > 0:
+            if len(self.running) >= self.limits.max_num_seqs:
+                break
+            seq = self.waiting[passed]
             if seq.num_pending_tokens:
                 break  # preempted while a step samples it: that token comes first
             hits = self.blocks.match_prefix(seq)
+            if self.blocks.is_coming(seq, len(hits)):
+                passed += 1
+                continue
             uncomputed = seq.num_tokens - len(hits) * self.limits.block_size
             if uncomputed > batch.budget and not self.limits.enable_chunked_prefill:
                 break
@@ -267,8 +280,9 @@ class Scheduler:
                 # Every block is free and still it does not fit: a new worker group may have fewer than the last.
                 self._finish(seq, SequenceStatus.FINISHED_LENGTH_CAPPED, start=seq.num_completion_tokens)
                 continue
-            self.waiting.popleft()
+            self.waiting.remove(seq)
             self.blocks.allocate(seq, seq.num_tokens, hits)
+            self.blocks.announce(seq)
             self.blocks.count_query(seq, len(hits))
             if seq.num_preemptions == 0:
                 seq.num_cached_tokens = seq.num_computed_tokens
@@ -398,7 +412,9 @@ class Scheduler:
             seq.forget_computation()
             seq.num_pending_tokens = 0
         self.limits = dataclasses.replace(self.limits, num_kv_blocks=num_kv_blocks)
+        counted = self.blocks.num_query_tokens, self.blocks.num_hit_tokens
         self.blocks = BlockManager(num_kv_blocks, self.limits.block_size, self.limits.enable_prefix_caching)
+        self.blocks.num_query_tokens, self.blocks.num_hit_tokens = counted
 
     def check_invariants(self) -> None:
         """Raise AssertionError unless queues, requests and blocks agree."""

@@ -138,10 +138,14 @@ class Sequence:
 
 
 class Request:
-    """One client request and its sequences. `prompt` is the text it came from, where that is known here."""
+    """One client request and its sequences. `prompt` is the text it came from, where that is known here.
+
+    Only requests of the same `cache_salt` share cached prefixes.
+    """
 
     __slots__ = (
         "arrival_time",
+        "cache_salt",
         "client_id",
         "first_scheduled_time",
         "priority",
@@ -164,6 +168,7 @@ class Request:
         arrival_time: float | None = None,
         priority: int = 0,
         seed: int = 0,
+        cache_salt: str = "",
     ) -> None:
         self.request_id = request_id
         self.client_id = client_id
@@ -173,6 +178,7 @@ class Request:
         self.arrival_time = time.time() if arrival_time is None else arrival_time
         self.priority = priority
         self.seed = seed
+        self.cache_salt = cache_salt
         self.first_scheduled_time: float | None = None
         self.seqs: list[Sequence] = []
 

@@ -102,7 +102,13 @@ class Driver:
         self.outputs: deque[StepOutput] = deque()  # of the steps in flight
 
     def add(
-        self, request_id: str, prompt: list[int], journal: list[int] | None = None, client: str = "c", **params: Any
+        self,
+        request_id: str,
+        prompt: list[int],
+        journal: list[int] | None = None,
+        client: str = "c",
+        cache_salt: str = "",
+        **params: Any,
     ) -> None:
         message = AddRequest(
             client,
@@ -113,6 +119,7 @@ class Driver:
             arrival_time=0.0,
             priority=0,
             journal=[journal or []],
+            cache_salt=cache_salt,
         )
         self.tokens[request_id] = list(journal or [])
         self.scheduler.add(message)

@@ -60,10 +60,66 @@ def test_prefix_is_not_hit_before_the_step_that_computes_it_returned(async_sched
     driver.add("b", prompt)
     step = driver.step()
     assert step is not None
-    assert [row.num_computed_tokens for row in step.rows] == [0, 0]
-    assert not set(step.rows[0].new_block_ids) & set(step.rows[1].new_block_ids)
+    assert [row.num_computed_tokens for row in step.rows] == [0]
     driver.run()
-    assert driver.tokens["a"] == driver.tokens["b"]
+    assert driver.tokens["a"] == driver.tokens["b"] == expected_output(prompt, 8)
+
+
+@pytest.mark.parametrize("budget", [3, 16, 64])
+def test_prefix_that_arrives_several_times_at_once_is_computed_once(async_scheduling: bool, budget: int) -> None:
+    driver = Driver(async_scheduling, max_num_batched_tokens=budget, num_kv_blocks=256)
+    shared = prompt_of(40)
+    prompts = {f"r{i}": [*shared, 100 + i] for i in range(5)} | {"other": prompt_of(6, 1)}
+    for name, prompt in prompts.items():
+        driver.add(name, prompt, max_tokens=4)
+    driver.run()
+    assert all(driver.tokens[name] == expected_output(prompt, 4) for name, prompt in prompts.items())
+    computed = sum(len(row.token_ids) for step in driver.steps for row in step.rows)
+    assert computed == len(shared) + 5 * (1 + 3) + 6 + 3
+    assert driver.scheduler.blocks.num_query_tokens == 5 * 41 + 6
+    assert driver.scheduler.blocks.num_hit_tokens == 4 * 40
+    # Who waits for a prefix stands in nobody's way.
+    first = next(step for step in driver.steps if any(row.num_prompt_tokens == 6 for row in step.rows))
+    assert budget == 3 or first.step_id <= 3
+
+
+def test_who_waits_for_a_prefix_computes_it_when_the_other_leaves() -> None:
+    driver = Driver(max_num_batched_tokens=4)
+    driver.add("first", prompt_of(30))
+    driver.add("second", prompt_of(30))
+    driver.step()
+    driver.step()
+    driver.abort("first")
+    driver.run()
+    assert driver.tokens["second"] == expected_output(prompt_of(30), 8)
+    metrics = driver.last["second"].metrics
+    assert metrics is not None
+    assert metrics["num_cached_tokens"] == 8
+
+
+def test_prefixes_of_different_salts_are_not_shared() -> None:
+    driver = Driver()
+    hits = {}
+    for name, salt in (("none", ""), ("x", "x"), ("y", "y"), ("x again", "x"), ("none again", "")):
+        driver.add(name, prompt_of(17), cache_salt=salt)
+        driver.run()
+        metrics = driver.last[name].metrics
+        assert metrics is not None
+        hits[name] = metrics["num_cached_tokens"]
+    assert hits == {"none": 0, "x": 0, "y": 0, "x again": 16, "none again": 16}
+
+
+def test_reset_prefix_cache_forgets_prefixes_and_disturbs_nothing_that_runs() -> None:
+    driver = Driver()
+    driver.add("runs", prompt_of(16), max_tokens=20)
+    driver.step()
+    driver.scheduler.blocks.reset_prefix_cache()
+    driver.add("same", prompt_of(16), max_tokens=2)
+    driver.run()
+    assert driver.tokens["runs"] == expected_output(prompt_of(16), 20)
+    metrics = driver.last["same"].metrics
+    assert metrics is not None
+    assert metrics["num_cached_tokens"] == 0
 
 
 def test_partial_prompt_is_never_sampled(async_scheduling: bool) -> None:
