@@ -89,6 +89,7 @@ class SchedulerConfig(_Validated):
     max_num_seqs: int = setting(256, "sequences that run at once", minimum=1, maximum=2**16)
     enable_chunked_prefill: bool = setting(True, "split prompts over several steps")
     policy: str = setting("fcfs", "order of admission (only fcfs until priorities are built)", choices=("fcfs",))
+    async_scheduling: bool = setting(True, "schedule the next step while the workers compute one")
     check_invariants: bool = setting(False, "check the scheduler's books after every step (slow; for debugging)")
     max_model_len: int | None = None  # the model's, put there by EngineConfig.resolve
 

@@ -253,6 +253,13 @@ class AsyncLLM:
             self._wake([journal])
             self._on_socket()
 
+    async def reset_prefix_cache(self) -> None:
+        """No later request is answered from prefixes that are cached now. Raises EngineError when it is gone."""
+        await self.start()
+        assert self._client is not None
+        self._client.reset_prefix_cache()
+        self._on_socket()
+
     async def _encode(self, prompt: Prompt) -> Prompt:
         assert self._client is not None
         if prompt.token_ids is None and prompt.text is not None and len(prompt.text) > LONG_TEXT_CHARS:

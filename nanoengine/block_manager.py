@@ -4,8 +4,9 @@ A block is in one of three states: held by at least one sequence (reference coun
 content is known by hash and may be hit), or free (count 0, content unknown). New blocks come from the free ones,
 then from the cached ones, least recently used first.
 
-A full block's hash covers its tokens and, through its parent's hash, everything before them. It is published only
-after the step that filled the block has returned, so no sequence can hit what is not computed yet.
+A full block's hash covers its tokens and, through its parent's hash, everything before them and the request's salt. It
+is published only after the step that filled the block has returned, so no sequence can hit what is not computed yet.
+Until then the hash is announced: a sequence that needs the same block may wait for it instead of computing it too.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class BlockManager:
         self._block_of: dict[bytes, int] = {}
         self._free: deque[int] = deque(range(self.num_blocks))
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._announced: dict[bytes, Sequence] = {}  # who computes it
 
     @property
     def num_free_blocks(self) -> int:
@@ -68,6 +70,23 @@ class BlockManager:
                 break
             hits.append(block)
         return hits
+
+    def is_coming(self, seq: Sequence, num_hits: int) -> bool:
+        """Whether another sequence is computing the block of `seq` that follows its hits."""
+        if not self.enable_prefix_caching or num_hits >= (seq.num_tokens - 1) // self.block_size:
+            return False
+        return self._hashes(seq, num_hits + 1)[num_hits] in self._announced
+
+    def announce(self, seq: Sequence) -> None:
+        """`seq` is going to compute its full blocks from here on; what nobody else computes, others may wait for."""
+        if self.enable_prefix_caching:
+            first = seq.num_computed_tokens // self.block_size
+            for block_hash in self._hashes(seq, seq.num_tokens // self.block_size)[first:]:
+                self._announced.setdefault(block_hash, seq)
+
+    def _withdraw(self, seq: Sequence, block_hash: bytes) -> None:
+        if self._announced.get(block_hash) is seq:
+            del self._announced[block_hash]
 
     def can_allocate(self, num_new: int, hits: Iterable[int] = (), reserve: int = 0) -> bool:
         """Whether `num_new` blocks can be taken beside the `hits`, leaving `reserve` blocks.
@@ -99,6 +118,8 @@ class BlockManager:
 
     def free(self, seq: Sequence) -> None:
         """Give back every block of `seq`. Its last blocks become the least recently used: prefixes outlive tails."""
+        for block_hash in seq.block_hashes:
+            self._withdraw(seq, block_hash)
         for block in reversed(seq.block_table):
             self._ref_counts[block] -= 1
             assert self._ref_counts[block] >= 0, f"block {block} of {seq} was freed twice"
@@ -121,6 +142,7 @@ class BlockManager:
         hashes = self._hashes(seq, last)
         for i in range(first, last):
             block, block_hash = seq.block_table[i], hashes[i]
+            self._withdraw(seq, block_hash)
             if self._hash_of[block] is None and block_hash not in self._block_of:
                 self._hash_of[block] = block_hash
                 self._block_of[block_hash] = block
@@ -138,9 +160,12 @@ class BlockManager:
         while len(known) < num_blocks:
             i = len(known)
             tokens = array("q", seq.token_ids[i * size : (i + 1) * size]).tobytes()
-            parent = known[-1] if known else b""
-            known.append(blake2b(parent + tokens, digest_size=16, key=self._key).digest())
+            parent = known[-1] if known else self._digest(seq.request.cache_salt.encode())
+            known.append(self._digest(parent + tokens))
         return known[:num_blocks]
+
+    def _digest(self, data: bytes) -> bytes:
+        return blake2b(data, digest_size=16, key=self._key).digest()
 
     def _take(self, block: int) -> None:
         if self._ref_counts[block] == 0:
@@ -162,6 +187,9 @@ class BlockManager:
 
     def check_invariants(self, live: Iterable[Sequence]) -> None:
         """Raise AssertionError unless every block is accounted for, given all sequences that may hold blocks."""
+        live = list(live)
+        computing = {seq.seq_id for seq in live if seq.block_table}
+        assert computing >= {seq.seq_id for seq in self._announced.values()}, "a block is announced by nobody"
         held = [0] * self.num_blocks
         for seq in live:
             assert len(set(seq.block_table)) == len(seq.block_table), f"{seq} holds a block twice"

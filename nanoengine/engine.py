@@ -19,9 +19,9 @@ import zmq
 from configs.engine import EngineConfig
 from configs.errors import NanoEngineError, to_wire
 from nanoengine.engine_process import Bootstrap, receive_bootstrap
-from nanoengine.executor import Executor, ExecutorFacts, create_executor
+from nanoengine.executor import MAX_IN_FLIGHT, Executor, ExecutorFacts, create_executor
 from nanoengine.front_socket import FrontSocket
-from nanoengine.messages import Abort, AddRequest, EngineFailure, Hello, Ready
+from nanoengine.messages import Abort, AddRequest, EngineFailure, Hello, Ready, ResetPrefixCache
 from nanoengine.processes import configure_logging, name_process
 from nanoengine.scheduler import Scheduler, SchedulerLimits
 from nanoengine.step import Epoch
@@ -75,19 +75,14 @@ class EngineCore:
 
     def _turn(self) -> None:
         """One pass: what came back, what came in, the next step, and then the answers, while that step runs."""
-        output = self.executor.collect(0)
-        if output is not None:
+        while (output := self.executor.collect(0)) is not None:
             self.scheduler.commit(output)
         now = time.monotonic()
         if now >= self._next_watch:
             self.executor.watch()
             self._next_watch = now + WATCH_SECONDS
         self._take_messages()
-        # One step at a time: a step's tokens must be known before the next is scheduled.
-        if self.executor.num_in_flight == 0:
-            step = self.scheduler.schedule()
-            if step is not None:
-                self.executor.submit(step)
+        self._submit_steps()
         if self.config.scheduler.check_invariants:
             self.scheduler.check_invariants()
         self.front.post(self.scheduler.take_deltas())
@@ -96,6 +91,15 @@ class EngineCore:
             self.scheduler.abort_client(client_id)
             self.scheduler.take_deltas()
             self.clients.discard(client_id)
+
+    def _submit_steps(self) -> None:
+        """Keep the workers busy: under async scheduling the next step waits for them while they compute one."""
+        wanted = MAX_IN_FLIGHT if self.config.scheduler.async_scheduling else 1
+        while self.executor.num_in_flight < wanted:
+            step = self.scheduler.schedule()
+            if step is None:
+                return
+            self.executor.submit(step)
 
     def _timeout_ms(self) -> int:
         """How long the next poll may block."""
@@ -112,6 +116,8 @@ class EngineCore:
             elif isinstance(message, Abort):
                 logger.debug("request %s is aborted: %s", message.request_id, message.reason)
                 self.scheduler.abort(client_id, message.request_id, message.index)
+            elif isinstance(message, ResetPrefixCache):
+                self.scheduler.blocks.reset_prefix_cache()
             elif isinstance(message, Hello):
                 self.clients.add(client_id)
                 self.front.send(client_id, self._ready())

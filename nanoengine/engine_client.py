@@ -27,7 +27,17 @@ from configs.errors import (
     from_wire,
 )
 from nanoengine.journal import RequestJournal, SequenceJournal
-from nanoengine.messages import Abort, AddRequest, Deltas, EngineFailure, Hello, Message, Ready, TokenDelta
+from nanoengine.messages import (
+    Abort,
+    AddRequest,
+    Deltas,
+    EngineFailure,
+    Hello,
+    Message,
+    Ready,
+    ResetPrefixCache,
+    TokenDelta,
+)
 from nanoengine.prompts import Prompt, check_params
 from nanoengine.sampling_params import SamplingParams
 
@@ -56,6 +66,7 @@ class CheckedRequest:
     prompt_token_ids: list[int]
     params: SamplingParams
     max_tokens: int
+    cache_salt: str = ""
 
 
 class EngineClient:
@@ -116,7 +127,7 @@ class EngineClient:
             raise RequestError(
                 "the engine runs without a tokenizer (skip_tokenizer_init): give token ids instead of text", "prompt"
             )
-        return Prompt(prompt.text, self.tokenizer.encode(prompt.text))
+        return dataclasses.replace(prompt, token_ids=self.tokenizer.encode(prompt.text))
 
     def check(self, prompt: Prompt, params: SamplingParams | None = None) -> CheckedRequest:
         """Check a request against model and settings; nothing is sent.
@@ -134,7 +145,7 @@ class EngineClient:
         self._check_against_model(params)
         room = self.config.max_model_len - len(token_ids)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
-        return CheckedRequest(encoded.text, token_ids, params, max_tokens)
+        return CheckedRequest(encoded.text, token_ids, params, max_tokens, encoded.cache_salt)
 
     def _check_prompt(self, token_ids: list[int]) -> None:
         if not token_ids:
@@ -196,6 +207,7 @@ class EngineClient:
             priority,
             time.time(),
             self.tokenizer,
+            request.cache_salt,
         )
         self._live[journal.wire_id] = self._by_request_id[request_id] = journal
         self.outbox.extend(journal.submission(self.client_id))
@@ -236,6 +248,11 @@ class EngineClient:
     def resubmit_all(self) -> list[AddRequest | Abort]:
         """The messages that hand every unfinished request to a scheduler that knows nothing of them."""
         return [message for journal in self._live.values() for message in journal.submission(self.client_id)]
+
+    def reset_prefix_cache(self) -> None:
+        """No request from here on hits what is cached now. Raises EngineDeadError when the engine is gone."""
+        self.check_alive()
+        self.outbox.append(ResetPrefixCache())
 
     def _forget_if_finished(self, journal: RequestJournal) -> None:
         if journal.finished:

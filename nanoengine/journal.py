@@ -138,6 +138,7 @@ class RequestJournal:
         priority: int,
         arrival_time: float,
         tokenizer: Tokenizer | None,
+        cache_salt: str = "",
     ) -> None:
         self.request_id = request_id
         self.wire_id = wire_id
@@ -147,6 +148,7 @@ class RequestJournal:
         self.max_tokens = max_tokens
         self.seed = seed
         self.priority = priority
+        self.cache_salt = cache_salt
         self.metrics = RequestMetrics(arrival_time)
         self.sequences = [SequenceJournal(i, prompt_token_ids, params, tokenizer) for i in range(params.n)]
         self.failure: NanoEngineError | None = None
@@ -209,6 +211,7 @@ class RequestJournal:
             arrival_time=self.metrics.arrival_time,
             priority=self.priority,
             journal=[list(sequence.token_ids) for sequence in self.sequences],
+            cache_salt=self.cache_salt,
         )
         # A sequence that a stop string ended looks unfinished to a scheduler that knows its tokens only.
         ended = [sequence for sequence in self.sequences if sequence.is_finished]

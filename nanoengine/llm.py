@@ -54,6 +54,7 @@ class _Engine(Protocol):
     def wait(self, timeout: float | None = None) -> Sequence[_Request]: ...
     def abort(self, request_id: str) -> None: ...
     def open_request_ids(self) -> list[str]: ...
+    def reset_prefix_cache(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -216,6 +217,10 @@ class LLM:
     def abort(self, request_id: str) -> None:
         """End a request; `step` brings what it had, with finish_reason "abort". Harmless when it is not open."""
         self._engine.abort(request_id)
+
+    def reset_prefix_cache(self) -> None:
+        """No later request is answered from prefixes that are cached now. Raises EngineError when it is gone."""
+        self._engine.reset_prefix_cache()
 
     # -- the engine ---------------------------------------------------------------------------------------------
 

@@ -106,6 +106,12 @@ class LLMEngine:
         if self._connection is not None:
             self._connection.flush()
 
+    def reset_prefix_cache(self) -> None:
+        """No later request hits what is cached now. Raises EngineDeadError."""
+        self.client.reset_prefix_cache()
+        if self._connection is not None:
+            self._connection.flush()
+
     def open_request_ids(self) -> list[str]:
         """Ids of the requests that will still get tokens."""
         return self.client.open_request_ids()

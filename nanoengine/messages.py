@@ -29,7 +29,7 @@ class AddRequest:
 
     `journal[i]` holds the tokens already journalled for sequence `i`: after a restart they are computed again as
     if they had just been sampled, and the answer goes on behind them. `seed` was drawn by the front end.
-    `params` is `SamplingParams.to_dict()`.
+    `params` is `SamplingParams.to_dict()`. Only requests of the same `cache_salt` share cached prefixes.
     """
 
     client_id: str
@@ -40,6 +40,7 @@ class AddRequest:
     arrival_time: float
     priority: int
     journal: list[list[int]]
+    cache_salt: str = ""
 
 
 @dataclasses.dataclass(slots=True)
@@ -49,6 +50,11 @@ class Abort:
     request_id: str
     index: int | None
     reason: str
+
+
+@dataclasses.dataclass(slots=True)
+class ResetPrefixCache:
+    """Front end → scheduler: no later request may hit what is cached now."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -99,9 +105,17 @@ class EngineFailure:
     error: dict[str, Any]
 
 
-Message = Hello | AddRequest | Abort | Ready | Deltas | EngineFailure
+Message = Hello | AddRequest | Abort | ResetPrefixCache | Ready | Deltas | EngineFailure
 
-_TAGS: dict[int, type[Any]] = {1: Hello, 2: AddRequest, 3: Abort, 4: Ready, 5: Deltas, 6: EngineFailure}
+_TAGS: dict[int, type[Any]] = {
+    1: Hello,
+    2: AddRequest,
+    3: Abort,
+    4: Ready,
+    5: Deltas,
+    6: EngineFailure,
+    7: ResetPrefixCache,
+}
 _TAG_OF = {kind: tag for tag, kind in _TAGS.items()}
 _FIELDS = {kind: tuple(field.name for field in dataclasses.fields(kind)) for kind in (*_TAGS.values(), TokenDelta)}
 

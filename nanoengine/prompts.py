@@ -1,6 +1,7 @@
 """Brings every form in which a prompt may be given into one; knows no tokenizer, no model and no request.
 
 A prompt is text, a list of token ids, or a dict of either (`{"prompt": …}`, `{"prompt_token_ids": …}`), as in vLLM.
+The dict may also hold a `cache_salt`: only requests of the same salt share cached prefixes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from nanoengine.sampling_params import BeamSearchParams, SamplingParams
 Message: TypeAlias = Mapping[str, Any]
 PromptInput: TypeAlias = "str | Sequence[int] | Mapping[str, Any]"
 
-_DICT_KEYS = ("prompt", "prompt_token_ids")
+_CONTENT_KEYS = ("prompt", "prompt_token_ids")
+_DICT_KEYS = (*_CONTENT_KEYS, "cache_salt")
+MAX_CACHE_SALT_CHARS = 256
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -28,6 +31,20 @@ class Prompt:
     text: str | None = None
     token_ids: list[int] | None = None
     messages: list[Message] | None = None
+    cache_salt: str = ""
+
+
+def check_cache_salt(salt: object) -> str:
+    """A salt as given, None as the empty one. Raises RequestError."""
+    if salt is None:
+        return ""
+    if not isinstance(salt, str) or not 0 < len(salt) <= MAX_CACHE_SALT_CHARS:
+        raise RequestError(
+            f"cache_salt must be a string of 1 to {MAX_CACHE_SALT_CHARS} characters, got {salt!r:.100}", "cache_salt"
+        )
+    if any("\ud800" <= char <= "\udfff" for char in salt):
+        raise RequestError("cache_salt holds a lone surrogate", "cache_salt")
+    return salt
 
 
 def parse_prompt(prompt: object) -> Prompt:
@@ -39,7 +56,7 @@ def parse_prompt(prompt: object) -> Prompt:
     if isinstance(prompt, Mapping):
         return _from_mapping(prompt)
     raise RequestError(
-        f"a prompt must be text, a list of token ids, or a dict with {' or '.join(_DICT_KEYS)}, "
+        f"a prompt must be text, a list of token ids, or a dict with {' or '.join(_CONTENT_KEYS)}, "
         f"got {type(prompt).__name__}",
         "prompt",
     )
@@ -135,5 +152,6 @@ def _from_mapping(prompt: Mapping[Any, Any]) -> Prompt:
     if token_ids is not None and not isinstance(token_ids, list | tuple):
         raise RequestError(f"prompt_token_ids must be a list of ints, got {type(token_ids).__name__}", "prompt")
     if text is None and token_ids is None:
-        raise RequestError(f"a prompt's dict must hold {' or '.join(_DICT_KEYS)}", "prompt")
-    return Prompt(text, None if token_ids is None else _token_ids(token_ids))
+        raise RequestError(f"a prompt's dict must hold {' or '.join(_CONTENT_KEYS)}", "prompt")
+    salt = check_cache_salt(prompt.get("cache_salt"))
+    return Prompt(text, None if token_ids is None else _token_ids(token_ids), cache_salt=salt)

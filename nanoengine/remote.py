@@ -171,6 +171,10 @@ class RemoteEngine:
             with contextlib.suppress(OSError):
                 connection.sock.shutdown(socket.SHUT_RDWR)
 
+    def reset_prefix_cache(self) -> None:
+        """Have the server forget its cached prefixes. Raises EngineError."""
+        self._call(self._connect(), "POST", "/reset_prefix_cache")
+
     def open_request_ids(self) -> list[str]:
         """Ids of the requests that have not ended yet."""
         return [request_id for request_id, remote in self._open.items() if not remote.finished]
@@ -203,6 +207,8 @@ class RemoteEngine:
         body = {name: value for name, value in params.to_dict().items() if value != defaults[name]}
         body |= {"model": self.model, "temperature": params.temperature, "max_tokens": params.max_tokens}
         body["return_token_ids"] = True
+        if prompt.cache_salt:
+            body["cache_salt"] = prompt.cache_salt
         if prompt.messages is not None:
             body["messages"] = [dict(message) for message in prompt.messages]
         else:

@@ -4,7 +4,13 @@ A step mixes decodes and prefill chunks. Decodes come first, then the prompts th
 a long prompt cannot stop a stream. When blocks run out, the newest running sequence is preempted: its blocks are
 freed and it is computed again later; the oldest always progresses.
 
-Two steps may be in flight, collected in order (`commit`). Requests are added and aborted between steps only.
+Two steps may be in flight, collected in order (`commit`): while the workers compute step k, step k + 1 is scheduled.
+A sequence that step k samples is given its next row before that token is known; the row says PREVIOUS_SAMPLE. A
+length that will be reached is known ahead, so nothing is scheduled beyond it; a stop token is not, so the row that
+was scheduled behind one is discarded. Blocks that go from one sequence to another meanwhile are safe: the workers
+take the steps in order, and a block is published only for tokens that are known.
+
+Requests are added and aborted between steps only.
 """
 
 from __future__ import annotations
@@ -20,13 +26,15 @@ from nanoengine.block_manager import BlockManager
 from nanoengine.messages import AddRequest, TokenDelta
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.sequence import Request, ScheduledRow, Sequence, SequenceStatus
-from nanoengine.step import Epoch, RowParams, SequenceState, StepInput, StepOutput
+from nanoengine.step import PREVIOUS_SAMPLE, Epoch, RowParams, SequenceState, StepInput, StepOutput
 
 logger = logging.getLogger(__name__)
 
 # Share of the blocks that admission leaves free, so that the sequences which run already can grow a little before
 # somebody must be preempted.
 WATERMARK = 0.01
+# How many waiting sequences that wait for a prefix are passed over in search of one that does not.
+MAX_PASSED = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +104,7 @@ class Scheduler:
             arrival_time=message.arrival_time,
             priority=message.priority,
             seed=message.seed,
+            cache_salt=message.cache_salt,
         )
         self.requests[request.key] = request
         for index in range(params.n):
@@ -171,10 +180,14 @@ class Scheduler:
         return len(self._in_flight)
 
     def schedule(self) -> StepInput | None:
-        """Choose the next step's rows and take their blocks; None when there is nothing to compute now."""
+        """Choose the next step's rows and take their blocks; None when there is nothing to compute now.
+
+        With a step in flight None may also mean that its outcome must be known first. At most one may be.
+        """
+        assert len(self._in_flight) <= 1, "commit() comes before a third schedule()"
         scheduled = _Batch(self.limits.max_num_batched_tokens)
-        preempted = self._schedule_running(scheduled)
-        if not preempted:
+        self._schedule_running(scheduled)
+        if not scheduled.preempted:
             self._schedule_waiting(scheduled)
         if not scheduled.rows and not self._dropped:
             return None
@@ -184,45 +197,50 @@ class Scheduler:
             ScheduledRow(seq, row.num_computed_tokens, len(row.token_ids), row.sample, seq.num_preemptions)
             for seq, row in zip(scheduled.rows, rows, strict=True)
         ]
-        for seq, num_tokens in scheduled.rows.items():
-            seq.num_computed_tokens += num_tokens
+        for record in records:
+            record.seq.num_computed_tokens += record.num_tokens
+            record.seq.num_pending_tokens += record.sample
         self._in_flight.append((self._step_id, records))
         finished, self._dropped = self._dropped, []
         return StepInput(self.epoch, self._step_id, [], rows, finished)
 
-    def _schedule_running(self, batch: _Batch) -> bool:
-        """Give each running sequence its next tokens, decodes before prefill chunks; says whether any was preempted."""
-        preempted = False
-        ready = [seq for seq in self.running if seq.num_uncomputed_tokens > 0]
+    def _schedule_running(self, batch: _Batch) -> None:
+        """Give each running sequence its next tokens, decodes before prefill chunks."""
+        ready = [seq for seq in self.running if seq.num_uncomputed_tokens > 0 and not self._reaches_length(seq)]
         for seq in sorted(ready, key=lambda seq: seq.num_uncomputed_tokens > 1):  # stable: oldest first in each part
             if batch.budget == 0:
                 break
             if seq.status is not SequenceStatus.RUNNING:
                 continue  # it had to give way to an older one
             num_tokens = min(seq.num_uncomputed_tokens, batch.budget)
-            preempted |= self._make_room(seq, num_tokens, batch)
-            if seq.status is SequenceStatus.RUNNING:
+            if self._make_room(seq, num_tokens, batch):
                 self.blocks.allocate(seq, seq.num_computed_tokens + num_tokens)
                 batch.add(seq, num_tokens)
-        return preempted
 
     def _make_room(self, seq: Sequence, num_tokens: int, batch: _Batch) -> bool:
-        """Preempt the newest sequences until `seq` can grow; it may be the one to go. Says whether any went."""
+        """Preempt the newest sequences until `seq` can grow; it may be the one to go. Says whether it can grow now."""
         needed = self.blocks.blocks_for(seq.num_computed_tokens + num_tokens) - len(seq.block_table)
-        went = False
         while not self.blocks.can_allocate(needed):
+            batch.preempted = True
             victim = self.running[-1]
             if len(self.running) == 1:
+                if seq.num_pending_tokens:
+                    return False  # the token that is on its way belongs to the output still
                 # Nobody is left to give way: it has outgrown the whole cache.
                 logger.warning("request %s ends early: the K/V cache holds no more of it", seq.request.request_id)
                 self._finish(seq, SequenceStatus.FINISHED_LENGTH_CAPPED, start=seq.num_completion_tokens)
-                return True
+                return False
             batch.remove(victim)
             self._preempt(victim)
-            went = True
             if victim is seq:
-                break
-        return went
+                return False
+        return True
+
+    def _reaches_length(self, seq: Sequence) -> bool:
+        """Whether the tokens on their way are its last ones, whatever they will be."""
+        if not seq.num_pending_tokens:
+            return False
+        return self._is_full(seq, seq.num_pending_tokens)
 
     def _preempt(self, seq: Sequence) -> None:
         self.running.remove(seq)
@@ -235,10 +253,22 @@ class Scheduler:
         self.waiting.appendleft(seq)
 
     def _schedule_waiting(self, batch: _Batch) -> None:
-        """Admit waiting sequences in order while budget, rows and blocks last."""
-        while self.waiting and batch.budget > 0 and len(self.running) < self.limits.max_num_seqs:
-            seq = self.waiting[0]
+        """Admit waiting sequences in order while budget, rows and blocks last.
+
+        One whose prefix a running sequence is computing just now is passed over until the blocks are there. That
+        takes as long as the other's prefill at most, since it leaves the running ones only by giving its blocks back.
+        """
+        passed = 0
+        while passed < min(len(self.waiting), MAX_PASSED) and batch.budget > 0:
+            if len(self.running) >= self.limits.max_num_seqs:
+                break
+            seq = self.waiting[passed]
+            if seq.num_pending_tokens:
+                break  # preempted while a step samples it: that token comes first
             hits = self.blocks.match_prefix(seq)
+            if self.blocks.is_coming(seq, len(hits)):
+                passed += 1
+                continue
             uncomputed = seq.num_tokens - len(hits) * self.limits.block_size
             if uncomputed > batch.budget and not self.limits.enable_chunked_prefill:
                 break
@@ -250,8 +280,9 @@ class Scheduler:
                 # Every block is free and still it does not fit: a new worker group may have fewer than the last.
                 self._finish(seq, SequenceStatus.FINISHED_LENGTH_CAPPED, start=seq.num_completion_tokens)
                 continue
-            self.waiting.popleft()
+            self.waiting.remove(seq)
             self.blocks.allocate(seq, seq.num_tokens, hits)
+            self.blocks.announce(seq)
             self.blocks.count_query(seq, len(hits))
             if seq.num_preemptions == 0:
                 seq.num_cached_tokens = seq.num_computed_tokens
@@ -271,10 +302,10 @@ class Scheduler:
         seq.num_sent_blocks = len(seq.block_table)
         return SequenceState(
             seq_id=seq.seq_id,
-            token_ids=seq.token_ids[start:end],
+            token_ids=seq.token_ids[start:end] or [PREVIOUS_SAMPLE],
             num_computed_tokens=start,
             new_block_ids=new_block_ids,
-            sample=end == seq.num_tokens,
+            sample=num_tokens == seq.num_uncomputed_tokens,
             num_prompt_tokens=seq.num_prompt_tokens if params is not None else 0,
             params=params,
         )
@@ -284,7 +315,8 @@ class Scheduler:
     def commit(self, output: StepOutput) -> None:
         """Take in the output of the oldest step in flight: publish its blocks, append tokens, end what is done.
 
-        An output of an older epoch is dropped; a row whose sequence finished or was preempted since is discarded.
+        An output of an older epoch is dropped, and so is a row whose sequence finished since. One that was preempted
+        since lost its blocks, but not the token.
         """
         if output.epoch != self.epoch:
             return
@@ -292,9 +324,11 @@ class Scheduler:
         assert step_id == output.step_id, f"step {output.step_id} was collected where {step_id} was due"
         for record, token_ids in zip(records, output.token_ids, strict=True):
             seq = record.seq
-            if seq.is_finished or seq.num_preemptions != record.num_preemptions:
+            seq.num_pending_tokens -= record.sample
+            if seq.is_finished:
                 continue
-            self.blocks.publish(seq, record.start, record.start + record.num_tokens)
+            if seq.num_preemptions == record.num_preemptions:
+                self.blocks.publish(seq, record.start, record.start + record.num_tokens)
             if record.sample:
                 self._append(seq, token_ids)
 
@@ -316,12 +350,14 @@ class Scheduler:
         if token_id in (params.stop_token_ids or ()):
             seq.stop_reason = token_id
             return SequenceStatus.FINISHED_STOPPED
-        max_tokens = params.max_tokens
-        if (max_tokens is not None and seq.num_completion_tokens >= max_tokens) or (
-            seq.num_tokens >= self.limits.max_model_len
-        ):
-            return SequenceStatus.FINISHED_LENGTH_CAPPED
-        return None
+        return SequenceStatus.FINISHED_LENGTH_CAPPED if self._is_full(seq) else None
+
+    def _is_full(self, seq: Sequence, num_more: int = 0) -> bool:
+        """Whether `num_more` further tokens bring the sequence to max_tokens or max_model_len."""
+        max_tokens = seq.request.sampling_params.max_tokens
+        return (max_tokens is not None and seq.num_completion_tokens + num_more >= max_tokens) or (
+            seq.num_tokens + num_more >= self.limits.max_model_len
+        )
 
     def _finish(self, seq: Sequence, status: SequenceStatus | None, start: int) -> None:
         """End a sequence in whatever queue it stands, free its blocks and tell its client."""
@@ -374,8 +410,11 @@ class Scheduler:
         for seq in self.waiting:
             seq.block_table.clear()
             seq.forget_computation()
+            seq.num_pending_tokens = 0
         self.limits = dataclasses.replace(self.limits, num_kv_blocks=num_kv_blocks)
+        counted = self.blocks.num_query_tokens, self.blocks.num_hit_tokens
         self.blocks = BlockManager(num_kv_blocks, self.limits.block_size, self.limits.enable_prefix_caching)
+        self.blocks.num_query_tokens, self.blocks.num_hit_tokens = counted
 
     def check_invariants(self) -> None:
         """Raise AssertionError unless queues, requests and blocks agree."""
@@ -391,7 +430,10 @@ class Scheduler:
         for seq in self.running:
             assert seq.status is SequenceStatus.RUNNING, f"{seq} runs"
             assert seq.num_computed_tokens <= len(seq.block_table) * self.limits.block_size, f"{seq} outgrew its blocks"
-            assert seq.num_computed_tokens <= seq.num_tokens, f"{seq} computed more than it has"
+            assert seq.num_uncomputed_tokens >= 0, f"{seq} computed more than it has"
+        sampling = [record.seq for _, records in self._in_flight for record in records if record.sample]
+        for seq in queued:
+            assert seq.num_pending_tokens == sampling.count(seq), f"{seq} waits for tokens that no step samples"
         assert len(self.running) <= self.limits.max_num_seqs
         if not queued:
             assert self.blocks.num_free_blocks == self.limits.num_kv_blocks, "a block is held by nobody"
@@ -403,6 +445,7 @@ class _Batch:
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
+        self.preempted = False  # somebody had to give way, so nobody is admitted
         self.rows: dict[Sequence, int] = {}
 
     def add(self, seq: Sequence, num_tokens: int) -> None:

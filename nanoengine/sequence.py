@@ -46,6 +46,7 @@ class Sequence:
     """One output of a request: prompt and generated tokens, and the K/V blocks that hold them.
 
     `num_computed_tokens` counts the tokens whose K/V is computed or being computed by a step in flight.
+    `num_pending_tokens` counts the tokens that steps in flight sample: they follow `token_ids`, their ids unknown.
     `num_sent_blocks` counts the entries of `block_table` that the workers know; None: they know nothing of this
     sequence, and its full state travels with its next row.
     """
@@ -57,6 +58,7 @@ class Sequence:
         "index",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_pending_tokens",
         "num_preemptions",
         "num_prompt_tokens",
         "num_sent_blocks",
@@ -74,6 +76,7 @@ class Sequence:
         self.token_ids = [*request.prompt_token_ids, *journal]
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.num_computed_tokens = 0
+        self.num_pending_tokens = 0
         self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.num_sent_blocks: int | None = None
@@ -100,8 +103,8 @@ class Sequence:
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        """Tokens that no step has been given yet: 1 for a steady decode."""
-        return len(self.token_ids) - self.num_computed_tokens
+        """Tokens that no step has been given yet, a pending one included: 1 for a steady decode."""
+        return len(self.token_ids) + self.num_pending_tokens - self.num_computed_tokens
 
     @property
     def is_finished(self) -> bool:
@@ -135,10 +138,14 @@ class Sequence:
 
 
 class Request:
-    """One client request and its sequences. `prompt` is the text it came from, where that is known here."""
+    """One client request and its sequences. `prompt` is the text it came from, where that is known here.
+
+    Only requests of the same `cache_salt` share cached prefixes.
+    """
 
     __slots__ = (
         "arrival_time",
+        "cache_salt",
         "client_id",
         "first_scheduled_time",
         "priority",
@@ -161,6 +168,7 @@ class Request:
         arrival_time: float | None = None,
         priority: int = 0,
         seed: int = 0,
+        cache_salt: str = "",
     ) -> None:
         self.request_id = request_id
         self.client_id = client_id
@@ -170,6 +178,7 @@ class Request:
         self.arrival_time = time.time() if arrival_time is None else arrival_time
         self.priority = priority
         self.seed = seed
+        self.cache_salt = cache_salt
         self.first_scheduled_time: float | None = None
         self.seqs: list[Sequence] = []
 

@@ -8,6 +8,7 @@ from typing import Protocol
 from configs.engine import EngineConfig
 from configs.errors import NanoEngineError
 from nanoengine.outputs import RequestOutput
+from nanoengine.prompts import PromptInput
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.tokenizer import Tokenizer
 
@@ -24,5 +25,6 @@ class Engine(Protocol):
     @property
     def failure(self) -> NanoEngineError | None: ...
     def generate(
-        self, prompt: list[int], sampling_params: SamplingParams | None = None, request_id: str | None = None
+        self, prompt: PromptInput, sampling_params: SamplingParams | None = None, request_id: str | None = None
     ) -> AsyncGenerator[RequestOutput, None]: ...
+    async def reset_prefix_cache(self) -> None: ...

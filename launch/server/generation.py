@@ -23,7 +23,7 @@ from launch.server.engine import Engine
 from launch.server.errors import from_exception
 from launch.server.formats import AnswerFormat
 from nanoengine.outputs import RequestOutput
-from nanoengine.prompts import at_index
+from nanoengine.prompts import PromptInput, at_index
 from nanoengine.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -40,13 +40,13 @@ _DONE = b"data: [DONE]\n\n"
 async def respond(
     request: Request,
     engine: Engine,
-    prompts: list[list[int]],
+    prompts: list[PromptInput],
     params: SamplingParams,
     answer_id: str,
     answer: AnswerFormat,
     stream: bool,
 ) -> Response:
-    """Run the prompts, given as token ids, and answer.
+    """Run the prompts, tokenised already, and answer.
 
     Raises:
         RequestError, EngineError: what fails before there is anything to send.
@@ -66,7 +66,7 @@ async def respond(
 
 
 async def _all_outputs(
-    engine: Engine, prompts: list[list[int]], params: SamplingParams, answer_id: str
+    engine: Engine, prompts: list[PromptInput], params: SamplingParams, answer_id: str
 ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
     """The outputs of all prompts as they come, each with its prompt's index. Leaving it aborts what is not finished."""
     if len(prompts) == 1:

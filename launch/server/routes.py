@@ -76,7 +76,7 @@ async def create_completion(request: Request, body: Annotated[CompletionRequest,
     answer = CompletionFormat(
         answer_id, engine.config.served_model_name, len(prompts), bool(body.return_token_ids), body.include_usage
     )
-    return await respond(request, engine, prompts, params, answer_id, answer, bool(body.stream))
+    return await respond(request, engine, body.salted(prompts), params, answer_id, answer, bool(body.stream))
 
 
 @router.post("/v1/chat/completions")
@@ -88,7 +88,7 @@ async def create_chat_completion(request: Request, body: Annotated[ChatCompletio
     prompt = await asyncio.to_thread(_tokenizer(engine, "messages").apply_chat_template, messages)
     answer_id = f"chatcmpl-{uuid.uuid4().hex}"
     answer = ChatFormat(answer_id, engine.config.served_model_name, 1, bool(body.return_token_ids), body.include_usage)
-    return await respond(request, engine, [prompt], params, answer_id, answer, bool(body.stream))
+    return await respond(request, engine, body.salted([prompt]), params, answer_id, answer, bool(body.stream))
 
 
 # -- models -----------------------------------------------------------------------------------------------------
@@ -118,6 +118,13 @@ def _model_card(engine: Engine) -> dict[str, Any]:
         "root": engine.config.model.model,
         "max_model_len": engine.config.max_model_len,
     }
+
+
+@router.post("/reset_prefix_cache")
+async def reset_prefix_cache(request: Request) -> dict[str, str]:
+    """Forget every cached prefix; what runs is not disturbed."""
+    await _serving(request, None).reset_prefix_cache()
+    return {"status": "reset"}
 
 
 # -- probes -----------------------------------------------------------------------------------------------------

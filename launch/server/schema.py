@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from configs.errors import RequestError
+from nanoengine.prompts import PromptInput, check_cache_salt
 from nanoengine.sampling_params import SamplingParams
 
 MAX_PROMPTS = 1024
@@ -134,6 +135,12 @@ class SamplingFields(Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
+    cache_salt: str | None = None
+
+    def salted(self, prompts: list[list[int]]) -> list[PromptInput]:
+        """The prompts as an engine takes them. Raises RequestError for an impossible `cache_salt`."""
+        salt = check_cache_salt(self.cache_salt)
+        return [{"prompt_token_ids": prompt, "cache_salt": salt} if salt else prompt for prompt in prompts]
 
     @property
     def include_usage(self) -> bool:
@@ -149,6 +156,7 @@ class SamplingFields(Body):
             )
             if not self.stream:
                 raise RequestError("stream_options needs stream: true", "stream_options")
+        check_cache_salt(self.cache_salt)
 
     def sampling_params(self) -> SamplingParams:
         """The parameters of each prompt. Raises RequestError for an impossible value."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from configs.engine import EngineConfig
 from nanoengine.engine import limits_of
-from nanoengine.executor import create_executor
+from nanoengine.executor import MAX_IN_FLIGHT, create_executor
 from nanoengine.messages import AddRequest
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.scheduler import Scheduler
@@ -35,15 +35,24 @@ class InProcessEngine:
             for item in self.scheduler.take_deltas():
                 assert item.delta.error is None, item.delta.error
                 outputs[int(item.delta.request_id)].extend(item.delta.token_ids)
+        while self.executor.num_in_flight:
+            self._commit()  # rows that were scheduled behind a stop token
         return outputs
 
     def step(self) -> None:
-        """One step, with the invariants checked after it."""
-        step = self.scheduler.schedule()
-        assert step is not None, "work is waiting and nothing can be scheduled"
-        self.executor.submit(step)
+        """Submit as many steps as may be in flight, commit the oldest; the invariants are checked in between."""
+        wanted = MAX_IN_FLIGHT if self.config.scheduler.async_scheduling else 1
+        while self.executor.num_in_flight < wanted:
+            step = self.scheduler.schedule()
+            if step is None:
+                break
+            self.executor.submit(step)
+        self.scheduler.check_invariants()
+        self._commit()
+
+    def _commit(self) -> None:
         output = self.executor.collect(None)
-        assert output is not None
+        assert output is not None, "work is waiting and nothing can be scheduled"
         self.scheduler.commit(output)
         self.scheduler.check_invariants()
 

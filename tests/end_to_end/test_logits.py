@@ -21,6 +21,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"max_num_batched_tokens": 7, "block_size": 4},
     {"max_num_batched_tokens": 64, "num_kv_blocks": 4},
     {"enable_prefix_caching": False, "max_num_seqs": 2},
+    {"max_num_batched_tokens": 64, "num_kv_blocks": 4, "async_scheduling": False},
 ]
 
 

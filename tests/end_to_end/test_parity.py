@@ -65,6 +65,19 @@ def test_in_process_engine_equals_transformers_for_the_full_product_of_options(
                 assert engine.scheduler.blocks.num_hit_tokens > 0
 
 
+@pytest.mark.parametrize("tight", [False, True])
+@pytest.mark.parametrize("budget", [7, UNLIMITED])
+def test_in_process_engine_gives_the_same_without_async_scheduling(
+    budget: int, tight: bool, root: Path, tmp_path: Path
+) -> None:
+    ref = reference("demo", root)
+    settings: dict[str, Any] = {"max_num_batched_tokens": budget, "async_scheduling": False}
+    if tight:
+        settings["num_kv_blocks"] = TIGHT_TOKENS // 16
+    with contextlib.closing(InProcessEngine(tmp_path, model=ref.model_dir, dtype="float32", **settings)) as engine:
+        assert engine.generate(ref.prompts[:-1], GREEDY) == ref.outputs[:-1]
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("budget", [64, UNLIMITED])
 def test_long_prompt_equals_transformers_in_chunks_and_at_once(
@@ -94,6 +107,7 @@ def test_spawned_ranks_equal_transformers(name: str, tp: int, root: Path) -> Non
         {"max_num_batched_tokens": 64},
         {"block_size": 4},
         {"enable_prefix_caching": False},
+        {"async_scheduling": False},
         {"num_kv_blocks": TIGHT_TOKENS // 16, "max_num_seqs": 3},
     ],
     ids=str,

@@ -19,7 +19,7 @@ from launch.server.app import create_app
 from nanoengine.detokenizer import IncrementalDetokenizer, StopChecker
 from nanoengine.engine_client import EngineClient
 from nanoengine.outputs import CompletionOutput, RequestMetrics, RequestOutput
-from nanoengine.prompts import Prompt
+from nanoengine.prompts import PromptInput, parse_prompt
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.tokenizer import Tokenizer
 from tests.nanoengine.tokenizers_for_tests import write_byte_level
@@ -48,11 +48,15 @@ class FakeEngine:
         self.aborted: list[str] = []
         self.params: list[SamplingParams] = []
         self.prompts: list[list[int]] = []
+        self.salts: list[str] = []
+        self.num_resets = 0
 
     async def generate(
-        self, prompt: list[int], sampling_params: SamplingParams | None = None, request_id: str | None = None
+        self, prompt: PromptInput, sampling_params: SamplingParams | None = None, request_id: str | None = None
     ) -> AsyncGenerator[RequestOutput, None]:
-        request = EngineClient(self.config, self.tokenizer).check(Prompt(token_ids=prompt), sampling_params)
+        request = EngineClient(self.config, self.tokenizer).check(parse_prompt(prompt), sampling_params)
+        prompt = request.prompt_token_ids
+        self.salts.append(request.cache_salt)
         if self.raise_at_once is not None:
             raise self.raise_at_once
         assert request_id is not None
@@ -69,6 +73,9 @@ class FakeEngine:
             self.open.discard(request_id)
             if not finished:
                 self.aborted.append(request_id)
+
+    async def reset_prefix_cache(self) -> None:
+        self.num_resets += 1
 
     def _outputs(
         self, request_id: str, prompt: list[int], params: SamplingParams, max_tokens: int

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from typing import Any
 
 from nanoengine.messages import AddRequest, TokenDelta
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.scheduler import Scheduler, SchedulerLimits
-from nanoengine.step import Epoch, StepInput, StepOutput
+from nanoengine.step import PREVIOUS_SAMPLE, Epoch, StepInput, StepOutput
 
 VOCAB = 1000
 EOS = 2
@@ -39,6 +40,7 @@ class FakeWorkers:
         self.block_size = block_size
         self.slots: dict[tuple[int, int], int] = {}
         self.tables: dict[int, list[int]] = {}
+        self.previous: dict[int, int] = {}
 
     def run(self, step: StepInput) -> StepOutput:
         step = StepInput.unpack(_through_pickle(step.pack()))
@@ -50,13 +52,21 @@ class FakeWorkers:
                 self.tables[row.seq_id] = []
             table = self.tables[row.seq_id]
             table.extend(row.new_block_ids)
-            for position, token in enumerate(row.token_ids, start=row.num_computed_tokens):
+            token_ids = [self.previous[row.seq_id]] if row.token_ids == [PREVIOUS_SAMPLE] else row.token_ids
+            for position, token in enumerate(token_ids, start=row.num_computed_tokens):
                 self.slots[table[position // self.block_size], position % self.block_size] = token
         for row in step.rows:
             table, end = self.tables[row.seq_id], row.num_computed_tokens + len(row.token_ids)
             context = [self.slots[table[p // self.block_size], p % self.block_size] for p in range(end)]
             sampled.append([invented_token(context)] if row.sample else [])
+        self.previous = {row.seq_id: ids[0] for row, ids in zip(step.rows, sampled, strict=True) if ids}
         return StepOutput(step.epoch, step.step_id, [row.seq_id for row in step.rows], sampled)
+
+    def lose_everything(self) -> None:
+        """What a new worker group knows."""
+        self.slots.clear()
+        self.tables.clear()
+        self.previous.clear()
 
 
 def _through_pickle(frame: bytes) -> Any:
@@ -66,9 +76,12 @@ def _through_pickle(frame: bytes) -> Any:
 
 
 class Driver:
-    """A scheduler, invented workers and a client that keeps what it was told."""
+    """A scheduler, invented workers and a client that keeps what it was told.
 
-    def __init__(self, **limits: Any) -> None:
+    Under `async_scheduling` a step is scheduled before the one in front of it is committed.
+    """
+
+    def __init__(self, async_scheduling: bool = False, **limits: Any) -> None:
         defaults: dict[str, Any] = {
             "max_num_batched_tokens": 64,
             "max_num_seqs": 16,
@@ -85,9 +98,17 @@ class Driver:
         self.finished: dict[str, str] = {}
         self.last: dict[str, TokenDelta] = {}
         self.steps: list[StepInput] = []
+        self.max_in_flight = 2 if async_scheduling else 1
+        self.outputs: deque[StepOutput] = deque()  # of the steps in flight
 
     def add(
-        self, request_id: str, prompt: list[int], journal: list[int] | None = None, client: str = "c", **params: Any
+        self,
+        request_id: str,
+        prompt: list[int],
+        journal: list[int] | None = None,
+        client: str = "c",
+        cache_salt: str = "",
+        **params: Any,
     ) -> None:
         message = AddRequest(
             client,
@@ -98,6 +119,7 @@ class Driver:
             arrival_time=0.0,
             priority=0,
             journal=[journal or []],
+            cache_salt=cache_salt,
         )
         self.tokens[request_id] = list(journal or [])
         self.scheduler.add(message)
@@ -108,15 +130,27 @@ class Driver:
         self.receive()
 
     def step(self) -> StepInput | None:
-        """Schedule, run and commit one step, check the invariants, take in the deltas."""
+        """Schedule and run one step, commit the oldest in flight, check the invariants, take in the deltas."""
         step = self.scheduler.schedule()
+        self.scheduler.check_invariants()
         if step is not None:
             assert sum(len(row.token_ids) for row in step.rows) <= self.limits.max_num_batched_tokens
             self.steps.append(step)
-            self.scheduler.commit(self.workers.run(step))
+            self.outputs.append(self.workers.run(step))
+        if self.outputs and (step is None or len(self.outputs) == self.max_in_flight):
+            self.scheduler.commit(self.outputs.popleft())
         self.scheduler.check_invariants()
         self.receive()
         return step
+
+    def new_epoch(self, epoch: Epoch) -> None:
+        """The worker group is lost and another one starts; what the old one still says comes too late."""
+        late, self.outputs = self.outputs, deque()
+        self.workers.lose_everything()
+        self.scheduler.new_epoch(epoch, self.limits.num_kv_blocks)
+        self.scheduler.check_invariants()
+        for output in late:
+            self.scheduler.commit(output)
 
     def receive(self) -> None:
         for item in self.scheduler.take_deltas():
@@ -135,6 +169,8 @@ class Driver:
                 break
             self.step()
         assert not self.scheduler.has_work, "the scheduler came to no end"
+        while self.outputs:
+            self.step()
         # The workers are told of the last finished rows.
         self.step()
         assert self.scheduler.blocks.num_free_blocks == self.limits.num_kv_blocks, "a block leaked"

@@ -11,13 +11,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.errors import ChannelError
-from nanoengine.messages import Abort, AddRequest, Deltas, EngineFailure, Hello, Ready, TokenDelta, decode, encode
+from nanoengine.messages import (
+    Abort,
+    AddRequest,
+    Deltas,
+    EngineFailure,
+    Hello,
+    Ready,
+    ResetPrefixCache,
+    TokenDelta,
+    decode,
+    encode,
+)
 from nanoengine.step import PREVIOUS_SAMPLE, Epoch, RowParams, SequenceState, StepInput, StepOutput
 
 MESSAGES = [
     Hello("client"),
     AddRequest("c", "r", [1, 2, 3], {"temperature": 0.5, "stop": ["a"]}, 2**63 - 1, 1.5, 0, [[4, 5]]),
+    AddRequest("c", "r", [1], {}, 0, 1.5, 0, [[]], cache_salt="tenant"),
     Abort("r", None, "client went away"),
+    ResetPrefixCache(),
     Ready(1, 100, 16, 4096, "bfloat16", "cpu"),
     Deltas(1, [TokenDelta("r", 0, 3, [7], "stop", 9, None, {"queue_seconds": 0.25}), TokenDelta("s", 0, 0, [])]),
     EngineFailure(2, {"kind": "WorkerError", "message": "rank 1 died", "rank": 1}),
