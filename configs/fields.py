@@ -69,7 +69,7 @@ def validate(config: Any) -> None:
     Raises:
         ConfigError: names the field, its value and what is allowed.
     """
-    hints = _type_hints(type(config))
+    hints = _type_hints(config.__class__)
     for field in dataclasses.fields(config):
         if "help" not in field.metadata:
             continue
