@@ -20,6 +20,7 @@ import itertools
 import logging
 import time
 from collections import deque
+from typing import NamedTuple
 
 from configs.errors import RequestError, to_wire
 from nanoengine.block_manager import BlockManager
@@ -52,8 +53,7 @@ class SchedulerLimits:
     enable_chunked_prefill: bool = True
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class ClientDelta:
+class ClientDelta(NamedTuple):
     """A delta and the front end it is for."""
 
     client_id: str
@@ -206,16 +206,20 @@ class Scheduler:
 
     def _schedule_running(self, batch: _Batch) -> None:
         """Give each running sequence its next tokens, decodes before prefill chunks."""
-        ready = [seq for seq in self.running if seq.num_uncomputed_tokens > 0 and not self._reaches_length(seq)]
-        for seq in sorted(ready, key=lambda seq: seq.num_uncomputed_tokens > 1):  # stable: oldest first in each part
+        left = [(seq, seq.num_uncomputed_tokens) for seq in self.running if not self._reaches_length(seq)]
+        decodes = [pair for pair in left if pair[1] == 1]
+        for seq, num_tokens in itertools.chain(decodes, (pair for pair in left if pair[1] > 1)):  # each oldest first
             if batch.budget == 0:
                 break
             if seq.status is not SequenceStatus.RUNNING:
                 continue  # it had to give way to an older one
-            num_tokens = min(seq.num_uncomputed_tokens, batch.budget)
-            if self._make_room(seq, num_tokens, batch):
-                self.blocks.allocate(seq, seq.num_computed_tokens + num_tokens)
-                batch.add(seq, num_tokens)
+            num_tokens = min(num_tokens, batch.budget)
+            end = seq.num_computed_tokens + num_tokens
+            if end > len(seq.block_table) * self.limits.block_size:
+                if not self._make_room(seq, num_tokens, batch):
+                    continue
+                self.blocks.allocate(seq, end)
+            batch.add(seq, num_tokens)
 
     def _make_room(self, seq: Sequence, num_tokens: int, batch: _Batch) -> bool:
         """Preempt the newest sequences until `seq` can grow; it may be the one to go. Says whether it can grow now."""
@@ -295,20 +299,15 @@ class Scheduler:
     def _row(self, seq: Sequence, num_tokens: int) -> SequenceState:
         """The row of `seq`: its full state when the workers know nothing of it, else what is new."""
         start, end = seq.num_computed_tokens, seq.num_computed_tokens + num_tokens
-        params = None
-        if seq.num_sent_blocks is None:
-            params = _row_params(seq)
         new_block_ids = seq.block_table[seq.num_sent_blocks or 0 :]
+        # By position: keywords cost a tenth of a step of decodes.
+        token_ids = seq.token_ids[start:end] or [PREVIOUS_SAMPLE]
+        sample = num_tokens == seq.num_uncomputed_tokens
+        row = SequenceState(seq.seq_id, token_ids, start, new_block_ids, sample)
+        if seq.num_sent_blocks is None:
+            row.params, row.num_prompt_tokens = _row_params(seq), seq.num_prompt_tokens
         seq.num_sent_blocks = len(seq.block_table)
-        return SequenceState(
-            seq_id=seq.seq_id,
-            token_ids=seq.token_ids[start:end] or [PREVIOUS_SAMPLE],
-            num_computed_tokens=start,
-            new_block_ids=new_block_ids,
-            sample=num_tokens == seq.num_uncomputed_tokens,
-            num_prompt_tokens=seq.num_prompt_tokens if params is not None else 0,
-            params=params,
-        )
+        return row
 
     # -- its outcome --------------------------------------------------------------------------------------------
 
@@ -335,7 +334,7 @@ class Scheduler:
     def _append(self, seq: Sequence, token_ids: list[int]) -> None:
         start = seq.num_completion_tokens
         for token_id in token_ids:
-            seq.append_token(token_id)
+            seq.token_ids.append(token_id)
             status = self._stop_status(seq)
             if status is not None:
                 self._finish(seq, status, start)
@@ -378,10 +377,11 @@ class Scheduler:
     def _emit(self, seq: Sequence, start: int) -> None:
         """Queue the tokens of `seq` from output position `start` on, and how it ended if it did."""
         token_ids = seq.token_ids[seq.num_prompt_tokens + start :]
-        if not token_ids and not seq.is_finished:
+        is_finished = seq.status.is_finished
+        if not token_ids and not is_finished:
             return
         delta = TokenDelta(seq.request.request_id, seq.index, start, token_ids)
-        if seq.is_finished:
+        if is_finished:
             delta.finish_reason = seq.status.finish_reason
             delta.stop_reason, delta.error, delta.metrics = seq.stop_reason, seq.error, _metrics(seq)
         self._outbox.append(ClientDelta(seq.request.client_id, delta))
