@@ -18,9 +18,10 @@ from collections import deque
 from configs.errors import RequestError, to_wire
 from nanoengine.block_manager import BlockManager
 from nanoengine.messages import AddRequest, TokenDelta
+from nanoengine.row_params import row_extras, row_params
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.sequence import Request, ScheduledRow, Sequence, SequenceStatus
-from nanoengine.step import Epoch, RowParams, SequenceState, StepInput, StepOutput
+from nanoengine.step import Epoch, SequenceState, StepInput, StepOutput
 
 logger = logging.getLogger(__name__)
 
@@ -264,9 +265,9 @@ class Scheduler:
     def _row(self, seq: Sequence, num_tokens: int) -> SequenceState:
         """The row of `seq`: its full state when the workers know nothing of it, else what is new."""
         start, end = seq.num_computed_tokens, seq.num_computed_tokens + num_tokens
-        params = None
+        params = extras = None
         if seq.num_sent_blocks is None:
-            params = _row_params(seq)
+            params, extras = row_params(seq), row_extras(seq, self.limits.eos_token_ids)
         new_block_ids = seq.block_table[seq.num_sent_blocks or 0 :]
         seq.num_sent_blocks = len(seq.block_table)
         return SequenceState(
@@ -277,6 +278,9 @@ class Scheduler:
             sample=end == seq.num_tokens,
             num_prompt_tokens=seq.num_prompt_tokens if params is not None else 0,
             params=params,
+            extras=extras,
+            # All of it, whatever is cached: a penalty counts the tokens behind a prefix hit too.
+            past_token_ids=list(seq.token_ids) if extras is not None and extras.looks_back else [],
         )
 
     # -- its outcome --------------------------------------------------------------------------------------------
@@ -411,18 +415,6 @@ class _Batch:
 
     def remove(self, seq: Sequence) -> None:
         self.budget += self.rows.pop(seq, 0)
-
-
-def _row_params(seq: Sequence) -> RowParams:
-    params = seq.request.sampling_params
-    return RowParams(
-        temperature=float(params.temperature),
-        top_k=max(0, params.top_k),
-        top_p=float(params.top_p),
-        min_p=float(params.min_p),
-        seed=seq.request.seed,
-        sequence_index=seq.index,
-    )
 
 
 def _metrics(seq: Sequence) -> dict[str, float]:
