@@ -143,6 +143,8 @@ class EngineClient:
         token_ids = encoded.token_ids or []
         self._check_prompt(token_ids)
         self._check_against_model(params)
+        if params.bad_words:
+            params = self._tokenise_bad_words(params)
         room = self.config.max_model_len - len(token_ids)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         return CheckedRequest(encoded.text, token_ids, params, max_tokens, encoded.cache_salt)
@@ -162,12 +164,40 @@ class EngineClient:
 
     def _check_against_model(self, params: SamplingParams) -> None:
         self._check_vocabulary(params.stop_token_ids or (), "stop_token_ids", "stop_token_ids")
+        self._check_vocabulary(params.logit_bias or (), "logit_bias", "token ids of logit_bias")
+        self._check_vocabulary(params.allowed_token_ids or (), "allowed_token_ids", "allowed_token_ids")
+        for ids in params.bad_words_token_ids or ():
+            self._check_vocabulary(ids, "bad_words_token_ids", "bad_words_token_ids")
+        stops = {*self.config.resolved_checkpoint.eos_token_ids, *(params.stop_token_ids or ())}
+        if params.min_tokens and params.allowed_token_ids and stops.issuperset(params.allowed_token_ids):
+            raise RequestError(
+                "allowed_token_ids must hold a token that does not end the output, since min_tokens is "
+                f"{params.min_tokens}; got {list(params.allowed_token_ids)!r:.200}", "allowed_token_ids",
+            )  # fmt: skip
         if params.stop and self.tokenizer is None:
             raise RequestError(
                 "stop strings need a tokenizer, and the engine runs without one (skip_tokenizer_init): "
                 "use stop_token_ids",
                 "stop",
             )
+
+    def _tokenise_bad_words(self, params: SamplingParams) -> SamplingParams:
+        """Add each word's ids, and those of the word behind a space unless they end in the former anyway."""
+        if self.tokenizer is None:
+            raise RequestError(
+                "bad_words need a tokenizer, and the engine runs without one (skip_tokenizer_init): "
+                "use bad_words_token_ids",
+                "bad_words",
+            )
+        found = [tuple(ids) for ids in params.bad_words_token_ids or ()]
+        for word in params.bad_words or ():
+            try:
+                bare = tuple(self.tokenizer.encode(word.lstrip() or word, add_special_tokens=False))
+                spaced = tuple(self.tokenizer.encode(" " + word.lstrip(), add_special_tokens=False))
+            except RequestError as error:
+                raise RequestError(f"bad_words: {error.message}", "bad_words") from None
+            found += [bare] if spaced[-len(bare) :] == bare else [bare, spaced]
+        return dataclasses.replace(params, bad_words_token_ids=tuple(dict.fromkeys(filter(None, found))))
 
     def _check_vocabulary(self, token_ids: Iterable[int], param: str, what: str) -> None:
         vocab_size = self.config.resolved_checkpoint.vocab_size

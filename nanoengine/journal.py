@@ -26,6 +26,7 @@ class SequenceJournal:
 
     __slots__ = (
         "_detokenizer",
+        "_min_tokens",
         "_parts",
         "_stops",
         "error",
@@ -46,6 +47,7 @@ class SequenceJournal:
         self._parts: list[str] = []
         self._detokenizer = None if tokenizer is None else IncrementalDetokenizer(tokenizer, prompt_token_ids)
         self._stops = StopChecker(params.stop) if params.stop else None
+        self._min_tokens = params.min_tokens
 
     @property
     def text(self) -> str:
@@ -75,6 +77,9 @@ class SequenceJournal:
             return None
         for token_id in shown:  # one by one, to know which token completes the stop string
             self.token_ids.append(token_id)
+            if len(self.token_ids) <= self._min_tokens:  # no stop string may lie here
+                self._show(self._detokenizer.append([token_id]))
+                continue
             text, matched = self._stops.feed(self._detokenizer.append([token_id]))
             self._show(text)
             if matched is not None:
@@ -201,7 +206,9 @@ class RequestJournal:
         """What makes a scheduler serve this request from its last token on, whatever it knew of it before."""
         params: dict[str, Any] = self.params.to_dict()
         params["max_tokens"] = self.max_tokens
-        del params["stop"]  # text is this side's business
+        params["min_tokens"] = min(self.params.min_tokens, self.max_tokens)
+        for name in ("stop", "bad_words"):  # text is this side's business
+            del params[name]
         add = AddRequest(
             client_id=client_id,
             request_id=self.wire_id,

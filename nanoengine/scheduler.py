@@ -25,9 +25,10 @@ from typing import NamedTuple
 from configs.errors import RequestError, to_wire
 from nanoengine.block_manager import BlockManager
 from nanoengine.messages import AddRequest, TokenDelta
+from nanoengine.row_params import row_extras, row_params
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.sequence import Request, ScheduledRow, Sequence, SequenceStatus
-from nanoengine.step import PREVIOUS_SAMPLE, Epoch, RowParams, SequenceState, StepInput, StepOutput
+from nanoengine.step import PREVIOUS_SAMPLE, Epoch, SequenceState, StepInput, StepOutput
 
 logger = logging.getLogger(__name__)
 
@@ -305,7 +306,11 @@ class Scheduler:
         sample = num_tokens == seq.num_uncomputed_tokens
         row = SequenceState(seq.seq_id, token_ids, start, new_block_ids, sample)
         if seq.num_sent_blocks is None:
-            row.params, row.num_prompt_tokens = _row_params(seq), seq.num_prompt_tokens
+            row.params, row.num_prompt_tokens = row_params(seq), seq.num_prompt_tokens
+            row.extras = row_extras(seq, self.limits.eos_token_ids)
+            if row.extras is not None and row.extras.looks_back:
+                # All of it, whatever is cached: a penalty counts the tokens behind a prefix hit too.
+                row.past_token_ids = list(seq.token_ids)
         seq.num_sent_blocks = len(seq.block_table)
         return row
 
@@ -454,18 +459,6 @@ class _Batch:
 
     def remove(self, seq: Sequence) -> None:
         self.budget += self.rows.pop(seq, 0)
-
-
-def _row_params(seq: Sequence) -> RowParams:
-    params = seq.request.sampling_params
-    return RowParams(
-        temperature=float(params.temperature),
-        top_k=max(0, params.top_k),
-        top_p=float(params.top_p),
-        min_p=float(params.min_p),
-        seed=seq.request.seed,
-        sequence_index=seq.index,
-    )
 
 
 def _metrics(seq: Sequence) -> dict[str, float]:

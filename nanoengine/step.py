@@ -68,6 +68,29 @@ def _split(flat: list[int], counts: list[int]) -> list[list[int]]:
     return parts
 
 
+class RowExtras(NamedTuple):
+    """What changes a row's logits before temperature; absent (None) for a row that leaves them alone.
+
+    Primitives only. `allowed_token_ids` empty allows all; `stop_token_ids` (eos among them) are masked while fewer
+    than `min_tokens` tokens are generated; each of `bad_words` is a sequence of ids whose last is masked where the
+    others were just generated.
+    """
+
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether the row's tokens so far matter: they travel with its state then, cached ones included."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0 or self.bad_words)
+
+
 @dataclasses.dataclass(slots=True)
 class SequenceState:
     """One scheduled row: the lightweight state of a sequence, as much of it as a worker needs in this step.
@@ -83,6 +106,8 @@ class SequenceState:
         sample: whether the last token's logits are sampled (false for a partial prompt).
         num_prompt_tokens: length of the prompt; together with `params` only.
         params: sent when the row is new to the workers or resumed: the row's state starts afresh. Else None.
+        extras: together with `params` only, for a row that has any.
+        past_token_ids: prompt and output so far, together with `extras` that look back.
     """
 
     seq_id: int
@@ -92,6 +117,8 @@ class SequenceState:
     sample: bool
     num_prompt_tokens: int = 0
     params: RowParams | None = None
+    extras: RowExtras | None = None
+    past_token_ids: list[int] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(slots=True)
@@ -127,6 +154,7 @@ class StepInput:
             _pack_ints([block for row in rows for block in row.new_block_ids]),
             bytes([row.sample for row in rows]),
             [(i, row.num_prompt_tokens, *row.params) for i, row in enumerate(rows) if row.params is not None],
+            [(i, tuple(row.extras), row.past_token_ids) for i, row in enumerate(rows) if row.extras is not None],
             self.finished,
         )
         return pickle.dumps(columns, protocol=5)
@@ -151,6 +179,7 @@ class StepInput:
                 blocks,
                 sample,
                 states,
+                extras,
                 finished,
             ) = columns
             rows = list(
@@ -167,6 +196,8 @@ class StepInput:
                 raise ValueError("columns of different lengths")
             for i, num_prompt_tokens, *params in states:
                 rows[i].num_prompt_tokens, rows[i].params = num_prompt_tokens, RowParams(*params)
+            for i, values, past_token_ids in extras:
+                rows[i].extras, rows[i].past_token_ids = RowExtras(*values), past_token_ids
             triples = [(copies[i], copies[i + 1], copies[i + 2]) for i in range(0, len(copies), 3)]
             return cls(Epoch(*epoch), step_id, triples, rows, finished)
         except (TypeError, ValueError, IndexError) as error:

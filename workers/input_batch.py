@@ -16,6 +16,7 @@ import torch
 from configs.errors import EngineError
 from nanoengine.step import PREVIOUS_SAMPLE, RowParams, SequenceState, StepInput
 from workers.forward_context import AttentionMetadata
+from workers.logits_processors import RowProcessor
 from workers.sampler import SamplingRows
 
 Int64Array = npt.NDArray[np.int64]
@@ -29,6 +30,7 @@ class _Row:
     num_blocks: int
     num_computed_tokens: int
     params: RowParams
+    processor: RowProcessor | None
 
 
 @dataclasses.dataclass(slots=True)
@@ -44,6 +46,7 @@ class Batch:
         sampled: which rows they belong to.
         sampling: their parameters.
         previous: (token, seq_id) of each token that the step before sampled, in the order of the rows.
+        processors: (row of the logits, position of the sampled token, processor) of the rows that have extras.
     """
 
     seq_ids: list[int]
@@ -54,6 +57,7 @@ class Batch:
     sampled: list[int]
     sampling: SamplingRows
     previous: list[tuple[int, int]]
+    processors: list[tuple[int, int, RowProcessor]]
 
 
 class InputBatch:
@@ -65,16 +69,24 @@ class InputBatch:
         max_model_len: no sequence is longer.
         vocab_size: every token id is below it.
         device: where the tensors of a step go.
+        samples: whether this rank samples; others need nothing of a row's past.
     """
 
     def __init__(
-        self, num_blocks: int, block_size: int, max_model_len: int, vocab_size: int, device: torch.device
+        self,
+        num_blocks: int,
+        block_size: int,
+        max_model_len: int,
+        vocab_size: int,
+        device: torch.device,
+        samples: bool = True,
     ) -> None:
         self._num_blocks = num_blocks
         self._block_size = block_size
         self._max_model_len = max_model_len
         self._vocab_size = vocab_size
         self._device = device
+        self._samples = samples
         self._rows: dict[int, _Row] = {}
         self._block_tables = np.zeros((8, -(-max_model_len // block_size)), dtype=np.int64)
         self._free_slots = list(range(len(self._block_tables)))
@@ -108,7 +120,9 @@ class InputBatch:
         row = self._rows.get(state.seq_id)
         if state.params is not None:
             slot = self._take_slot() if row is None else row.slot
-            row = self._rows[state.seq_id] = _Row(slot, 0, state.num_computed_tokens, state.params)
+            row = self._rows[state.seq_id] = _Row(
+                slot, 0, state.num_computed_tokens, state.params, self._make_processor(state)
+            )
         elif row is None:
             raise EngineError(f"sequence {state.seq_id} is unknown to the worker and came without parameters")
         elif row.num_computed_tokens != state.num_computed_tokens:
@@ -118,12 +132,27 @@ class InputBatch:
             )
         self._check_tokens(state)
         self._append_blocks(row, state)
+        if row.processor is not None and state.token_ids[0] != PREVIOUS_SAMPLE:
+            row.processor.observe(state.num_computed_tokens, state.token_ids)
         row.num_computed_tokens += len(state.token_ids)
         if row.num_computed_tokens > row.num_blocks * self._block_size:
             raise EngineError(
                 f"sequence {state.seq_id} has {row.num_blocks} blocks of {self._block_size} tokens "
                 f"for {row.num_computed_tokens} tokens"
             )
+
+    def _make_processor(self, state: SequenceState) -> RowProcessor | None:
+        if state.extras is None or not self._samples:
+            return None
+        if state.extras.looks_back and len(state.past_token_ids) < state.num_computed_tokens + len(state.token_ids):
+            raise EngineError(f"sequence {state.seq_id} came with parameters that look at its past, and without it")
+        return RowProcessor(state.extras, state.num_prompt_tokens, state.past_token_ids)
+
+    def observe_previous(self, seq_id: int, token: int) -> None:
+        """Tell a row, after `apply`, which token its PREVIOUS_SAMPLE stood for."""
+        row = self._rows[seq_id]
+        if row.processor is not None:
+            row.processor.observe(row.num_computed_tokens - 1, [token])
 
     def _check_tokens(self, state: SequenceState) -> None:
         tokens, computed = state.token_ids, state.num_computed_tokens
@@ -198,6 +227,11 @@ class InputBatch:
                 (int(end) - 1, state.seq_id)
                 for end, state in zip(ends, states, strict=True)
                 if state.token_ids[-1] == PREVIOUS_SAMPLE
+            ],
+            processors=[
+                (number, rows[i].num_computed_tokens, processor)
+                for number, i in enumerate(sampled)
+                if (processor := rows[i].processor) is not None
             ],
         )
 

@@ -20,6 +20,7 @@ from workers.forward_context import ForwardContext, forward_context
 from workers.input_batch import Batch, InputBatch
 from workers.kv_cache import KVCacheSpec, copy_blocks, free_gpu_memory, free_host_memory, max_kv_blocks
 from workers.layers.attention import Attention
+from workers.logits_processors import process
 from workers.model_loader import ModelLoader, resolve_dtype
 from workers.models.decoder import Decoder
 from workers.parallel import Communicator
@@ -129,6 +130,8 @@ class ModelRunner:
         self._previous = {}
         if batch is not None and logits is not None:
             with torch.inference_mode():
+                if batch.processors:
+                    process(logits, batch.processors)
                 ids = sample(logits, batch.sampling).tolist()
             for row, token in zip(batch.sampled, ids, strict=True):
                 token_ids[row] = [token]
@@ -150,7 +153,7 @@ class ModelRunner:
         if batch is None:
             return None, None
         if batch.previous:
-            self._fill_previous(batch)
+            self._fill_previous(batch, self._batch)
         return batch, self._forward(batch, self._kv_caches)
 
     def _forward(self, batch: Batch, kv_caches: list[torch.Tensor]) -> torch.Tensor | None:
@@ -161,7 +164,7 @@ class ModelRunner:
         logits: torch.Tensor | None = self.model.compute_logits(hidden.index_select(0, batch.logits_rows))
         return logits
 
-    def _fill_previous(self, batch: Batch) -> None:
+    def _fill_previous(self, batch: Batch, rows: InputBatch) -> None:
         """Put in the ids that the step before sampled. Every rank sees from the step that rank 0 will send them."""
         ids = np.zeros(len(batch.previous), dtype=np.int64)
         if self._communicator.rank == 0:
@@ -169,6 +172,8 @@ class ModelRunner:
             if unknown:
                 raise EngineError(f"sequence {unknown[0]} continues a sample that the step before did not make")
             ids[:] = [self._previous[seq_id] for _, seq_id in batch.previous]
+            for (_, seq_id), token in zip(batch.previous, ids.tolist(), strict=True):
+                rows.observe_previous(seq_id, token)
         sampled = self._communicator.broadcast(torch.from_numpy(ids).to(self._device), source=0)
         tokens = torch.tensor([token for token, _ in batch.previous], device=self._device)
         batch.input_ids.index_copy_(0, tokens, sampled)
@@ -187,7 +192,14 @@ class ModelRunner:
     def _make_batch(self, num_blocks: int) -> InputBatch:
         config = self._config
         vocab_size = config.resolved_checkpoint.vocab_size
-        return InputBatch(num_blocks, config.cache.block_size, config.max_model_len, vocab_size, self._device)
+        return InputBatch(
+            num_blocks,
+            config.cache.block_size,
+            config.max_model_len,
+            vocab_size,
+            self._device,
+            samples=self._communicator.rank == 0,
+        )
 
     @torch.inference_mode()
     def _run_largest_step(self) -> None:

@@ -21,9 +21,7 @@ _ANYTHING = object()
 # Values that leave the answer as it is, for each field that is known but not supported (yet). null always is one.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
-    "allowed_token_ids": (),
     "audio": (),
-    "bad_words": ([],),
     "best_of": (1,),
     "chat_template": (),
     "chat_template_kwargs": ({},),
@@ -32,25 +30,20 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "documents": ([],),
     "early_stopping": (False,),
     "echo": (False,),
-    "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
     "include_reasoning": (_ANYTHING,),
     "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
-    "logit_bias": ({},),
     "logprobs": (False,),
     "metadata": (_ANYTHING,),
-    "min_tokens": (0,),
     "modalities": (["text"],),
     "parallel_tool_calls": (_ANYTHING,),
     "prediction": (),
-    "presence_penalty": (0,),
     "priority": (0,),
     "prompt_cache_key": (_ANYTHING,),
     "prompt_logprobs": (),
     "reasoning_effort": (),
-    "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
     "safety_identifier": (_ANYTHING,),
     "service_tier": ("auto", "default"),
@@ -79,7 +72,24 @@ _NEUTRAL_IN_STREAM_OPTIONS: dict[str, tuple[Any, ...]] = {
     "include_obfuscation": (_ANYTHING,),
 }
 
-_SAMPLING_FIELDS = ("n", "temperature", "top_p", "top_k", "min_p", "seed", "ignore_eos", "stop", "stop_token_ids")
+_SAMPLING_FIELDS = (
+    "n",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "min_tokens",
+    "ignore_eos",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "stop",
+    "stop_token_ids",
+    "logit_bias",
+    "allowed_token_ids",
+    "bad_words",
+)
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 
 Prompt = Annotated[
@@ -129,9 +139,16 @@ class SamplingFields(Body):
     min_p: float | None = None
     seed: int | None = None
     max_tokens: int | None = None
+    min_tokens: int | None = None
     ignore_eos: bool | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
     stop: Stop = None
     stop_token_ids: list[int] | None = None
+    logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None

@@ -35,6 +35,22 @@ from nanoengine.sampling_params import SamplingParams, SamplingType
         ("stop_token_ids", [-1], "token ids"),
         ("stop_token_ids", ["a"], "token ids"),
         ("stop_token_ids", list(range(300)), "at most 256"),
+        ("presence_penalty", 2.01, "at most 2"),
+        ("frequency_penalty", -2.5, "at least -2"),
+        ("repetition_penalty", 0, "greater than 0"),
+        ("min_tokens", 17, "at most max_tokens (16)"),
+        ("min_tokens", -1, "at least 0"),
+        ("logit_bias", {"a": 1}, "token ids as keys"),
+        ("logit_bias", {-1: 1}, "token ids as keys"),
+        ("logit_bias", {1: float("nan")}, "finite numbers"),
+        ("logit_bias", [3], "must map"),
+        ("logit_bias", dict.fromkeys(range(1025), 1), "at most 1024"),
+        ("allowed_token_ids", [], "at least 1"),
+        ("allowed_token_ids", [1.0], "token ids"),
+        ("bad_words", [""], "1 to 1024 characters"),
+        ("bad_words", ["x"] * 129, "at most 128"),
+        ("bad_words", "no", "list of strings"),
+        ("bad_words_token_ids", [[]], "none empty"),
     ],
 )
 def test_value_out_of_range_names_field_value_and_range(field: str, value: Any, words: str) -> None:
@@ -55,7 +71,8 @@ def test_temperature_zero_is_greedy_and_a_tiny_one_is_raised(caplog: pytest.LogC
 
 
 def test_dict_round_trip_and_unknown_field() -> None:
-    params = SamplingParams(temperature=0.5, top_k=5, stop="x", stop_token_ids=[1], max_tokens=None)
+    params = SamplingParams(temperature=0.5, top_k=5, stop="x", stop_token_ids=[1], max_tokens=None, logit_bias={7: 500})
+    assert params.logit_bias == {7: 100.0}
     assert SamplingParams.from_dict(params.to_dict()) == params
     with pytest.raises(RequestError, match="unknown sampling parameter 'beam'"):
         SamplingParams.from_dict({"beam": 3})

@@ -12,7 +12,16 @@ import torch
 
 from configs.engine import EngineConfig
 from configs.errors import CapacityError, EngineError
-from nanoengine.step import DEVICE_TO_DEVICE, PREVIOUS_SAMPLE, Epoch, RowParams, SequenceState, StepInput, StepOutput
+from nanoengine.step import (
+    DEVICE_TO_DEVICE,
+    PREVIOUS_SAMPLE,
+    Epoch,
+    RowExtras,
+    RowParams,
+    SequenceState,
+    StepInput,
+    StepOutput,
+)
 from tests.workers.tiny_models import load_reference, make_tiny_checkpoint
 from workers.model_runner import ModelRunner
 from workers.parallel import SingleCommunicator, ThreadCommunicator
@@ -128,11 +137,14 @@ def test_every_row_of_a_batch_of_decodes_has_the_bits_it_has_alone(checkpoint: P
         assert all(torch.equal(together[i], alone[i]) for i in range(count)), count
 
 
-def generate(runner: ModelRunner, prompt: list[int], count: int, params: RowParams, ahead: bool) -> list[int]:
+def generate(
+    runner: ModelRunner, prompt: list[int], count: int, params: RowParams, ahead: bool, extras: RowExtras | None = None
+) -> list[int]:
     """Tokens of one sequence; with `ahead` every decode leaves its token to the step before."""
     steps = Steps(runner)
     whole = table(0, len(prompt) + count)
-    out = steps.run(SequenceState(0, prompt, 0, whole, True, params=params))[0]
+    first = SequenceState(0, prompt, 0, whole, True, len(prompt), params, extras, prompt if extras else [])
+    out = steps.run(first)[0]
     for _ in range(count - 1):
         token = PREVIOUS_SAMPLE if ahead else out[-1]
         out += steps.run(SequenceState(0, [token], len(prompt) + len(out) - 1, [], True))[0]
@@ -161,6 +173,17 @@ def test_previous_sample_equals_the_value(checkpoint: Path, params: RowParams) -
     runner = make_runner(checkpoint)
     ids = generate(runner, tokens(20), 8, params, ahead=False)
     assert generate(runner, tokens(20), 8, params, ahead=True) == ids
+    extras = RowExtras(presence_penalty=2.0, repetition_penalty=3.0, bad_words=((ids[0], ids[1]),))
+    others = generate(runner, tokens(20), 8, params, ahead=False, extras=extras)
+    assert others != ids
+    assert generate(runner, tokens(20), 8, params, ahead=True, extras=extras) == others, "its past lacks a sample"
+
+
+def test_parameters_that_look_back_need_the_past(checkpoint: Path) -> None:
+    """Trap 54: without the tokens behind a prefix hit a penalty would be wrong, silently."""
+    extras = RowExtras(repetition_penalty=1.5)
+    with pytest.raises(EngineError, match="look at its past"):
+        Steps(make_runner(checkpoint)).run(SequenceState(0, [1, 2], 0, [1], True, 2, GREEDY, extras, [1]))
 
 
 def test_a_seed_gives_the_same_tokens_in_any_batch_and_after_a_resumption(checkpoint: Path) -> None:

@@ -1,0 +1,40 @@
+"""What the workers are told of a sequence's sampling parameters, once with its full state; knows no queue."""
+
+from __future__ import annotations
+
+from nanoengine.sequence import Sequence
+from nanoengine.step import RowExtras, RowParams
+
+_NO_EXTRAS = RowExtras()
+
+
+def row_params(seq: Sequence) -> RowParams:
+    """What every row's draw needs."""
+    params = seq.request.sampling_params
+    return RowParams(
+        temperature=float(params.temperature),
+        top_k=max(0, params.top_k),
+        top_p=float(params.top_p),
+        min_p=float(params.min_p),
+        seed=seq.request.seed,
+        sequence_index=seq.index,
+    )
+
+
+def row_extras(seq: Sequence, eos_token_ids: frozenset[int]) -> RowExtras | None:
+    """What else changes its logits; None, which costs nothing, for a sequence that asks for none of it."""
+    params = seq.request.sampling_params
+    stops: tuple[int, ...] = ()
+    if params.min_tokens:
+        stops = tuple(sorted({*eos_token_ids, *(params.stop_token_ids or ())}))
+    extras = RowExtras(
+        presence_penalty=float(params.presence_penalty),
+        frequency_penalty=float(params.frequency_penalty),
+        repetition_penalty=float(params.repetition_penalty),
+        logit_bias=tuple((params.logit_bias or {}).items()),
+        allowed_token_ids=tuple(params.allowed_token_ids or ()),
+        bad_words=tuple(tuple(ids) for ids in params.bad_words_token_ids or ()),
+        min_tokens=params.min_tokens,
+        stop_token_ids=stops,
+    )
+    return None if extras == _NO_EXTRAS else extras
