@@ -10,7 +10,8 @@ class CompletionOutput:
     """One sequence of an answer. `finish_reason` is stop, length, abort or error, None while it runs.
 
     `stop_reason` is the stop string or stop token id that ended it (None for eos). `cumulative_logprob` and
-    `logprobs` are None unless log-probabilities were asked for.
+    `logprobs` are None unless log-probabilities were asked for. `error` says why it ended with an error, `error_kind`
+    is that error's name in `configs.errors`.
     """
 
     index: int
@@ -21,6 +22,7 @@ class CompletionOutput:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     error: str | None = None
+    error_kind: str | None = None
 
     @property
     def finished(self) -> bool:

@@ -92,7 +92,8 @@ class Driver:
             "vocab_size": VOCAB,
         }
         self.limits = SchedulerLimits(**(defaults | limits))
-        self.scheduler = Scheduler(self.limits, EPOCH)
+        self.now = 0.0
+        self.scheduler = Scheduler(self.limits, EPOCH, lambda: self.now)
         self.workers = FakeWorkers(self.limits.num_kv_blocks, self.limits.block_size)
         self.tokens: dict[str, list[int]] = {}
         self.finished: dict[str, str] = {}
@@ -108,6 +109,8 @@ class Driver:
         journal: list[int] | None = None,
         client: str = "c",
         cache_salt: str = "",
+        priority: int = 0,
+        timeout: float | None = None,
         **params: Any,
     ) -> None:
         message = AddRequest(
@@ -116,10 +119,11 @@ class Driver:
             prompt,
             SamplingParams(**({"temperature": 0, "max_tokens": 8} | params)).to_dict(),
             seed=0,
-            arrival_time=0.0,
-            priority=0,
+            arrival_time=self.now,
+            priority=priority,
             journal=[journal or []],
             cache_salt=cache_salt,
+            timeout=timeout,
         )
         self.tokens[request_id] = list(journal or [])
         self.scheduler.add(message)
@@ -130,7 +134,8 @@ class Driver:
         self.receive()
 
     def step(self) -> StepInput | None:
-        """Schedule and run one step, commit the oldest in flight, check the invariants, take in the deltas."""
+        """Expire, schedule and run one step, commit the oldest in flight, check the invariants, take in the deltas."""
+        self.scheduler.expire()
         step = self.scheduler.schedule()
         self.scheduler.check_invariants()
         if step is not None:
