@@ -333,6 +333,8 @@ class EngineClient:
         if sequence.is_finished:
             return None
         try:
+            if delta.metrics is not None:
+                journal.add_metrics(delta.metrics)
             changed = self._apply(journal, sequence, delta)
         except Exception as error:  # whatever a tokenizer may raise: a request that fails, fails alone
             logger.exception("request %s failed in the front end", journal.request_id)
@@ -364,8 +366,6 @@ class EngineClient:
                 self.outbox.append(Abort(journal.wire_id, sequence.index, "stop"))
         elif delta.finish_reason is not None:
             sequence.finish(delta.finish_reason, delta.stop_reason)
-        if delta.metrics is not None:
-            journal.add_metrics(delta.metrics)
         return True
 
     def _apply_ended(self, journal: RequestJournal, sequence: SequenceJournal, delta: TokenDelta) -> bool:
@@ -375,6 +375,8 @@ class EngineClient:
         if delta.start <= length:
             new = delta.token_ids[length - delta.start :]
             matched = sequence.append(new)
+            if new:
+                journal.touch(time.time())
         if matched is not None:
             sequence.finish("stop", matched)
             return True

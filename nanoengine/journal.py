@@ -200,7 +200,9 @@ class RequestJournal:
             self._shown_prompt,
             outputs,
             self.finished,
-            dataclasses.replace(self.metrics),
+            dataclasses.replace(
+                self.metrics, num_generated_tokens=max(len(sequence.token_ids) for sequence in self.sequences)
+            ),
         )
 
     def submission(self, client_id: str) -> list[AddRequest | Abort]:

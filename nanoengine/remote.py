@@ -308,5 +308,8 @@ def _read_answer(remote: RemoteRequest, answer: dict[str, Any]) -> None:
     remote.outputs = sorted(outputs, key=lambda output: output.index)
     remote.prompt_token_ids = list(prompt_token_ids or [])
     remote.num_prompt_tokens = int(usage.get("prompt_tokens", len(remote.prompt_token_ids)))
+    details = usage.get("prompt_tokens_details") or {}
+    remote.metrics.num_cached_tokens = int(details.get("cached_tokens") or 0)
+    remote.metrics.num_generated_tokens = max((len(output.token_ids) for output in outputs), default=0)
     remote.num_generated_tokens = int(usage.get("completion_tokens", sum(len(output.token_ids) for output in outputs)))
     remote.finish()

@@ -371,8 +371,17 @@ class Scheduler:
         delta = TokenDelta(seq.request.request_id, seq.index, start, token_ids)
         if seq.is_finished:
             delta.finish_reason = seq.status.finish_reason
-            delta.stop_reason, delta.error, delta.metrics = seq.stop_reason, seq.error, _metrics(seq)
+            delta.stop_reason, delta.error, delta.metrics = seq.stop_reason, seq.error, self._metrics(seq)
         self._outbox.append(ClientDelta(seq.request.client_id, delta))
+
+    def _metrics(self, seq: Sequence) -> dict[str, float]:
+        request = seq.request
+        scheduled = self._clock() if request.first_scheduled_time is None else request.first_scheduled_time
+        return {
+            "num_cached_tokens": seq.num_cached_tokens,
+            "num_preemptions": seq.num_preemptions,
+            "queue_seconds": max(0.0, scheduled - request.arrival_time),
+        }
 
     def take_deltas(self) -> list[ClientDelta]:
         """What the front ends have to be told since the last call, in order."""
@@ -453,13 +462,3 @@ def _row_params(seq: Sequence) -> RowParams:
         seed=seq.request.seed,
         sequence_index=seq.index,
     )
-
-
-def _metrics(seq: Sequence) -> dict[str, float]:
-    request = seq.request
-    scheduled = time.time() if request.first_scheduled_time is None else request.first_scheduled_time
-    return {
-        "num_cached_tokens": seq.num_cached_tokens,
-        "num_preemptions": seq.num_preemptions,
-        "queue_seconds": max(0.0, scheduled - request.arrival_time),
-    }

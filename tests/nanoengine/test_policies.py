@@ -81,3 +81,16 @@ def test_deadline_ends_a_request_wherever_it_stands_and_frees_its_blocks(async_s
     driver.run()
     assert driver.tokens["goes on"] == expected_output(prompt_of(5, 1), 20)
     assert driver.finished["in time"] == "length"
+
+
+def test_queue_time_is_measured_until_the_first_step_that_computes() -> None:
+    driver = Driver(max_num_seqs=1)
+    driver.add("first", prompt_of(5), max_tokens=3)
+    driver.add("second", prompt_of(5, 1), max_tokens=1)
+    driver.add("never", prompt_of(5, 2), max_tokens=1)
+    for _ in range(4):
+        driver.step()
+        driver.now += 1.0
+    driver.abort("never")
+    queued = {name: delta.metrics["queue_seconds"] for name, delta in driver.last.items() if delta.metrics}
+    assert queued == {"first": 0.0, "second": 3.0, "never": 4.0}

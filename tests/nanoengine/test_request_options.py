@@ -103,3 +103,33 @@ def test_request_that_ran_out_of_time_says_so(client: EngineClient) -> None:
         "not complete within 1 s",
         "RequestTimeoutError",
     )
+
+
+# -- metrics -----------------------------------------------------------------------------------------------------
+
+
+def test_metrics_tell_times_from_arrival_and_counts(client: EngineClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("time.time", lambda: clock[0])
+    journal = add(client)
+    metrics = journal.output().metrics
+    assert (metrics.ttft, metrics.tpot, metrics.e2e_seconds) == (None, None, None)
+    counts = {"num_cached_tokens": 1, "num_preemptions": 2, "queue_seconds": 0.5}
+    for seconds, start, ids, reason in ((1.0, 0, [5], None), (2.0, 1, [6, 7], None), (4.0, 3, [8, 9], "length")):
+        clock[0] = 100.0 + seconds
+        last = counts if reason else None
+        client.handle(Deltas(1, [TokenDelta(journal.wire_id, 0, start, ids, reason, metrics=last)]))
+    metrics = journal.output().metrics
+    assert (metrics.arrival_time, metrics.ttft, metrics.tpot, metrics.e2e_seconds) == (100.0, 1.0, 0.75, 4.0)
+    assert (metrics.num_cached_tokens, metrics.num_preemptions, metrics.queue_seconds) == (1, 2, 0.5)
+    assert metrics.num_generated_tokens == 5
+
+
+def test_request_that_ends_with_an_error_has_metrics_too(client: EngineClient) -> None:
+    journal = add(client)
+    error = to_wire(RequestTimeoutError("too late"))
+    delta = TokenDelta(journal.wire_id, 0, 0, [5], "error", error=error, metrics={"queue_seconds": 0.5})
+    client.handle(Deltas(1, [delta]))
+    metrics = journal.output().metrics
+    assert metrics.queue_seconds == 0.5
+    assert metrics.ttft is not None
