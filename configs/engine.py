@@ -94,9 +94,20 @@ class SchedulerConfig(_Validated):
         choices=("fcfs", "priority"),
         flags=("--scheduling-policy",),
     )
+    max_decode_gap: float | None = setting(
+        None,
+        "bound the time between two tokens of a stream while prompts are computed, in multiples of its undisturbed "
+        "value; 0 = off (default: 3 for the server, else 0)",
+        minimum=0,
+    )
     async_scheduling: bool = setting(True, "schedule the next step while the workers compute one")
     check_invariants: bool = setting(False, "check the scheduler's books after every step (slow; for debugging)")
     max_model_len: int | None = None  # the model's, put there by EngineConfig.resolve
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_decode_gap and self.max_decode_gap < 1:
+            raise ConfigError(f"max_decode_gap must be 0 or at least 1, got {self.max_decode_gap}", "max_decode_gap")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,6 +30,7 @@ class SchedulerLimits:
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
     policy: str = "fcfs"
+    max_decode_gap: float = 0.0
 
 
 def serving_order(policy: str) -> ServingOrder:

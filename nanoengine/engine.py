@@ -160,6 +160,7 @@ def limits_of(config: EngineConfig, facts: ExecutorFacts) -> SchedulerLimits:
         enable_prefix_caching=config.cache.enable_prefix_caching,
         enable_chunked_prefill=config.scheduler.enable_chunked_prefill,
         policy=config.scheduler.policy,
+        max_decode_gap=config.scheduler.max_decode_gap or 0.0,
     )
 
 

@@ -31,6 +31,7 @@ from nanoengine.messages import AddRequest, TokenDelta
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.sequence import Request, ScheduledRow, Sequence, SequenceStatus
 from nanoengine.step import PREVIOUS_SAMPLE, Epoch, RowParams, SequenceState, StepInput, StepOutput
+from nanoengine.step_costs import StepCosts
 
 __all__ = ["ClientDelta", "Scheduler", "SchedulerLimits"]
 
@@ -68,6 +69,7 @@ class Scheduler:
         self._seq_ids = itertools.count(1)
         self._step_id = 0
         self._in_flight: deque[tuple[int, list[ScheduledRow]]] = deque()
+        self._costs = StepCosts(limits.max_decode_gap if limits.enable_chunked_prefill else 0)
         self._deadlines: list[tuple[float, tuple[str, str]]] = []  # a heap of (time, request key)
         self._dropped: list[int] = []  # seq_ids that the workers need not keep any longer
         self._outbox: list[ClientDelta] = []
@@ -176,6 +178,7 @@ class Scheduler:
         assert len(self._in_flight) <= 1, "commit() comes before a third schedule()"
         scheduled = _Batch(self.limits.max_num_batched_tokens)
         self._schedule_running(scheduled)
+        self._bound_gap(scheduled)
         if not scheduled.preempted:
             self._schedule_waiting(scheduled)
         if not scheduled.rows and not self._dropped:
@@ -201,10 +204,21 @@ class Scheduler:
                 break
             if seq.status is not SequenceStatus.RUNNING:
                 continue  # it had to give way to an older one
+            if seq.num_uncomputed_tokens > 1:
+                self._bound_gap(batch)
+                if batch.budget == 0:
+                    break
             num_tokens = min(seq.num_uncomputed_tokens, batch.budget)
             if self._make_room(seq, num_tokens, batch):
                 self.blocks.allocate(seq, seq.num_computed_tokens + num_tokens)
                 batch.add(seq, num_tokens)
+
+    def _bound_gap(self, batch: _Batch) -> None:
+        """Before the first prefill chunk goes beside decodes: leave so many tokens that they are not held up."""
+        if not batch.bounded and batch.rows:
+            limit = self._costs.max_prefill_tokens()
+            batch.budget = batch.budget if limit is None else min(batch.budget, limit)
+        batch.bounded = True
 
     def _make_room(self, seq: Sequence, num_tokens: int, batch: _Batch) -> bool:
         """Preempt the newest sequences until `seq` can grow; it may be the one to go. Says whether it can grow now."""
@@ -310,6 +324,9 @@ class Scheduler:
             return
         step_id, records = self._in_flight.popleft()
         assert step_id == output.step_id, f"step {output.step_id} was collected where {step_id} was due"
+        decodes = sum(record.is_decode for record in records)
+        prefill_tokens = sum(record.num_tokens for record in records if not record.is_decode)
+        self._costs.observe(decodes, prefill_tokens, output.compute_seconds)
         for record, token_ids in zip(records, output.token_ids, strict=True):
             seq = record.seq
             seq.num_pending_tokens -= record.sample
@@ -442,6 +459,7 @@ class _Batch:
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self.preempted = False  # somebody had to give way, so nobody is admitted
+        self.bounded = False  # `budget` is what max_decode_gap leaves
         self.rows: dict[Sequence, int] = {}
 
     def add(self, seq: Sequence, num_tokens: int) -> None:

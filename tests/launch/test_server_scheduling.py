@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from configs.engine import EngineConfig
+from configs.errors import ConfigError
+from launch.supervisor import with_server_defaults
 from nanoengine.tokenizer import Tokenizer
 from tests.launch.fake_engine import FakeEngine
 from tests.launch.test_server_app import HI, client_of, error_of, events_of
@@ -64,3 +67,13 @@ async def test_request_that_ran_out_of_time_is_504(engine: FakeEngine) -> None:
         stream = await client.post("/v1/completions", json={"prompt": "a", "stream": True})
     last = events_of(stream)[-1]
     assert last["error"]["code"] == "request_timeout"
+
+
+def test_servers_bound_the_gap_unless_told_otherwise() -> None:
+    def gap(**settings: float) -> float | None:
+        return with_server_defaults(EngineConfig.create(**settings)).scheduler.max_decode_gap
+
+    assert (gap(), gap(max_decode_gap=0.0), gap(max_decode_gap=2.0)) == (3.0, 0.0, 2.0)
+    assert not EngineConfig.create().scheduler.max_decode_gap
+    with pytest.raises(ConfigError, match="0 or at least 1"):
+        gap(max_decode_gap=0.5)

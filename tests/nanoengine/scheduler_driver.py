@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from nanoengine.messages import AddRequest, TokenDelta
@@ -93,6 +94,7 @@ class Driver:
         }
         self.limits = SchedulerLimits(**(defaults | limits))
         self.now = 0.0
+        self.step_seconds: Callable[[StepInput], float] = lambda step: 0.0
         self.scheduler = Scheduler(self.limits, EPOCH, lambda: self.now)
         self.workers = FakeWorkers(self.limits.num_kv_blocks, self.limits.block_size)
         self.tokens: dict[str, list[int]] = {}
@@ -142,8 +144,11 @@ class Driver:
             assert sum(len(row.token_ids) for row in step.rows) <= self.limits.max_num_batched_tokens
             self.steps.append(step)
             self.outputs.append(self.workers.run(step))
+            self.outputs[-1].compute_seconds = self.step_seconds(step)
         if self.outputs and (step is None or len(self.outputs) == self.max_in_flight):
-            self.scheduler.commit(self.outputs.popleft())
+            output = self.outputs.popleft()
+            self.now += output.compute_seconds
+            self.scheduler.commit(output)
         self.scheduler.check_invariants()
         self.receive()
         return step
