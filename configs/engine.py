@@ -88,10 +88,26 @@ class SchedulerConfig(_Validated):
     max_num_batched_tokens: int = setting(2048, "token budget of one step", minimum=1, maximum=2**20)
     max_num_seqs: int = setting(256, "sequences that run at once", minimum=1, maximum=2**16)
     enable_chunked_prefill: bool = setting(True, "split prompts over several steps")
-    policy: str = setting("fcfs", "order of admission (only fcfs until priorities are built)", choices=("fcfs",))
+    policy: str = setting(
+        "fcfs",
+        "who is served first: fcfs = who came first; priority = the lower `priority`, one level being worth 10 s",
+        choices=("fcfs", "priority"),
+        flags=("--scheduling-policy",),
+    )
+    max_decode_gap: float | None = setting(
+        None,
+        "bound the time between two tokens of a stream while prompts are computed, in multiples of its undisturbed "
+        "value; 0 = off (default: 3 for the server, else 0)",
+        minimum=0,
+    )
     async_scheduling: bool = setting(True, "schedule the next step while the workers compute one")
     check_invariants: bool = setting(False, "check the scheduler's books after every step (slow; for debugging)")
     max_model_len: int | None = None  # the model's, put there by EngineConfig.resolve
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_decode_gap and self.max_decode_gap < 1:
+            raise ConfigError(f"max_decode_gap must be 0 or at least 1, got {self.max_decode_gap}", "max_decode_gap")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +145,13 @@ class ServerConfig(_Validated):
     port: int = setting(8000, "port to listen on (0 = any free one, printed)", minimum=0, maximum=65535)
     served_model_name: str | None = setting(None, "the model's name in the API (default: as given to --model)")
     api_key: str | None = setting(None, "key that clients must send as `Authorization: Bearer KEY`")
+    max_queued_requests: int = setting(
+        4096, "requests that may wait for their first token before further ones are answered with 429", minimum=1
+    )
+    max_queued_tokens: int | None = setting(None, "tokens of their prompts, likewise (default: no limit)", minimum=1)
+    request_timeout: float | None = setting(
+        None, "seconds after which a request that is not complete ends with an error (default: never)", above=0
+    )
     log_level: str = setting("info", "least severe level that is logged", choices=("debug", "info", "warning", "error"))
 
     def __post_init__(self) -> None:

@@ -60,6 +60,14 @@ class RequestError(NanoEngineError, ValueError):
         self.code = code
 
 
+class QueueFullError(NanoEngineError):
+    """More requests are queued than the settings allow; a later attempt may succeed (HTTP 429)."""
+
+
+class RequestTimeoutError(NanoEngineError):
+    """A request was not complete at its deadline (HTTP 504)."""
+
+
 class EngineError(NanoEngineError, RuntimeError):
     """The engine failed, not the request (HTTP 500 or 503)."""
 
@@ -97,6 +105,8 @@ _TREE: dict[str, type[NanoEngineError]] = {
         TokenizerError,
         CapacityError,
         RequestError,
+        QueueFullError,
+        RequestTimeoutError,
         EngineError,
         EngineDeadError,
         WorkerError,

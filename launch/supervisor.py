@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import ipaddress
 import logging
 import os
@@ -31,6 +32,7 @@ DRAIN_SECONDS = 5
 # How long after the engine's end the server still answers, so that each client is told.
 _LAST_WORDS_SECONDS = 1
 _WATCH_SECONDS = 0.25
+SERVER_DECODE_GAP = 3.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -48,6 +50,14 @@ def serve(config: EngineConfig) -> int:
             for name in ("uvicorn", "asyncio"):
                 logging.getLogger(name).setLevel(logging.WARNING)
         return asyncio.run(_serve(config, listener, signals))
+
+
+def with_server_defaults(config: EngineConfig) -> EngineConfig:
+    """The settings whose default differs for a server: its streams have readers."""
+    if config.scheduler.max_decode_gap is not None:
+        return config
+    scheduler = dataclasses.replace(config.scheduler, max_decode_gap=SERVER_DECODE_GAP)
+    return dataclasses.replace(config, scheduler=scheduler)
 
 
 class Signals:
@@ -92,7 +102,7 @@ class _Server(uvicorn.Server):
 
 
 async def _serve(config: EngineConfig, listener: socket.socket, signals: Signals) -> int:
-    engine = AsyncLLM(config=config)
+    engine = AsyncLLM(config=with_server_defaults(config))
     server = _Server(
         uvicorn.Config(
             create_app(engine),

@@ -209,6 +209,7 @@ class AsyncLLM:
         request_id: str | None = None,
         *,
         priority: int = 0,
+        timeout: float | None = None,  # noqa: ASYNC109 - the scheduler keeps it
     ) -> AsyncGenerator[RequestOutput, None]:
         """Answer one prompt: yields everything generated so far whenever there is more, the last time with `finished`.
 
@@ -216,14 +217,21 @@ class AsyncLLM:
         before the first output is raised; what fails later ends the stream with finish_reason "error" and the
         reason in `outputs[0].error`.
 
+        Args:
+            priority: under the policy `priority`, the lower is served the sooner.
+            timeout: seconds after which the request ends with an error; `request_timeout` is an upper bound.
+
         Raises:
             RequestError: the request cannot be served as it stands.
+            QueueFullError: too many requests wait already.
+            RequestTimeoutError: its time was over before its first token.
             EngineError: the engine is gone, or does not start.
         """
         await self.start()
         assert self._client is not None
+        self._client.check_queue()
         parsed = await self._encode(parse_prompt(prompt))
-        journal = self._client.add(self._client.check(parsed, sampling_params), request_id, priority)
+        journal = self._client.add(self._client.check(parsed, sampling_params), request_id, priority, timeout)
         news = self._news[journal] = asyncio.Event()
         self._start_watchdog()
         self._on_socket()
@@ -252,6 +260,11 @@ class AsyncLLM:
         if journal is not None:
             self._wake([journal])
             self._on_socket()
+
+    def check_queue(self, num_requests: int = 1) -> None:
+        """Raise QueueFullError when so many more requests cannot be queued now; before anything is tokenised."""
+        if self._client is not None:
+            self._client.check_queue(num_requests)
 
     async def reset_prefix_cache(self) -> None:
         """No later request is answered from prefixes that are cached now. Raises EngineError when it is gone."""

@@ -82,6 +82,7 @@ class EngineCore:
             self.executor.watch()
             self._next_watch = now + WATCH_SECONDS
         self._take_messages()
+        self.scheduler.expire()
         self._submit_steps()
         if self.config.scheduler.check_invariants:
             self.scheduler.check_invariants()
@@ -158,6 +159,8 @@ def limits_of(config: EngineConfig, facts: ExecutorFacts) -> SchedulerLimits:
         vocab_size=checkpoint.vocab_size,
         enable_prefix_caching=config.cache.enable_prefix_caching,
         enable_chunked_prefill=config.scheduler.enable_chunked_prefill,
+        policy=config.scheduler.policy,
+        max_decode_gap=config.scheduler.max_decode_gap or 0.0,
     )
 
 

@@ -23,6 +23,7 @@ from configs.errors import (
     EngineDeadError,
     EngineError,
     NanoEngineError,
+    QueueFullError,
     RequestError,
     from_wire,
 )
@@ -97,6 +98,7 @@ class EngineClient:
         self.failure: EngineDeadError | None = None  # why no request can be served any more
         self._live: dict[str, RequestJournal] = {}  # by wire id
         self._by_request_id: dict[str, RequestJournal] = {}
+        self._queued: dict[str, int] = {}  # prompt tokens of what waits for its first token, by wire id
         self._serial = itertools.count()
         self._seeds = random.Random(config.model.seed)
         self._incarnation = 0
@@ -207,12 +209,36 @@ class EngineClient:
                     f"{what} must be from 0 to {vocab_size - 1}, got {token} at position {position}", param
                 )
 
-    def add(self, request: CheckedRequest, request_id: str | None = None, priority: int = 0) -> RequestJournal:
+    def check_queue(self, num_requests: int = 1) -> None:
+        """Raise QueueFullError unless so many more requests may wait for their first token. Costs no tokenising."""
+        server, queued = self.config.server, len(self._queued)
+        if queued + num_requests > server.max_queued_requests:
+            raise QueueFullError(
+                f"{queued} requests are queued and {num_requests} more would exceed max_queued_requests "
+                f"({server.max_queued_requests}); try again later"
+            )
+        limit, num_tokens = server.max_queued_tokens, sum(self._queued.values())
+        if limit is not None and num_tokens >= limit:
+            raise QueueFullError(
+                f"prompts of {num_tokens} tokens are queued, and max_queued_tokens is {limit}; try again later"
+            )
+
+    def add(
+        self,
+        request: CheckedRequest,
+        request_id: str | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
+    ) -> RequestJournal:
         """Open a journal and queue the request for the scheduler.
 
+        Args:
+            priority: the lower, the sooner, under the policy `priority`.
+            timeout: seconds within which it must be complete; the setting `request_timeout` is an upper bound.
+
         Raises:
-            RequestError: the id is malformed or belongs to a request that is not finished yet, or the priority is no
-                number of 32 bits.
+            RequestError: the id is malformed or belongs to a request that is not finished yet, the priority is no
+                number of 32 bits, or the timeout is not positive.
             EngineDeadError: the engine is gone.
         """
         self.check_alive()
@@ -238,10 +264,20 @@ class EngineClient:
             time.time(),
             self.tokenizer,
             request.cache_salt,
+            self._timeout(timeout),
         )
+        self._queued[journal.wire_id] = len(request.prompt_token_ids)
         self._live[journal.wire_id] = self._by_request_id[request_id] = journal
         self.outbox.extend(journal.submission(self.client_id))
         return journal
+
+    def _timeout(self, asked: object) -> float | None:
+        limit = self.config.server.request_timeout
+        if asked is None:
+            return limit
+        if isinstance(asked, bool) or not isinstance(asked, int | float) or not 0 < asked < float("inf"):
+            raise RequestError(f"timeout must be a positive number of seconds, got {asked!r:.100}", "timeout")
+        return asked if limit is None else min(asked, limit)
 
     def _check_request_id(self, request_id: object) -> None:
         if not isinstance(request_id, str) or not 0 < len(request_id) <= MAX_REQUEST_ID_CHARS:
@@ -287,6 +323,7 @@ class EngineClient:
     def _forget_if_finished(self, journal: RequestJournal) -> None:
         if journal.finished:
             journal.metrics.finished_time = time.time()
+            self._queued.pop(journal.wire_id, None)
             del self._live[journal.wire_id]
             del self._by_request_id[journal.request_id]
 
@@ -326,6 +363,8 @@ class EngineClient:
         if sequence.is_finished:
             return None
         try:
+            if delta.metrics is not None:
+                journal.add_metrics(delta.metrics)
             changed = self._apply(journal, sequence, delta)
         except Exception as error:  # whatever a tokenizer may raise: a request that fails, fails alone
             logger.exception("request %s failed in the front end", journal.request_id)
@@ -350,14 +389,13 @@ class EngineClient:
         matched = sequence.append(new, hide_last=delta.finish_reason == "stop")
         if new:
             journal.touch(time.time())
+            self._queued.pop(journal.wire_id, None)
         if matched is not None:
             sequence.finish("stop", matched)
             if delta.finish_reason is None:
                 self.outbox.append(Abort(journal.wire_id, sequence.index, "stop"))
         elif delta.finish_reason is not None:
             sequence.finish(delta.finish_reason, delta.stop_reason)
-        if delta.metrics is not None:
-            journal.add_metrics(delta.metrics)
         return True
 
     def _apply_ended(self, journal: RequestJournal, sequence: SequenceJournal, delta: TokenDelta) -> bool:
@@ -367,6 +405,8 @@ class EngineClient:
         if delta.start <= length:
             new = delta.token_ids[length - delta.start :]
             matched = sequence.append(new)
+            if new:
+                journal.touch(time.time())
         if matched is not None:
             sequence.finish("stop", matched)
             return True

@@ -144,6 +144,7 @@ class RequestJournal:
         arrival_time: float,
         tokenizer: Tokenizer | None,
         cache_salt: str = "",
+        timeout: float | None = None,
     ) -> None:
         self.request_id = request_id
         self.wire_id = wire_id
@@ -154,6 +155,7 @@ class RequestJournal:
         self.seed = seed
         self.priority = priority
         self.cache_salt = cache_salt
+        self.timeout = timeout
         self.metrics = RequestMetrics(arrival_time)
         self.sequences = [SequenceJournal(i, prompt_token_ids, params, tokenizer) for i in range(params.n)]
         self.failure: NanoEngineError | None = None
@@ -193,13 +195,19 @@ class RequestJournal:
 
     def output(self) -> RequestOutput:
         """A snapshot for the client: all tokens so far; it does not change any more, nor does the journal with it."""
+        outputs = [sequence.output() for sequence in self.sequences]
+        for output in outputs:
+            if output.finish_reason == "error" and self.failure is not None:
+                output.error_kind = type(self.failure).__name__
         return RequestOutput(
             self.request_id,
             self.prompt,
             self._shown_prompt,
-            [sequence.output() for sequence in self.sequences],
+            outputs,
             self.finished,
-            dataclasses.replace(self.metrics),
+            dataclasses.replace(
+                self.metrics, num_generated_tokens=max(len(sequence.token_ids) for sequence in self.sequences)
+            ),
         )
 
     def submission(self, client_id: str) -> list[AddRequest | Abort]:
@@ -219,6 +227,7 @@ class RequestJournal:
             priority=self.priority,
             journal=[list(sequence.token_ids) for sequence in self.sequences],
             cache_salt=self.cache_salt,
+            timeout=self.timeout,
         )
         # A sequence that a stop string ended looks unfinished to a scheduler that knows its tokens only.
         ended = [sequence for sequence in self.sequences if sequence.is_finished]

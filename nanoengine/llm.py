@@ -49,7 +49,9 @@ class _Engine(Protocol):
     @property
     def tokenizer(self) -> Tokenizer | None: ...
     def check(self, prompt: Prompt, params: SamplingParams, /) -> Any: ...
-    def submit(self, request: Any, request_id: str | None = None) -> _Request: ...
+    def submit(
+        self, request: Any, request_id: str | None = None, *, priority: int = 0, timeout: float | None = None
+    ) -> _Request: ...
     def render_chat(self, messages: list[Message], variables: dict[str, Any], /) -> Prompt: ...
     def wait(self, timeout: float | None = None) -> Sequence[_Request]: ...
     def abort(self, request_id: str) -> None: ...
@@ -109,6 +111,9 @@ class LLM:
         prompts: PromptInput | Sequence[PromptInput],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        *,
+        priority: int | Sequence[int] = 0,
+        timeout: float | None = None,
     ) -> list[RequestOutput]:
         """Answer prompts; the outputs come in the order of the prompts.
 
@@ -119,6 +124,8 @@ class LLM:
         Args:
             sampling_params: one for all prompts, or one for each.
             use_tqdm: show a progress bar.
+            priority: one for all prompts, or one for each; under the policy `priority` the lower is served the sooner.
+            timeout: seconds after which a request that is not complete ends with an error.
 
         Raises:
             RequestError: a prompt or its parameters cannot be served; it names the prompt's index, and none is
@@ -126,7 +133,14 @@ class LLM:
             EngineDeadError: the engine was gone before this call.
         """
         parsed = parse_prompts(prompts)
-        return self._run(parsed, pair_params(sampling_params, len(parsed)), use_tqdm)
+        priorities = [priority] * len(parsed) if isinstance(priority, int) else list(priority)
+        if len(priorities) != len(parsed):
+            raise RequestError(
+                f"priority must be one for all prompts or one for each, got {len(priorities)} for {len(parsed)}",
+                "priority",
+            )
+        options = [{"priority": each, "timeout": timeout} for each in priorities]
+        return self._run(parsed, pair_params(sampling_params, len(parsed)), use_tqdm, options)
 
     def chat(
         self,
@@ -150,10 +164,17 @@ class LLM:
         """Refused until it is built. Raises RequestError."""
         raise RequestError("beam search is not built yet; use generate with SamplingParams", "params")
 
-    def _run(self, prompts: list[Prompt], params: list[SamplingParams], use_tqdm: bool) -> list[RequestOutput]:
+    def _run(
+        self,
+        prompts: list[Prompt],
+        params: list[SamplingParams],
+        use_tqdm: bool,
+        options: list[dict[str, Any]] | None = None,
+    ) -> list[RequestOutput]:
         checked = _each(prompts, lambda index: self._engine.check(prompts[index], params[index]))
         try:
-            requests = [self._engine.submit(each) for each in checked]
+            options = options or [{}] * len(checked)
+            requests = [self._engine.submit(each, **more) for each, more in zip(checked, options, strict=True)]
             self._finish(requests, use_tqdm)
         except BaseException:
             # Found by what is open, not by what `submit` returned: an interrupt may come between the two.

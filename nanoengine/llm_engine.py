@@ -65,10 +65,17 @@ class LLMEngine:
         """Check a request and encode its prompt; nothing is sent. Raises RequestError."""
         return self.client.check(prompt, params)
 
-    def submit(self, request: CheckedRequest, request_id: str | None = None) -> RequestJournal:
-        """Hand a checked request to the engine. Raises RequestError for its id, EngineDeadError."""
+    def submit(
+        self,
+        request: CheckedRequest,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        timeout: float | None = None,
+    ) -> RequestJournal:
+        """Hand a checked request to the engine. Raises RequestError for anything but the prompt, EngineDeadError."""
         self._notice_death()
-        journal = self.client.add(request, request_id)
+        journal = self.client.add(request, request_id, priority, timeout)
         if self._connection is not None:
             self._connection.flush()
         return journal

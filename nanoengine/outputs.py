@@ -10,7 +10,8 @@ class CompletionOutput:
     """One sequence of an answer. `finish_reason` is stop, length, abort or error, None while it runs.
 
     `stop_reason` is the stop string or stop token id that ended it (None for eos). `cumulative_logprob` and
-    `logprobs` are None unless log-probabilities were asked for.
+    `logprobs` are None unless log-probabilities were asked for. `error` says why it ended with an error, `error_kind`
+    is that error's name in `configs.errors`.
     """
 
     index: int
@@ -21,6 +22,7 @@ class CompletionOutput:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     error: str | None = None
+    error_kind: str | None = None
 
     @property
     def finished(self) -> bool:
@@ -30,7 +32,12 @@ class CompletionOutput:
 
 @dataclasses.dataclass(slots=True)
 class RequestMetrics:
-    """Times are seconds of `time.time()`; a token time is None until there was one."""
+    """How a request went, as its front end saw it. Times are seconds of `time.time()`.
+
+    A time is None until it has come. The counts and `queue_seconds` (from arrival until the first step that computed
+    some of it) come from the scheduler with the request's last token. `num_generated_tokens` is the length of the
+    longest sequence.
+    """
 
     arrival_time: float
     first_token_time: float | None = None
@@ -39,6 +46,24 @@ class RequestMetrics:
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     queue_seconds: float = 0.0
+    num_generated_tokens: int = 0
+
+    @property
+    def ttft(self) -> float | None:
+        """Time to first token: seconds from arrival until it."""
+        return None if self.first_token_time is None else self.first_token_time - self.arrival_time
+
+    @property
+    def tpot(self) -> float | None:
+        """Time per output token: mean seconds between the tokens that follow the first; None for fewer than two."""
+        if self.first_token_time is None or self.last_token_time is None or self.num_generated_tokens < 2:
+            return None
+        return (self.last_token_time - self.first_token_time) / (self.num_generated_tokens - 1)
+
+    @property
+    def e2e_seconds(self) -> float | None:
+        """Seconds from arrival to the end."""
+        return None if self.finished_time is None else self.finished_time - self.arrival_time
 
 
 @dataclasses.dataclass(slots=True)

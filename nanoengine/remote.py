@@ -114,7 +114,14 @@ class RemoteEngine:
             raise RequestError("the prompt must not be empty", "prompt")
         return prompt, params
 
-    def submit(self, request: tuple[Prompt, SamplingParams], request_id: str | None = None) -> RemoteRequest:
+    def submit(
+        self,
+        request: tuple[Prompt, SamplingParams],
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        timeout: float | None = None,
+    ) -> RemoteRequest:
         """Send a checked request. Raises RequestError for its id, EngineDeadError after `close`."""
         if self._closed:
             raise EngineDeadError("the engine was closed")
@@ -123,7 +130,9 @@ class RemoteEngine:
         if request_id in self._open:
             raise RequestError(f"request_id {request_id!r} belongs to a request that still runs", "request_id")
         path = "/v1/completions" if prompt.messages is None else "/v1/chat/completions"
-        remote = RemoteRequest(request_id, prompt, path, self._payload(prompt, params), RequestMetrics(time.time()))
+        scheduling = ({"priority": priority} if priority else {}) | ({} if timeout is None else {"timeout": timeout})
+        payload = self._payload(prompt, params, scheduling)
+        remote = RemoteRequest(request_id, prompt, path, payload, RequestMetrics(time.time()))
         self._open[request_id] = remote
         remote.future = self._pool.submit(self._serve, remote)
         return remote
@@ -201,12 +210,12 @@ class RemoteEngine:
             )
         return model or served[0]
 
-    def _payload(self, prompt: Prompt, params: SamplingParams) -> bytes:
+    def _payload(self, prompt: Prompt, params: SamplingParams, scheduling: dict[str, Any]) -> bytes:
         # Only what differs from the defaults is sent, so that a server which knows fewer fields than ours can answer.
         defaults = SamplingParams().to_dict()
         body = {name: value for name, value in params.to_dict().items() if value != defaults[name]}
         body |= {"model": self.model, "temperature": params.temperature, "max_tokens": params.max_tokens}
-        body["return_token_ids"] = True
+        body |= {"return_token_ids": True} | scheduling
         if prompt.cache_salt:
             body["cache_salt"] = prompt.cache_salt
         if prompt.messages is not None:
@@ -299,5 +308,8 @@ def _read_answer(remote: RemoteRequest, answer: dict[str, Any]) -> None:
     remote.outputs = sorted(outputs, key=lambda output: output.index)
     remote.prompt_token_ids = list(prompt_token_ids or [])
     remote.num_prompt_tokens = int(usage.get("prompt_tokens", len(remote.prompt_token_ids)))
+    details = usage.get("prompt_tokens_details") or {}
+    remote.metrics.num_cached_tokens = int(details.get("cached_tokens") or 0)
+    remote.metrics.num_generated_tokens = max((len(output.token_ids) for output in outputs), default=0)
     remote.num_generated_tokens = int(usage.get("completion_tokens", sum(len(output.token_ids) for output in outputs)))
     remote.finish()

@@ -1,8 +1,8 @@
 """Decides what each step computes: continuous batching under one token budget; knows no process, socket or tensor.
 
 A step mixes decodes and prefill chunks. Decodes come first, then the prompts that are under way, then new ones, so
-a long prompt cannot stop a stream. When blocks run out, the newest running sequence is preempted: its blocks are
-freed and it is computed again later; the oldest always progresses.
+a long prompt cannot stop a stream. When blocks run out, the running sequence that is last in the policy's order (the
+newest, under fcfs) is preempted: its blocks are freed and it is computed again later; the first always progresses.
 
 Two steps may be in flight, collected in order (`commit`): while the workers compute step k, step k + 1 is scheduled.
 A sequence that step k samples is given its next row before that token is known; the row says PREVIOUS_SAMPLE. A
@@ -15,20 +15,27 @@ Requests are added and aborted between steps only.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import heapq
 import itertools
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
 
-from configs.errors import RequestError, to_wire
+from configs.errors import RequestError, RequestTimeoutError, to_wire
+from nanoengine.admission import SchedulerLimits, check_admissible, serving_order
 from nanoengine.block_manager import BlockManager
 from nanoengine.messages import AddRequest, TokenDelta
 from nanoengine.row_params import row_extras, row_params
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.sequence import Request, ScheduledRow, Sequence, SequenceStatus
 from nanoengine.step import PREVIOUS_SAMPLE, Epoch, SequenceState, StepInput, StepOutput
+from nanoengine.step_costs import StepCosts
+
+__all__ = ["ClientDelta", "Scheduler", "SchedulerLimits"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,21 +44,6 @@ logger = logging.getLogger(__name__)
 WATERMARK = 0.01
 # How many waiting sequences that wait for a prefix are passed over in search of one that does not.
 MAX_PASSED = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class SchedulerLimits:
-    """What the scheduler must respect, gathered from the settings and from what the workers reported."""
-
-    max_num_batched_tokens: int
-    max_num_seqs: int
-    max_model_len: int
-    num_kv_blocks: int
-    block_size: int
-    eos_token_ids: frozenset[int] = frozenset()
-    vocab_size: int = 2**63
-    enable_prefix_caching: bool = True
-    enable_chunked_prefill: bool = True
 
 
 class ClientDelta(NamedTuple):
@@ -64,17 +56,22 @@ class ClientDelta(NamedTuple):
 class Scheduler:
     """Owns every sequence and the block tables of one worker group."""
 
-    def __init__(self, limits: SchedulerLimits, epoch: Epoch) -> None:
+    def __init__(self, limits: SchedulerLimits, epoch: Epoch, clock: Callable[[], float] = time.time) -> None:
+        """`clock` gives seconds on the scale of `AddRequest.arrival_time`."""
         self.limits = limits
+        self._clock = clock
         self.epoch = epoch
         self.blocks = BlockManager(limits.num_kv_blocks, limits.block_size, limits.enable_prefix_caching)
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # oldest admission first
+        self._order = serving_order(limits.policy)
+        self.waiting: list[Sequence] = []  # both in serving order
+        self.running: list[Sequence] = []
         self.requests: dict[tuple[str, str], Request] = {}
         self.num_preemptions = 0
         self._seq_ids = itertools.count(1)
         self._step_id = 0
         self._in_flight: deque[tuple[int, list[ScheduledRow]]] = deque()
+        self._costs = StepCosts(limits.max_decode_gap if limits.enable_chunked_prefill else 0)
+        self._deadlines: list[tuple[float, tuple[str, str]]] = []  # a heap of (time, request key)
         self._dropped: list[int] = []  # seq_ids that the workers need not keep any longer
         self._outbox: list[ClientDelta] = []
         self._watermark = max(1, int(WATERMARK * limits.num_kv_blocks)) if limits.num_kv_blocks > 1 else 0
@@ -92,7 +89,7 @@ class Scheduler:
             return
         try:
             params = SamplingParams.from_dict(message.params)
-            self._check_admissible(message)
+            check_admissible(message, self.limits)
         except RequestError as error:
             delta = TokenDelta(message.request_id, 0, 0, [], finish_reason="error", error=to_wire(error))
             self._outbox.append(ClientDelta(message.client_id, delta))
@@ -108,38 +105,20 @@ class Scheduler:
             cache_salt=message.cache_salt,
         )
         self.requests[request.key] = request
+        if message.timeout is not None:
+            heapq.heappush(self._deadlines, (message.arrival_time + message.timeout, request.key))
         for index in range(params.n):
             journal = message.journal[index] if index < len(message.journal) else []
             seq = Sequence(next(self._seq_ids), request, index, journal)
             request.seqs.append(seq)
-            self.waiting.append(seq)
+            self._queue(seq)
             if journal and self._stop_status(seq):
                 # The journal was complete already; only the last word got lost.
                 self._finish(seq, self._stop_status(seq), start=seq.num_completion_tokens)
 
-    def _check_admissible(self, message: AddRequest) -> None:
-        limits, prompt = self.limits, message.prompt_token_ids
-        if not prompt:
-            raise RequestError("the prompt must hold at least 1 token, got none", "prompt")
-        if len(prompt) >= limits.max_model_len:
-            raise RequestError(
-                f"the prompt must be at most {limits.max_model_len - 1} tokens long (max_model_len "
-                f"{limits.max_model_len} less one to generate), got {len(prompt)}",
-                "prompt",
-                "context_length_exceeded",
-            )
-        capacity = limits.num_kv_blocks * limits.block_size
-        longest = len(prompt) + max(map(len, message.journal), default=0) + 1
-        if longest > capacity:
-            raise RequestError(
-                f"prompt and first output of {longest} tokens can never fit the K/V cache of {capacity} tokens "
-                f"({limits.num_kv_blocks} blocks of {limits.block_size})",
-                "prompt",
-                "context_length_exceeded",
-            )
-        if min(prompt) < 0 or max(prompt) >= limits.vocab_size:
-            wrong = next(token for token in prompt if not 0 <= token < limits.vocab_size)
-            raise RequestError(f"token ids must be from 0 to {limits.vocab_size - 1}, got {wrong}", "prompt")
+    def _queue(self, seq: Sequence) -> None:
+        seq.status = SequenceStatus.WAITING
+        bisect.insort(self.waiting, seq, key=self._order)
 
     def _replay(self, request: Request, journal: list[list[int]]) -> None:
         for seq in request.seqs:
@@ -163,10 +142,22 @@ class Scheduler:
     def fail_all(self, error: BaseException) -> None:
         """End every request with an error: the engine can serve no more."""
         for request in list(self.requests.values()):
-            for seq in request.seqs:
-                if not seq.is_finished:
-                    seq.error = to_wire(error)
-                    self._finish(seq, SequenceStatus.FINISHED_ERROR, start=seq.num_completion_tokens)
+            self._fail(request, error)
+
+    def expire(self) -> None:
+        """End each request whose deadline has passed with an error; call it between steps."""
+        while self._deadlines and self._deadlines[0][0] <= self._clock():
+            deadline, key = heapq.heappop(self._deadlines)
+            request = self.requests.get(key)
+            if request is not None:
+                seconds = deadline - request.arrival_time
+                self._fail(request, RequestTimeoutError(f"the request was not complete within {seconds:g} s"))
+
+    def _fail(self, request: Request, error: BaseException) -> None:
+        for seq in request.seqs:
+            if not seq.is_finished:
+                seq.error = to_wire(error)
+                self._finish(seq, SequenceStatus.FINISHED_ERROR, start=seq.num_completion_tokens)
 
     # -- a step -------------------------------------------------------------------------------------------------
 
@@ -188,6 +179,7 @@ class Scheduler:
         assert len(self._in_flight) <= 1, "commit() comes before a third schedule()"
         scheduled = _Batch(self.limits.max_num_batched_tokens)
         self._schedule_running(scheduled)
+        self._bound_gap(scheduled)
         if not scheduled.preempted:
             self._schedule_waiting(scheduled)
         if not scheduled.rows and not self._dropped:
@@ -214,6 +206,10 @@ class Scheduler:
                 break
             if seq.status is not SequenceStatus.RUNNING:
                 continue  # it had to give way to an older one
+            if num_tokens > 1:
+                self._bound_gap(batch)
+                if batch.budget == 0:
+                    break
             num_tokens = min(num_tokens, batch.budget)
             end = seq.num_computed_tokens + num_tokens
             if end > len(seq.block_table) * self.limits.block_size:
@@ -221,6 +217,13 @@ class Scheduler:
                     continue
                 self.blocks.allocate(seq, end)
             batch.add(seq, num_tokens)
+
+    def _bound_gap(self, batch: _Batch) -> None:
+        """Before the first prefill chunk goes beside decodes: leave so many tokens that they are not held up."""
+        if not batch.bounded and batch.rows:
+            limit = self._costs.max_prefill_tokens()
+            batch.budget = batch.budget if limit is None else min(batch.budget, limit)
+        batch.bounded = True
 
     def _make_room(self, seq: Sequence, num_tokens: int, batch: _Batch) -> bool:
         """Preempt the newest sequences until `seq` can grow; it may be the one to go. Says whether it can grow now."""
@@ -251,11 +254,10 @@ class Scheduler:
         self.running.remove(seq)
         self.blocks.free(seq)
         seq.forget_computation()
-        seq.status = SequenceStatus.WAITING
         seq.num_preemptions += 1
         self.num_preemptions += 1
         self._dropped.append(seq.seq_id)
-        self.waiting.appendleft(seq)
+        self._queue(seq)
 
     def _schedule_waiting(self, batch: _Batch) -> None:
         """Admit waiting sequences in order while budget, rows and blocks last.
@@ -292,9 +294,9 @@ class Scheduler:
             if seq.num_preemptions == 0:
                 seq.num_cached_tokens = seq.num_computed_tokens
             if seq.request.first_scheduled_time is None:
-                seq.request.first_scheduled_time = time.time()
+                seq.request.first_scheduled_time = self._clock()
             seq.status = SequenceStatus.RUNNING
-            self.running.append(seq)
+            bisect.insort(self.running, seq, key=self._order)
             batch.add(seq, min(seq.num_uncomputed_tokens, batch.budget))
 
     def _row(self, seq: Sequence, num_tokens: int) -> SequenceState:
@@ -326,6 +328,9 @@ class Scheduler:
             return
         step_id, records = self._in_flight.popleft()
         assert step_id == output.step_id, f"step {output.step_id} was collected where {step_id} was due"
+        decodes = sum(record.is_decode for record in records)
+        prefill_tokens = sum(record.num_tokens for record in records if not record.is_decode)
+        self._costs.observe(decodes, prefill_tokens, output.compute_seconds)
         for record, token_ids in zip(records, output.token_ids, strict=True):
             seq = record.seq
             seq.num_pending_tokens -= record.sample
@@ -388,8 +393,17 @@ class Scheduler:
         delta = TokenDelta(seq.request.request_id, seq.index, start, token_ids)
         if is_finished:
             delta.finish_reason = seq.status.finish_reason
-            delta.stop_reason, delta.error, delta.metrics = seq.stop_reason, seq.error, _metrics(seq)
+            delta.stop_reason, delta.error, delta.metrics = seq.stop_reason, seq.error, self._metrics(seq)
         self._outbox.append(ClientDelta(seq.request.client_id, delta))
+
+    def _metrics(self, seq: Sequence) -> dict[str, float]:
+        request = seq.request
+        scheduled = self._clock() if request.first_scheduled_time is None else request.first_scheduled_time
+        return {
+            "num_cached_tokens": seq.num_cached_tokens,
+            "num_preemptions": seq.num_preemptions,
+            "queue_seconds": max(0.0, scheduled - request.arrival_time),
+        }
 
     def take_deltas(self) -> list[ClientDelta]:
         """What the front ends have to be told since the last call, in order."""
@@ -407,10 +421,9 @@ class Scheduler:
         self._step_id = 0
         self._in_flight.clear()
         self._dropped.clear()
-        for seq in reversed(self.running):
-            seq.status = SequenceStatus.WAITING
+        for seq in self.running:
             seq.num_preemptions += 1
-            self.waiting.appendleft(seq)
+            self._queue(seq)
         self.running.clear()
         for seq in self.waiting:
             seq.block_table.clear()
@@ -451,6 +464,7 @@ class _Batch:
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self.preempted = False  # somebody had to give way, so nobody is admitted
+        self.bounded = False  # `budget` is what max_decode_gap leaves
         self.rows: dict[Sequence, int] = {}
 
     def add(self, seq: Sequence, num_tokens: int) -> None:
@@ -459,13 +473,3 @@ class _Batch:
 
     def remove(self, seq: Sequence) -> None:
         self.budget += self.rows.pop(seq, 0)
-
-
-def _metrics(seq: Sequence) -> dict[str, float]:
-    request = seq.request
-    scheduled = time.time() if request.first_scheduled_time is None else request.first_scheduled_time
-    return {
-        "num_cached_tokens": seq.num_cached_tokens,
-        "num_preemptions": seq.num_preemptions,
-        "queue_seconds": max(0.0, scheduled - request.arrival_time),
-    }

@@ -208,3 +208,8 @@ class ScheduledRow:
     num_tokens: int
     sample: bool
     num_preemptions: int
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether it computes a generated token, and that alone."""
+        return self.num_tokens == 1 and self.start >= self.seq.num_prompt_tokens

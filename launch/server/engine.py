@@ -25,6 +25,13 @@ class Engine(Protocol):
     @property
     def failure(self) -> NanoEngineError | None: ...
     def generate(
-        self, prompt: PromptInput, sampling_params: SamplingParams | None = None, request_id: str | None = None
+        self,
+        prompt: PromptInput,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        timeout: float | None = None,
     ) -> AsyncGenerator[RequestOutput, None]: ...
+    def check_queue(self, num_requests: int = 1) -> None: ...
     async def reset_prefix_cache(self) -> None: ...

@@ -18,13 +18,17 @@ from configs.errors import (
     DeadlineError,
     EngineDeadError,
     NanoEngineError,
+    QueueFullError,
     RequestError,
+    RequestTimeoutError,
     TokenizerError,
 )
 
 INVALID_REQUEST = "invalid_request_error"
 AUTHENTICATION = "authentication_error"
 NOT_FOUND = "not_found_error"
+RATE_LIMIT = "rate_limit_error"
+TIMEOUT = "timeout_error"
 UNAVAILABLE = "service_unavailable_error"
 SERVER = "server_error"
 
@@ -53,7 +57,7 @@ class ApiError(Exception):
         headers = {}
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
-        if self.status == 503:
+        if self.status in (429, 503):
             headers["Retry-After"] = "1"
         return JSONResponse(self.body(), self.status, headers)
 
@@ -64,6 +68,10 @@ def from_exception(error: Exception) -> ApiError:
         return error
     if isinstance(error, RequestError):
         return ApiError(400, error.message, param=error.param, code=error.code)
+    if isinstance(error, QueueFullError):
+        return ApiError(429, error.message, RATE_LIMIT, code="queue_full")
+    if isinstance(error, RequestTimeoutError):
+        return ApiError(504, error.message, TIMEOUT, code="request_timeout")
     if isinstance(error, CapacityError | TokenizerError):
         return ApiError(400, error.message)
     if isinstance(error, EngineDeadError | DeadlineError):

@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from configs.errors import EngineError, RequestError
+from configs.errors import RequestError, from_wire
 from launch.server.engine import Engine
 from launch.server.errors import from_exception
 from launch.server.formats import AnswerFormat
@@ -45,13 +45,14 @@ async def respond(
     answer_id: str,
     answer: AnswerFormat,
     stream: bool,
+    scheduling: dict[str, Any],
 ) -> Response:
-    """Run the prompts, tokenised already, and answer.
+    """Run the prompts, tokenised already, and answer. `scheduling` holds further arguments of `Engine.generate`.
 
     Raises:
         RequestError, EngineError: what fails before there is anything to send.
     """
-    outputs = _all_outputs(engine, prompts, params, answer_id)
+    outputs = _all_outputs(engine, prompts, params, answer_id, scheduling)
     hang_up = asyncio.ensure_future(_hang_up(request.receive))
     if stream:
         return await _begin_stream(_events(outputs, answer), hang_up)
@@ -66,11 +67,11 @@ async def respond(
 
 
 async def _all_outputs(
-    engine: Engine, prompts: list[PromptInput], params: SamplingParams, answer_id: str
+    engine: Engine, prompts: list[PromptInput], params: SamplingParams, answer_id: str, scheduling: dict[str, Any]
 ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
     """The outputs of all prompts as they come, each with its prompt's index. Leaving it aborts what is not finished."""
     if len(prompts) == 1:
-        async with contextlib.aclosing(engine.generate(prompts[0], params, answer_id)) as single:
+        async with contextlib.aclosing(engine.generate(prompts[0], params, answer_id, **scheduling)) as single:
             async for output in single:
                 yield 0, _unless_failed(output)
         return
@@ -79,7 +80,7 @@ async def _all_outputs(
 
     async def read(index: int) -> None:
         try:
-            stream = engine.generate(prompts[index], params, f"{answer_id}-{index}")
+            stream = engine.generate(prompts[index], params, f"{answer_id}-{index}", **scheduling)
             async with contextlib.aclosing(stream) as several:
                 async for output in several:
                     await queue.put((index, output))
@@ -102,10 +103,10 @@ async def _all_outputs(
 
 
 def _unless_failed(output: RequestOutput) -> RequestOutput:
-    """Raise EngineError for a request that failed while it ran."""
+    """Raise the error of a request that failed while it ran."""
     last = output.outputs[0]
     if last.finish_reason == "error":
-        raise EngineError(last.error or "the request failed")
+        raise from_wire({"kind": last.error_kind, "message": last.error or "the request failed"})
     return output
 
 

@@ -69,6 +69,7 @@ async def create_completion(request: Request, body: Annotated[CompletionRequest,
     engine = _serving(request, body.model)
     body.check()
     params, prompts = body.sampling_params(), body.prompts()
+    engine.check_queue(len(prompts))
     if isinstance(prompts[0], str):
         # In a thread: a long text takes milliseconds, which every open stream would wait.
         prompts = await asyncio.to_thread(_tokenizer(engine, "prompt").encode_batch, prompts)
@@ -76,7 +77,9 @@ async def create_completion(request: Request, body: Annotated[CompletionRequest,
     answer = CompletionFormat(
         answer_id, engine.config.served_model_name, len(prompts), bool(body.return_token_ids), body.include_usage
     )
-    return await respond(request, engine, body.salted(prompts), params, answer_id, answer, bool(body.stream))
+    return await respond(
+        request, engine, body.salted(prompts), params, answer_id, answer, bool(body.stream), body.scheduling()
+    )
 
 
 @router.post("/v1/chat/completions")
@@ -85,10 +88,13 @@ async def create_chat_completion(request: Request, body: Annotated[ChatCompletio
     engine = _serving(request, body.model)
     body.check()
     params, messages = body.sampling_params(), chat_messages(body.messages)
+    engine.check_queue()
     prompt = await asyncio.to_thread(_tokenizer(engine, "messages").apply_chat_template, messages)
     answer_id = f"chatcmpl-{uuid.uuid4().hex}"
     answer = ChatFormat(answer_id, engine.config.served_model_name, 1, bool(body.return_token_ids), body.include_usage)
-    return await respond(request, engine, body.salted([prompt]), params, answer_id, answer, bool(body.stream))
+    return await respond(
+        request, engine, body.salted([prompt]), params, answer_id, answer, bool(body.stream), body.scheduling()
+    )
 
 
 # -- models -----------------------------------------------------------------------------------------------------

@@ -40,7 +40,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "parallel_tool_calls": (_ANYTHING,),
     "prediction": (),
-    "priority": (0,),
     "prompt_cache_key": (_ANYTHING,),
     "prompt_logprobs": (),
     "reasoning_effort": (),
@@ -153,6 +152,13 @@ class SamplingFields(Body):
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
     cache_salt: str | None = None
+    priority: int | None = None
+    timeout: float | None = None
+
+    def scheduling(self) -> dict[str, Any]:
+        """What an engine is told of how to schedule the request: `priority` and `timeout`, where they are given."""
+        given = {"priority": self.priority, "timeout": self.timeout}
+        return {name: value for name, value in given.items() if value is not None}
 
     def salted(self, prompts: list[list[int]]) -> list[PromptInput]:
         """The prompts as an engine takes them. Raises RequestError for an impossible `cache_salt`."""

@@ -45,7 +45,7 @@ def write_config(path: Path, **changes: Any) -> str:
         ({"swap_space": 4}, "swap_space"),
         ({"dtype": "int8"}, "dtype must be one of auto, half"),
         ({"tokenizer_mode": "fast"}, "auto, slow"),
-        ({"policy": "priority"}, "fcfs"),
+        ({"policy": "lifo"}, "policy must be one of fcfs, priority"),
         ({"seed": -1}, "seed must be at least 0"),
         ({"max_num_seqs": True}, "max_num_seqs must be of type int, got True"),
         ({"port": 70000}, "port must be at least 0 and at most 65535, got 70000"),

@@ -14,7 +14,7 @@ from typing import Any
 import uvicorn
 
 from configs.engine import EngineConfig
-from configs.errors import EngineError, NanoEngineError
+from configs.errors import EngineError, NanoEngineError, QueueFullError
 from launch.server.app import create_app
 from nanoengine.detokenizer import IncrementalDetokenizer, StopChecker
 from nanoengine.engine_client import EngineClient
@@ -49,14 +49,22 @@ class FakeEngine:
         self.params: list[SamplingParams] = []
         self.prompts: list[list[int]] = []
         self.salts: list[str] = []
+        self.scheduling: list[dict[str, Any]] = []
+        self.queue_is_full = False
+        self.failure_kind: str | None = None
         self.num_resets = 0
 
     async def generate(
-        self, prompt: PromptInput, sampling_params: SamplingParams | None = None, request_id: str | None = None
+        self,
+        prompt: PromptInput,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        **scheduling: Any,
     ) -> AsyncGenerator[RequestOutput, None]:
         request = EngineClient(self.config, self.tokenizer).check(parse_prompt(prompt), sampling_params)
         prompt = request.prompt_token_ids
         self.salts.append(request.cache_salt)
+        self.scheduling.append(scheduling)
         if self.raise_at_once is not None:
             raise self.raise_at_once
         assert request_id is not None
@@ -74,6 +82,10 @@ class FakeEngine:
             if not finished:
                 self.aborted.append(request_id)
 
+    def check_queue(self, num_requests: int = 1) -> None:
+        if self.queue_is_full:
+            raise QueueFullError(f"no room for {num_requests}")
+
     async def reset_prefix_cache(self) -> None:
         self.num_resets += 1
 
@@ -86,7 +98,9 @@ class FakeEngine:
         stream, stops, text = IncrementalDetokenizer(self.tokenizer, prompt), StopChecker(params.stop), ""
         for count in range(1, len(ids) + 1):
             if count - 1 == self.fail_after:
-                yield self._output(request_id, prompt, text, ids[: count - 1], "error", None)
+                failed = self._output(request_id, prompt, text, ids[: count - 1], "error", None)
+                failed.outputs[0].error_kind = self.failure_kind
+                yield failed
                 return
             new, matched = stops.feed(stream.append([ids[count - 1]]))
             text += new

@@ -39,6 +39,8 @@ class Pretender:
         if self.failure is None:
             self.die("the engine was closed")
         print("closed", file=sys.stderr, flush=True)
+    def check_queue(self, num_requests=1):
+        pass
     async def generate(self, prompt, params=None, request_id=None):
         count = 0
         self.num_unfinished += 1

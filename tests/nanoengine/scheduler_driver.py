@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from nanoengine.messages import AddRequest, TokenDelta
@@ -92,7 +93,9 @@ class Driver:
             "vocab_size": VOCAB,
         }
         self.limits = SchedulerLimits(**(defaults | limits))
-        self.scheduler = Scheduler(self.limits, EPOCH)
+        self.now = 0.0
+        self.step_seconds: Callable[[StepInput], float] = lambda step: 0.0
+        self.scheduler = Scheduler(self.limits, EPOCH, lambda: self.now)
         self.workers = FakeWorkers(self.limits.num_kv_blocks, self.limits.block_size)
         self.tokens: dict[str, list[int]] = {}
         self.finished: dict[str, str] = {}
@@ -108,6 +111,8 @@ class Driver:
         journal: list[int] | None = None,
         client: str = "c",
         cache_salt: str = "",
+        priority: int = 0,
+        timeout: float | None = None,
         **params: Any,
     ) -> None:
         message = AddRequest(
@@ -116,10 +121,11 @@ class Driver:
             prompt,
             SamplingParams(**({"temperature": 0, "max_tokens": 8} | params)).to_dict(),
             seed=0,
-            arrival_time=0.0,
-            priority=0,
+            arrival_time=self.now,
+            priority=priority,
             journal=[journal or []],
             cache_salt=cache_salt,
+            timeout=timeout,
         )
         self.tokens[request_id] = list(journal or [])
         self.scheduler.add(message)
@@ -130,15 +136,19 @@ class Driver:
         self.receive()
 
     def step(self) -> StepInput | None:
-        """Schedule and run one step, commit the oldest in flight, check the invariants, take in the deltas."""
+        """Expire, schedule and run one step, commit the oldest in flight, check the invariants, take in the deltas."""
+        self.scheduler.expire()
         step = self.scheduler.schedule()
         self.scheduler.check_invariants()
         if step is not None:
             assert sum(len(row.token_ids) for row in step.rows) <= self.limits.max_num_batched_tokens
             self.steps.append(step)
             self.outputs.append(self.workers.run(step))
+            self.outputs[-1].compute_seconds = self.step_seconds(step)
         if self.outputs and (step is None or len(self.outputs) == self.max_in_flight):
-            self.scheduler.commit(self.outputs.popleft())
+            output = self.outputs.popleft()
+            self.now += output.compute_seconds
+            self.scheduler.commit(output)
         self.scheduler.check_invariants()
         self.receive()
         return step
