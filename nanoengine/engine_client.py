@@ -330,7 +330,8 @@ class EngineClient:
         new = delta.token_ids[length - delta.start :]
         if not new and delta.finish_reason is None:
             return False
-        matched = sequence.append(new, hide_last=delta.finish_reason == "stop")
+        logprobs = None if delta.logprobs is None else delta.logprobs[length - delta.start :]
+        matched = sequence.append(new, hide_last=delta.finish_reason == "stop", logprobs=logprobs)
         if new:
             journal.touch(time.time())
         if matched is not None:
@@ -349,7 +350,8 @@ class EngineClient:
         matched = None
         if delta.start <= length:
             new = delta.token_ids[length - delta.start :]
-            matched = sequence.append(new)
+            logprobs = None if delta.logprobs is None else delta.logprobs[length - delta.start :]
+            matched = sequence.append(new, logprobs=logprobs)
         if matched is not None:
             sequence.finish("stop", matched)
             return True

@@ -112,6 +112,8 @@ class RemoteEngine:
         """Check what can be known without the model. Raises RequestError."""
         if not (prompt.text or prompt.token_ids or prompt.messages):
             raise RequestError("the prompt must not be empty", "prompt")
+        if params.logprobs is not None:
+            raise RequestError("logprobs are not handed on from a remote engine: ask the server itself", "logprobs")
         return prompt, params
 
     def submit(self, request: tuple[Prompt, SamplingParams], request_id: str | None = None) -> RemoteRequest:

@@ -61,6 +61,9 @@ class SamplingParams:
     repetition_penalty: float = setting(
         1.0, "divides a positive logit of each token of prompt and output, multiplies a negative one", above=0
     )
+    logprobs: int | None = setting(
+        None, "likeliest tokens whose log-probabilities are told beside the chosen one's", minimum=0, maximum=20
+    )
     stop: Sequence[str] | str | None = ()
     stop_token_ids: Sequence[int] | None = ()
     logit_bias: Mapping[int, float] | None = None

@@ -21,7 +21,7 @@ from nanoengine.messages import AddRequest, TokenDelta
 from nanoengine.row_params import row_extras, row_params
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.sequence import Request, ScheduledRow, Sequence, SequenceStatus
-from nanoengine.step import Epoch, SequenceState, StepInput, StepOutput
+from nanoengine.step import Epoch, SequenceState, StepInput, StepOutput, TokenLogprobs
 
 logger = logging.getLogger(__name__)
 
@@ -294,18 +294,18 @@ class Scheduler:
             return
         step_id, records = self._in_flight.popleft()
         assert step_id == output.step_id, f"step {output.step_id} was collected where {step_id} was due"
-        for record, token_ids in zip(records, output.token_ids, strict=True):
+        for row, (record, token_ids) in enumerate(zip(records, output.token_ids, strict=True)):
             seq = record.seq
             if seq.is_finished or seq.num_preemptions != record.num_preemptions:
                 continue
             self.blocks.publish(seq, record.start, record.start + record.num_tokens)
             if record.sample:
-                self._append(seq, token_ids)
+                self._append(seq, token_ids, output.logprobs.get(row, []))
 
-    def _append(self, seq: Sequence, token_ids: list[int]) -> None:
+    def _append(self, seq: Sequence, token_ids: list[int], logprobs: list[TokenLogprobs]) -> None:
         start = seq.num_completion_tokens
-        for token_id in token_ids:
-            seq.append_token(token_id)
+        for token_id, token_logprobs in itertools.zip_longest(token_ids, logprobs):
+            seq.append_token(token_id, token_logprobs)
             status = self._stop_status(seq)
             if status is not None:
                 self._finish(seq, status, start)
@@ -349,6 +349,8 @@ class Scheduler:
         if not token_ids and not seq.is_finished:
             return
         delta = TokenDelta(seq.request.request_id, seq.index, start, token_ids)
+        if seq.logprobs is not None:
+            delta.logprobs = seq.logprobs[start:]
         if seq.is_finished:
             delta.finish_reason = seq.status.finish_reason
             delta.stop_reason, delta.error, delta.metrics = seq.stop_reason, seq.error, _metrics(seq)

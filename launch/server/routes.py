@@ -87,7 +87,15 @@ async def create_chat_completion(request: Request, body: Annotated[ChatCompletio
     params, messages = body.sampling_params(), chat_messages(body.messages)
     prompt = await asyncio.to_thread(_tokenizer(engine, "messages").apply_chat_template, messages)
     answer_id = f"chatcmpl-{uuid.uuid4().hex}"
-    answer = ChatFormat(answer_id, engine.config.served_model_name, 1, bool(body.return_token_ids), body.include_usage)
+    answer = ChatFormat(
+        answer_id,
+        engine.config.served_model_name,
+        1,
+        bool(body.return_token_ids),
+        body.include_usage,
+        None if engine.tokenizer is None else engine.tokenizer.token_bytes,
+        body.top_logprobs or 0,
+    )
     return await respond(request, engine, [prompt], params, answer_id, answer, bool(body.stream))
 
 

@@ -311,13 +311,52 @@ async def test_fields_that_change_logits_reach_the_engine(client: httpx.AsyncCli
         assert params.bad_words_token_ids
 
 
+async def test_a_completions_logprobs_have_openais_legacy_shape(client: httpx.AsyncClient) -> None:
+    body = {"prompt": "a", "max_tokens": 50, "logprobs": 1}
+    whole = (await client.post("/v1/completions", json=body)).json()["choices"][0]["logprobs"]
+    assert set(whole) == {"tokens", "token_logprobs", "top_logprobs", "text_offset"}
+    assert len({len(column) for column in whole.values()}) == 1
+    assert whole["token_logprobs"] == [-3.0] * len(whole["tokens"])
+    # The likeliest one, and the chosen one although it is not the likeliest.
+    tops = list(zip(whole["tokens"], whole["top_logprobs"], strict=True))
+    assert all(len(top) == 2 and top[token] == -3.0 for token, top in tops if "\ufffd" not in token)
+    assert all(token in top for token, top in tops)
+    lengths = [len(token) for token in whole["tokens"]]
+    assert whole["text_offset"] == [sum(lengths[:i]) for i in range(len(lengths))]
+    chunks = events_of(await client.post("/v1/completions", json=body | {"stream": True}))
+    parts = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+    assert {name: [entry for part in parts if part for entry in part[name]] for name in whole} == whole
+
+
+@pytest.mark.parametrize("number", [0, 2, 5])
+async def test_a_chats_logprobs_have_openais_shape(client: httpx.AsyncClient, number: int) -> None:
+    body = HI | {"logprobs": True, "top_logprobs": number}
+    whole = (await client.post("/v1/chat/completions", json=body)).json()["choices"][0]["logprobs"]
+    raw = b"".join(bytes(entry["bytes"]) for entry in whole["content"])
+    assert raw.startswith(ANSWER.encode()), "bytes join to the text even where a character spans tokens"
+    for entry in whole["content"]:
+        assert entry["logprob"] == -3.0
+        assert [top["logprob"] for top in entry["top_logprobs"]] == [-float(rank) for rank in range(1, number + 1)]
+    chunks = events_of(await client.post("/v1/chat/completions", json=body | {"stream": True}))
+    parts = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+    assert [entry for part in parts if part for entry in part["content"]] == whole["content"]
+
+
+async def test_logprobs_out_of_range_name_the_field_of_their_route(client: httpx.AsyncClient) -> None:
+    error = error_of(await client.post("/v1/completions", json={"prompt": "a", "logprobs": 21}), 400)
+    assert (error["param"], "at most 20" in error["message"]) == ("logprobs", True)
+    body = HI | {"logprobs": True, "top_logprobs": 21}
+    error = error_of(await client.post("/v1/chat/completions", json=body), 400)
+    assert (error["param"], "top_logprobs must be" in error["message"]) == ("top_logprobs", True)
+
+
 # --- refused ---
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("best_of", 2), ("echo", True), ("logprobs", 1), ("logprobs", 0), ("logprobs", True), ("suffix", "x"),
+        ("best_of", 2), ("echo", True), ("suffix", "x"),
         ("tools", [{"type": "function"}]), ("response_format", {"type": "json_object"}),
         ("top_logprobs", 2), ("stream_options", {"include_usage": True}), ("tool_choice", "required"),
         ("made_up_field", 1), ("made_up_field", None), ("prompt_logprobs", 0), ("store", True), ("n", 2), ("n", 0),
@@ -359,6 +398,7 @@ async def test_defaults_that_clients_send_along_are_accepted(client: httpx.Async
         ("presence_penalty", 2.1), ("frequency_penalty", -3), ("repetition_penalty", 0), ("min_tokens", 17.5),
         ("logit_bias", {"x": 1}), ("logit_bias", {"999999": 1}), ("logit_bias", [1]), ("allowed_token_ids", []),
         ("allowed_token_ids", [10**6]), ("bad_words", [""]), ("bad_words", "no"), ("min_tokens", -1),
+        ("logprobs", "1"), ("logprobs", 1.5), ("top_logprobs", 2),
         ("temperature", "hot"), ("temperature", -1), ("temperature", True), ("top_p", 0), ("top_p", 2), ("top_k", 1.5),
         ("top_k", "3"), ("min_p", 2), ("max_tokens", 0), ("max_tokens", "9"), ("max_tokens", 1.0), ("seed", -1),
         ("seed", 2**70), ("ignore_eos", "yes"), ("ignore_eos", 1), ("stop", 5), ("stop", [5]), ("stop", ["a"] * 99),

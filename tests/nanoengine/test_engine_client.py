@@ -14,7 +14,19 @@ from configs.engine import EngineConfig
 from configs.errors import ChannelError, EngineDeadError, RequestError, WorkerError, to_wire
 from nanoengine.engine_client import MAX_REPLAYS, PING_INTERVAL, REPLAY_INTERVAL, EngineClient
 from nanoengine.journal import RequestJournal
-from nanoengine.messages import Abort, AddRequest, Deltas, EngineFailure, Hello, Message, Ready, TokenDelta, decode, encode
+from nanoengine.messages import (
+    Abort,
+    AddRequest,
+    Deltas,
+    EngineFailure,
+    Hello,
+    Message,
+    Ready,
+    TokenDelta,
+    decode,
+    encode,
+)
+from nanoengine.outputs import Logprob
 from nanoengine.prompts import Prompt
 from nanoengine.sampling_params import BeamSearchParams, SamplingParams
 from nanoengine.tokenizer import Tokenizer
@@ -584,3 +596,31 @@ def test_no_stop_string_ends_an_output_before_min_tokens(client: EngineClient, t
     client.handle(Deltas(1, [TokenDelta(journal.wire_id, 0, 0, ids)]))
     assert journal.output().outputs[0].text == "ab"
     assert journal.output().outputs[0].finish_reason == "stop"
+
+
+# --- log-probabilities ---
+
+
+def test_logprobs_are_journalled_with_their_tokens(client: EngineClient, tokenizer: Tokenizer) -> None:
+    """A delta that overlaps the journal adds its new part only, and none follows a stop string."""
+    ids = tokenizer.encode("xyab")[:4]
+    told = [([token, 7], [-0.5, -0.25], 2) for token in ids]
+    journal = client.add(client.check(IDS, SamplingParams(logprobs=1, stop=tokenizer.decode(ids[2:3]))))
+    client.handle(Deltas(1, [TokenDelta(journal.wire_id, 0, 0, ids[:2], logprobs=told[:2])]))
+    wire = encode(Deltas(1, [TokenDelta(journal.wire_id, 0, 1, ids[1:], logprobs=told[1:])]))
+    message = decode(wire)
+    assert isinstance(message, Deltas)
+    client.handle(message)
+    (output,) = journal.output().outputs
+    assert output.token_ids == ids[:3]
+    assert output.logprobs is not None
+    assert [list(entry) for entry in output.logprobs] == [list(dict.fromkeys([token, 7])) for token in ids[:3]]
+    assert output.logprobs[0][ids[0]] == Logprob(-0.5, 2, tokenizer.decode(ids[:1]))
+    assert output.cumulative_logprob == -1.5
+
+
+def test_logprobs_are_none_unless_asked_for(client: EngineClient) -> None:
+    journal = client.add(client.check(IDS))
+    client.handle(Deltas(1, [TokenDelta(journal.wire_id, 0, 0, [5])]))
+    (output,) = journal.output().outputs
+    assert (output.logprobs, output.cumulative_logprob) == (None, None)
