@@ -29,6 +29,7 @@ class SequenceJournal:
 
     __slots__ = (
         "_detokenizer",
+        "_include_stop",
         "_min_tokens",
         "_parts",
         "_stops",
@@ -52,9 +53,12 @@ class SequenceJournal:
         self.logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
         self._tokenizer = tokenizer
         self._parts: list[str] = []
-        self._detokenizer = None if tokenizer is None else IncrementalDetokenizer(tokenizer, prompt_token_ids)
+        self._detokenizer = None
+        if tokenizer is not None and params.detokenize:
+            self._detokenizer = IncrementalDetokenizer(tokenizer, prompt_token_ids, params.skip_special_tokens)
         self._stops = StopChecker(params.stop) if params.stop else None
         self._min_tokens = params.min_tokens
+        self._include_stop = params.include_stop_str_in_output
 
     @property
     def text(self) -> str:
@@ -74,11 +78,11 @@ class SequenceJournal:
         """Record tokens, then render them; returns the stop string that one of them completed.
 
         Tokens behind that one are neither recorded nor rendered. `hide_last` records the last token without
-        rendering it: the text ends before a stop token, as it ends before a stop string. `logprobs` are the tokens'
-        `step.TokenLogprobs`, as they came over the wire.
+        rendering it: the text ends before a stop token, as it ends before a stop string, unless the client wants to
+        see them. `logprobs` are the tokens' `step.TokenLogprobs`, as they came over the wire.
         """
         first = len(self.token_ids)
-        matched = self._append_tokens(token_ids, hide_last)
+        matched = self._append_tokens(token_ids, hide_last and not self._include_stop)
         if self.logprobs is not None:
             known = logprobs or ()
             recorded = itertools.zip_longest(self.token_ids[first:], known[: len(self.token_ids) - first])
@@ -113,6 +117,7 @@ class SequenceJournal:
             text, matched = self._stops.feed(self._detokenizer.append([token_id]))
             self._show(text)
             if matched is not None:
+                self._show(matched if self._include_stop else "")
                 return matched
         self.token_ids += token_ids[len(shown) :]
         return None
@@ -131,6 +136,7 @@ class SequenceJournal:
                 rest += stops.flush()
             elif reason in ("stop", "length"):
                 self.finish_reason, self.stop_reason = "stop", matched
+                rest += matched if self._include_stop else ""
         self._show(rest)
 
     def fail(self, error: str) -> None:

@@ -25,14 +25,12 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "chat_template": (),
     "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
-    "detokenize": (True,),
     "documents": ([],),
     "early_stopping": (False,),
     "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
     "include_reasoning": (_ANYTHING,),
-    "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
     "metadata": (_ANYTHING,),
     "modalities": (["text"],),
@@ -45,7 +43,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "safety_identifier": (_ANYTHING,),
     "service_tier": ("auto", "default"),
-    "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "store": (False,),
     "suffix": ("",),
@@ -82,6 +79,9 @@ _SAMPLING_FIELDS = (
     "presence_penalty",
     "frequency_penalty",
     "repetition_penalty",
+    "include_stop_str_in_output",
+    "skip_special_tokens",
+    "detokenize",
     "stop",
     "stop_token_ids",
     "logit_bias",
@@ -142,6 +142,9 @@ class SamplingFields(Body):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    detokenize: bool | None = None
     stop: Stop = None
     stop_token_ids: list[int] | None = None
     logit_bias: dict[str, float] | None = None

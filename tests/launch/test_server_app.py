@@ -298,6 +298,7 @@ async def test_what_fails_before_the_first_token_has_a_status(
 async def test_fields_that_change_logits_reach_the_engine(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     fields = {
         "presence_penalty": 0.5, "frequency_penalty": -1, "repetition_penalty": 1.1, "min_tokens": 2,
+        "include_stop_str_in_output": True, "skip_special_tokens": False,
         "logit_bias": {"5": 200, "7": -1.5}, "allowed_token_ids": [5, 6, 5], "bad_words": ["no"],
     }  # fmt: skip
     for path, body in (("/v1/completions", {"prompt": "a"}), ("/v1/chat/completions", HI)):
@@ -308,6 +309,8 @@ async def test_fields_that_change_logits_reach_the_engine(client: httpx.AsyncCli
         assert params.allowed_token_ids == (5, 6)
         assert (params.presence_penalty, params.frequency_penalty, params.repetition_penalty) == (0.5, -1, 1.1)
         assert params.min_tokens == 2
+        assert params.include_stop_str_in_output
+        assert not params.skip_special_tokens
         assert params.bad_words_token_ids
 
 

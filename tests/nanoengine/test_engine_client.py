@@ -624,3 +624,41 @@ def test_logprobs_are_none_unless_asked_for(client: EngineClient) -> None:
     client.handle(Deltas(1, [TokenDelta(journal.wire_id, 0, 0, [5])]))
     (output,) = journal.output().outputs
     assert (output.logprobs, output.cumulative_logprob) == (None, None)
+
+
+# --- fields of the text ---
+
+
+def text_of(client: EngineClient, ids: list[int], finish: str | None = None, **fields: Any) -> str:
+    journal = client.add(client.check(IDS, SamplingParams(**fields)))
+    client.handle(Deltas(1, [TokenDelta(journal.wire_id, 0, 0, ids, finish)]))
+    return journal.output().outputs[0].text
+
+
+def test_a_stop_string_is_shown_when_the_client_wants_it(client: EngineClient, tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("one two three")
+    assert text_of(client, ids, stop="tw") == "one "
+    assert text_of(client, ids, stop="tw", include_stop_str_in_output=True) == "one tw"
+    # One that only the last, held-back characters complete.
+    assert text_of(client, ids, "length", stop="three", include_stop_str_in_output=True) == "one two three"
+
+
+def test_a_stop_token_is_shown_when_the_client_wants_it(client: EngineClient, tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("one two")
+    before = tokenizer.decode(ids[:-1])
+    assert text_of(client, ids, "stop") == before
+    assert text_of(client, ids, "stop", include_stop_str_in_output=True) == "one two"
+
+
+def test_special_tokens_are_shown_when_the_client_wants_it(client: EngineClient, tokenizer: Tokenizer) -> None:
+    special = min(tokenizer.special_token_ids)
+    ids = [special, *tokenizer.encode("one")]
+    assert text_of(client, ids, "length") == "one"
+    assert text_of(client, ids, "length", skip_special_tokens=False) == tokenizer.decode(ids, False)
+    assert tokenizer.decode(ids, False) != "one"
+
+
+def test_without_detokenising_there_is_no_text(client: EngineClient, tokenizer: Tokenizer) -> None:
+    assert text_of(client, tokenizer.encode("one"), "length", detokenize=False) == ""
+    with pytest.raises(RequestError, match="detokenize must be true"):
+        SamplingParams(stop="x", detokenize=False)
