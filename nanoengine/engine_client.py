@@ -123,11 +123,12 @@ class EngineClient:
 
         A prompt must leave room for one token within max_model_len. More tokens than fit are not refused: the
         output ends there with finish reason `length`, as vLLM's engine does it, and so does max_tokens None.
+        Parameters that are given are taken as they are; the checkpoint's defaults stand in for None.
 
         Raises:
             RequestError: it cannot be served as it stands; `param` names the field at fault.
         """
-        params = check_params(params)
+        params = check_params(params) or SamplingParams(**self.config.default_sampling)
         encoded = self.encode(prompt)
         token_ids = encoded.token_ids or []
         self._check_prompt(token_ids)

@@ -48,7 +48,7 @@ class _Engine(Protocol):
 
     @property
     def tokenizer(self) -> Tokenizer | None: ...
-    def check(self, prompt: Prompt, params: SamplingParams, /) -> Any: ...
+    def check(self, prompt: Prompt, params: SamplingParams | None, /) -> Any: ...
     def submit(self, request: Any, request_id: str | None = None) -> _Request: ...
     def render_chat(self, messages: list[Message], variables: dict[str, Any], /) -> Prompt: ...
     def wait(self, timeout: float | None = None) -> Sequence[_Request]: ...
@@ -116,7 +116,7 @@ class LLM:
         disturb the others. Interrupted (Ctrl-C), the outstanding requests are aborted and the engine stays usable.
 
         Args:
-            sampling_params: one for all prompts, or one for each.
+            sampling_params: one for all prompts, or one for each; None takes the checkpoint's defaults.
             use_tqdm: show a progress bar.
 
         Raises:
@@ -149,7 +149,7 @@ class LLM:
         """Refused until it is built. Raises RequestError."""
         raise RequestError("beam search is not built yet; use generate with SamplingParams", "params")
 
-    def _run(self, prompts: list[Prompt], params: list[SamplingParams], use_tqdm: bool) -> list[RequestOutput]:
+    def _run(self, prompts: list[Prompt], params: list[SamplingParams | None], use_tqdm: bool) -> list[RequestOutput]:
         checked = _each(prompts, lambda index: self._engine.check(prompts[index], params[index]))
         try:
             requests = [self._engine.submit(each) for each in checked]

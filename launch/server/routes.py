@@ -68,7 +68,7 @@ async def create_completion(request: Request, body: Annotated[CompletionRequest,
     """Continue one or several prompts."""
     engine = _serving(request, body.model)
     body.check()
-    params, prompts = body.sampling_params(), body.prompts()
+    params, prompts = body.sampling_params(engine.config.default_sampling), body.prompts()
     if isinstance(prompts[0], str):
         # In a thread: a long text takes milliseconds, which every open stream would wait.
         prompts = await asyncio.to_thread(_tokenizer(engine, "prompt").encode_batch, prompts)
@@ -84,7 +84,7 @@ async def create_chat_completion(request: Request, body: Annotated[ChatCompletio
     """Answer a conversation."""
     engine = _serving(request, body.model)
     body.check()
-    params, messages = body.sampling_params(), chat_messages(body.messages)
+    params, messages = body.sampling_params(engine.config.default_sampling), chat_messages(body.messages)
     prompt = await asyncio.to_thread(_tokenizer(engine, "messages").apply_chat_template, messages)
     answer_id = f"chatcmpl-{uuid.uuid4().hex}"
     answer = ChatFormat(

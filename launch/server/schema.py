@@ -169,10 +169,13 @@ class SamplingFields(Body):
             if not self.stream:
                 raise RequestError("stream_options needs stream: true", "stream_options")
 
-    def sampling_params(self) -> SamplingParams:
-        """The parameters of each prompt. Raises RequestError for an impossible value."""
+    def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
+        """The parameters of each prompt, with the model's defaults for what is left out.
+
+        Raises RequestError for an impossible value.
+        """
         given: dict[str, Any] = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
-        return SamplingParams(**(given | self.own_params()))
+        return SamplingParams(**{**defaults, **given, **self.own_params()})
 
     def own_params(self) -> dict[str, int | None]:
         """`max_tokens` and `logprobs`, which the routes spell differently, where they are not left out."""
@@ -225,9 +228,9 @@ class ChatCompletionRequest(SamplingFields):
             "logprobs": (self.top_logprobs or 0) if self.logprobs else None,
         }
 
-    def sampling_params(self) -> SamplingParams:
+    def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         try:
-            return super().sampling_params()
+            return super().sampling_params(defaults)
         except RequestError as error:
             renamed = {"logprobs": "top_logprobs"}
             if self.max_completion_tokens is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -351,6 +352,18 @@ async def test_logprobs_out_of_range_name_the_field_of_their_route(client: httpx
     body = HI | {"logprobs": True, "top_logprobs": 21}
     error = error_of(await client.post("/v1/chat/completions", json=body), 400)
     assert (error["param"], "top_logprobs must be" in error["message"]) == ("top_logprobs", True)
+
+
+async def test_fields_left_out_take_the_checkpoints_defaults(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    assert engine.config.checkpoint is not None
+    defaults = (("temperature", 0.6), ("top_k", 20))
+    checkpoint = dataclasses.replace(engine.config.checkpoint, default_sampling=defaults)
+    engine.config = dataclasses.replace(engine.config, checkpoint=checkpoint)
+    for path, body in (("/v1/completions", {"prompt": "a"}), ("/v1/chat/completions", HI)):
+        await client.post(path, json=body | {"top_k": -1, "temperature": None})
+        assert (engine.params[-1].temperature, engine.params[-1].top_k) == (0.6, -1)
+        await client.post(path, json=body | {"temperature": 1.0})
+        assert (engine.params[-1].temperature, engine.params[-1].top_k) == (1.0, 20)
 
 
 # --- refused ---

@@ -662,3 +662,16 @@ def test_without_detokenising_there_is_no_text(client: EngineClient, tokenizer: 
     assert text_of(client, tokenizer.encode("one"), "length", detokenize=False) == ""
     with pytest.raises(RequestError, match="detokenize must be true"):
         SamplingParams(stop="x", detokenize=False)
+
+
+# --- the checkpoint's defaults ---
+
+
+def test_the_checkpoints_defaults_stand_in_for_absent_parameters_alone(config: EngineConfig) -> None:
+    """Explicit parameters are as given, as in vLLM: SamplingParams() means temperature 1, whatever the model says."""
+    defaults = (("temperature", 0.6), ("top_k", 20), ("repetition_penalty", 1.1))
+    assert config.checkpoint is not None
+    checkpoint = dataclasses.replace(config.checkpoint, default_sampling=defaults)
+    client = make_client(dataclasses.replace(config, checkpoint=checkpoint), None)
+    assert client.check(IDS).params == SamplingParams(temperature=0.6, top_k=20, repetition_penalty=1.1)
+    assert client.check(IDS, SamplingParams()).params == SamplingParams()
