@@ -21,6 +21,8 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen2ForCausalLM": {"qkv_bias": True, "qk_norm": False},
     "Qwen3ForCausalLM": {"qkv_bias": False, "qk_norm": True},
 }
+# What generation_config.json may say of sampling, where a request does not.
+_SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _MAX_JSON_BYTES = 16 * 2**20
 
 
@@ -60,6 +62,7 @@ class CheckpointConfig:
     sliding_window: int | None
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    default_sampling: tuple[tuple[str, float], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Primitives only, for the pipe to another process."""
@@ -71,11 +74,12 @@ class CheckpointConfig:
         fields = dict(data)
         fields["rope"] = RopeConfig(**fields["rope"])
         fields["eos_token_ids"] = tuple(fields["eos_token_ids"])
+        fields["default_sampling"] = tuple((name, value) for name, value in fields["default_sampling"])
         return cls(**fields)
 
 
-def load_checkpoint_config(model_dir: str | Path) -> CheckpointConfig:
-    """Normalise `config.json` (and the eos ids of `generation_config.json`) of a model directory.
+def load_checkpoint_config(model_dir: str | Path, use_generation_config: bool = True) -> CheckpointConfig:
+    """Normalise `config.json` of a model directory, and eos ids and sampling defaults of `generation_config.json`.
 
     Raises:
         CheckpointError: the file is missing or not JSON, a value is out of range, or it asks for something that
@@ -83,7 +87,7 @@ def load_checkpoint_config(model_dir: str | Path) -> CheckpointConfig:
     """
     root = Path(model_dir)
     raw = _read_json(root / "config.json", required=True)
-    generation = _read_json(root / "generation_config.json", required=False)
+    generation = _read_json(root / "generation_config.json", required=False) if use_generation_config else {}
     if "auto_map" in raw:
         raise CheckpointError(
             f"{root / 'config.json'} names remote code (auto_map); models are data, remote code is refused"
@@ -158,6 +162,7 @@ class _Normaliser:
             sliding_window=self.sliding_window(architecture),
             bos_token_id=self.raw.get("bos_token_id") if isinstance(self.raw.get("bos_token_id"), int) else None,
             eos_token_ids=self.eos_token_ids(generation),
+            default_sampling=self.default_sampling(generation),
         )
 
     def error(self, key: str, value: Any, wanted: str) -> CheckpointError:
@@ -234,6 +239,19 @@ class _Normaliser:
         if architecture.startswith("Qwen") and not self.raw.get("use_sliding_window", False):
             return None
         return None if self.raw.get("sliding_window") is None else self.integer("sliding_window")
+
+    def default_sampling(self, generation: dict[str, Any]) -> tuple[tuple[str, float], ...]:
+        """What a request that leaves a field out takes instead; its range is the request's business."""
+        found = []
+        for key in _SAMPLING_DEFAULTS:
+            value = generation.get(key)
+            if value is None:
+                continue
+            kinds = int if key == "top_k" else int | float
+            if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
+                raise self.error(f"{key} of the generation_config.json beside", value, "a number")
+            found.append((key, value))
+        return tuple(found)
 
     def eos_token_ids(self, generation: dict[str, Any]) -> tuple[int, ...]:
         """One set out of config.json and generation_config.json, where eos may be an int or a list."""

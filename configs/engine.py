@@ -44,6 +44,11 @@ class ModelConfig(_Validated):
     max_model_len: int | None = setting(
         None, "longest prompt plus output, in tokens (default: the checkpoint's)", minimum=1
     )
+    generation_config: str = setting(
+        "auto",
+        "auto: generation_config.json gives eos ids and sampling defaults; none: it is ignored",
+        choices=("auto", "none"),
+    )
     seed: int = setting(0, "seed that requests without one draw theirs from", minimum=0, maximum=2**63 - 1)
     allow_download: bool = setting(
         False, "let huggingface_hub fetch a name with a slash that is not in the local cache"
@@ -196,7 +201,7 @@ class EngineConfig:
             ConfigError: a setting does not fit the model or another setting.
         """
         model_dir = load_model_path(self.model.model, allow_download=self.model.allow_download)
-        checkpoint = load_checkpoint_config(model_dir)
+        checkpoint = load_checkpoint_config(model_dir, self.model.generation_config == "auto")
         max_model_len = self._agreed_max_model_len(checkpoint)
         self._check_split(checkpoint)
         if not self.scheduler.enable_chunked_prefill and self.scheduler.max_num_batched_tokens < max_model_len:
@@ -252,6 +257,11 @@ class EngineConfig:
         """The checkpoint's config; only after `resolve`."""
         assert self.checkpoint is not None, "resolve() comes first"
         return self.checkpoint
+
+    @property
+    def default_sampling(self) -> dict[str, Any]:
+        """The checkpoint's defaults for fields of SamplingParams; only after `resolve`."""
+        return dict(self.resolved_checkpoint.default_sampling)
 
     @property
     def max_model_len(self) -> int:

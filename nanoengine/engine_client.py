@@ -136,11 +136,12 @@ class EngineClient:
 
         A prompt must leave room for one token within max_model_len. More tokens than fit are not refused: the
         output ends there with finish reason `length`, as vLLM's engine does it, and so does max_tokens None.
+        Parameters that are given are taken as they are; the checkpoint's defaults stand in for None.
 
         Raises:
             RequestError: it cannot be served as it stands; `param` names the field at fault.
         """
-        params = check_params(params)
+        params = check_params(params) or SamplingParams(**self.config.default_sampling)
         encoded = self.encode(prompt)
         token_ids = encoded.token_ids or []
         self._check_prompt(token_ids)
@@ -386,7 +387,8 @@ class EngineClient:
         new = delta.token_ids[length - delta.start :]
         if not new and delta.finish_reason is None:
             return False
-        matched = sequence.append(new, hide_last=delta.finish_reason == "stop")
+        logprobs = None if delta.logprobs is None else delta.logprobs[length - delta.start :]
+        matched = sequence.append(new, hide_last=delta.finish_reason == "stop", logprobs=logprobs)
         if new:
             journal.touch(time.time())
             self._queued.pop(journal.wire_id, None)
@@ -404,7 +406,8 @@ class EngineClient:
         matched = None
         if delta.start <= length:
             new = delta.token_ids[length - delta.start :]
-            matched = sequence.append(new)
+            logprobs = None if delta.logprobs is None else delta.logprobs[length - delta.start :]
+            matched = sequence.append(new, logprobs=logprobs)
             if new:
                 journal.touch(time.time())
         if matched is not None:

@@ -111,6 +111,8 @@ def merge(deltas: list[TokenDelta]) -> list[TokenDelta]:
             merged.append(delta)
             continue
         last.token_ids = last.token_ids + delta.token_ids
+        if last.logprobs is not None and delta.logprobs is not None:
+            last.logprobs = last.logprobs + delta.logprobs
         last.finish_reason, last.stop_reason = delta.finish_reason, delta.stop_reason
         last.error, last.metrics = delta.error, delta.metrics
     return merged

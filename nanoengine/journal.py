@@ -7,12 +7,15 @@ happens below the front end, the request can be handed to another scheduler and 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import NanoEngineError
 from nanoengine.detokenizer import IncrementalDetokenizer, StopChecker
 from nanoengine.messages import Abort, AddRequest
-from nanoengine.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from nanoengine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from nanoengine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -26,12 +29,15 @@ class SequenceJournal:
 
     __slots__ = (
         "_detokenizer",
+        "_include_stop",
         "_min_tokens",
         "_parts",
         "_stops",
+        "_tokenizer",
         "error",
         "finish_reason",
         "index",
+        "logprobs",
         "stop_reason",
         "token_ids",
     )
@@ -44,10 +50,15 @@ class SequenceJournal:
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
         self.error: str | None = None
+        self.logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
+        self._tokenizer = tokenizer
         self._parts: list[str] = []
-        self._detokenizer = None if tokenizer is None else IncrementalDetokenizer(tokenizer, prompt_token_ids)
+        self._detokenizer = None
+        if tokenizer is not None and params.detokenize:
+            self._detokenizer = IncrementalDetokenizer(tokenizer, prompt_token_ids, params.skip_special_tokens)
         self._stops = StopChecker(params.stop) if params.stop else None
         self._min_tokens = params.min_tokens
+        self._include_stop = params.include_stop_str_in_output
 
     @property
     def text(self) -> str:
@@ -61,12 +72,35 @@ class SequenceJournal:
         """Whether no token will follow."""
         return self.finish_reason is not None
 
-    def append(self, token_ids: list[int], *, hide_last: bool = False) -> str | None:
+    def append(
+        self, token_ids: list[int], *, hide_last: bool = False, logprobs: Sequence[Any] | None = None
+    ) -> str | None:
         """Record tokens, then render them; returns the stop string that one of them completed.
 
         Tokens behind that one are neither recorded nor rendered. `hide_last` records the last token without
-        rendering it: the text ends before a stop token, as it ends before a stop string.
+        rendering it: the text ends before a stop token, as it ends before a stop string, unless the client wants to
+        see them. `logprobs` are the tokens' `step.TokenLogprobs`, as they came over the wire.
         """
+        first = len(self.token_ids)
+        matched = self._append_tokens(token_ids, hide_last and not self._include_stop)
+        if self.logprobs is not None:
+            known = logprobs or ()
+            recorded = itertools.zip_longest(self.token_ids[first:], known[: len(self.token_ids) - first])
+            self.logprobs += [self._readable(entry) for _, entry in recorded]
+        return matched
+
+    def _readable(self, entry: Any) -> dict[int, Logprob]:
+        """A token's log-probabilities by token id, with texts; the chosen one may be among the likeliest as well."""
+        if entry is None:
+            return {}
+        ids, values, rank = entry
+        text = (lambda _: None) if self._tokenizer is None else self._tokenizer.token_text
+        found = {ids[0]: Logprob(values[0], rank, text(ids[0]))}
+        for place, (token_id, value) in enumerate(zip(ids[1:], values[1:], strict=True), start=1):
+            found.setdefault(token_id, Logprob(value, place, text(token_id)))
+        return found
+
+    def _append_tokens(self, token_ids: list[int], hide_last: bool) -> str | None:
         if self._detokenizer is None:
             self.token_ids += token_ids
             return None
@@ -83,6 +117,7 @@ class SequenceJournal:
             text, matched = self._stops.feed(self._detokenizer.append([token_id]))
             self._show(text)
             if matched is not None:
+                self._show(matched if self._include_stop else "")
                 return matched
         self.token_ids += token_ids[len(shown) :]
         return None
@@ -101,6 +136,7 @@ class SequenceJournal:
                 rest += stops.flush()
             elif reason in ("stop", "length"):
                 self.finish_reason, self.stop_reason = "stop", matched
+                rest += matched if self._include_stop else ""
         self._show(rest)
 
     def fail(self, error: str) -> None:
@@ -114,10 +150,16 @@ class SequenceJournal:
             self.index,
             self.text,
             list(self.token_ids),
+            None if self.logprobs is None else self._cumulative_logprob(),
+            None if self.logprobs is None else list(self.logprobs),
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
             error=self.error,
         )
+
+    def _cumulative_logprob(self) -> float:
+        chosen = zip(self.token_ids, self.logprobs or (), strict=False)
+        return math.fsum(entry[token_id].logprob for token_id, entry in chosen if token_id in entry)
 
     def _show(self, text: str) -> None:
         if text:

@@ -48,7 +48,7 @@ class _Engine(Protocol):
 
     @property
     def tokenizer(self) -> Tokenizer | None: ...
-    def check(self, prompt: Prompt, params: SamplingParams, /) -> Any: ...
+    def check(self, prompt: Prompt, params: SamplingParams | None, /) -> Any: ...
     def submit(
         self, request: Any, request_id: str | None = None, *, priority: int = 0, timeout: float | None = None
     ) -> _Request: ...
@@ -122,7 +122,7 @@ class LLM:
         disturb the others. Interrupted (Ctrl-C), the outstanding requests are aborted and the engine stays usable.
 
         Args:
-            sampling_params: one for all prompts, or one for each.
+            sampling_params: one for all prompts, or one for each; None takes the checkpoint's defaults.
             use_tqdm: show a progress bar.
             priority: one for all prompts, or one for each; under the policy `priority` the lower is served the sooner.
             timeout: seconds after which a request that is not complete ends with an error.
@@ -167,7 +167,7 @@ class LLM:
     def _run(
         self,
         prompts: list[Prompt],
-        params: list[SamplingParams],
+        params: list[SamplingParams | None],
         use_tqdm: bool,
         options: list[dict[str, Any]] | None = None,
     ) -> list[RequestOutput]:

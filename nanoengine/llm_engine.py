@@ -61,7 +61,7 @@ class LLMEngine:
             self.close()
             raise
 
-    def check(self, prompt: Prompt, params: SamplingParams) -> CheckedRequest:
+    def check(self, prompt: Prompt, params: SamplingParams | None) -> CheckedRequest:
         """Check a request and encode its prompt; nothing is sent. Raises RequestError."""
         return self.client.check(prompt, params)
 

@@ -78,7 +78,8 @@ class TokenDelta:
     The receiver accepts only the next position, drops lower ones and replays its request on a gap.
     `finish_reason` is stop, length, abort or error with the last delta, else None; `stop_reason` is the stop
     token id that matched, if one did (never eos). `error` is `configs.errors.to_wire` of what failed.
-    `metrics` comes with the last delta: seconds and counts, see `outputs.RequestMetrics`.
+    `metrics` comes with the last delta: seconds and counts, see `outputs.RequestMetrics`. `logprobs`, where they are
+    asked for, holds a `step.TokenLogprobs` for each of `token_ids`.
     """
 
     request_id: str
@@ -89,6 +90,7 @@ class TokenDelta:
     stop_reason: int | None = None
     error: dict[str, Any] | None = None
     metrics: dict[str, float] | None = None
+    logprobs: list[Any] | None = None
 
 
 @dataclasses.dataclass(slots=True)

@@ -5,20 +5,33 @@ from __future__ import annotations
 import dataclasses
 
 
+@dataclasses.dataclass(slots=True, frozen=True)
+class Logprob:
+    """One token's natural log-probability under the model's own logits, before anything changed them.
+
+    `rank` counts from 1, the likeliest. `decoded_token` is its text, None without a tokenizer.
+    """
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
 @dataclasses.dataclass(slots=True)
 class CompletionOutput:
     """One sequence of an answer. `finish_reason` is stop, length, abort or error, None while it runs.
 
     `stop_reason` is the stop string or stop token id that ended it (None for eos). `cumulative_logprob` and
-    `logprobs` are None unless log-probabilities were asked for. `error` says why it ended with an error, `error_kind`
-    is that error's name in `configs.errors`.
+    `logprobs` are None unless log-probabilities were asked for; then there is a dict for each token, by token id: first
+    the chosen one, then the likeliest in their order. `error` says why it ended with an error, `error_kind` is that
+    error's name in `configs.errors`.
     """
 
     index: int
     text: str
     token_ids: list[int]
     cumulative_logprob: float | None = None
-    logprobs: list[dict[int, float]] | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     error: str | None = None

@@ -94,8 +94,8 @@ def parse_conversations(messages: object) -> list[list[Message]]:
     return [list(conversation) for conversation in conversations]
 
 
-def pair_params(params: object, num_prompts: int) -> list[SamplingParams]:
-    """One SamplingParams for each prompt; a single one serves all, None means the defaults.
+def pair_params(params: object, num_prompts: int) -> list[SamplingParams | None]:
+    """One SamplingParams for each prompt; a single one serves all, None means the model's defaults.
 
     Raises RequestError when the numbers differ or something else was given.
     """
@@ -109,10 +109,10 @@ def pair_params(params: object, num_prompts: int) -> list[SamplingParams]:
     return [check_params(params)] * num_prompts
 
 
-def check_params(params: object) -> SamplingParams:
-    """The parameters of one request; None means the defaults. Raises RequestError for another type."""
+def check_params(params: object) -> SamplingParams | None:
+    """The parameters of one request; None stands for the model's defaults. Raises RequestError for another type."""
     if params is None:
-        return SamplingParams()
+        return None
     if isinstance(params, BeamSearchParams):
         raise RequestError("beam search is not built yet; use SamplingParams", "sampling_params")
     if not isinstance(params, SamplingParams):

@@ -108,15 +108,17 @@ class RemoteEngine:
 
     # -- what LLM asks of an engine -----------------------------------------------------------------------------
 
-    def check(self, prompt: Prompt, params: SamplingParams) -> tuple[Prompt, SamplingParams]:
+    def check(self, prompt: Prompt, params: SamplingParams | None) -> tuple[Prompt, SamplingParams | None]:
         """Check what can be known without the model. Raises RequestError."""
         if not (prompt.text or prompt.token_ids or prompt.messages):
             raise RequestError("the prompt must not be empty", "prompt")
+        if params is not None and params.logprobs is not None:
+            raise RequestError("logprobs are not handed on from a remote engine: ask the server itself", "logprobs")
         return prompt, params
 
     def submit(
         self,
-        request: tuple[Prompt, SamplingParams],
+        request: tuple[Prompt, SamplingParams | None],
         request_id: str | None = None,
         *,
         priority: int = 0,
@@ -210,12 +212,15 @@ class RemoteEngine:
             )
         return model or served[0]
 
-    def _payload(self, prompt: Prompt, params: SamplingParams, scheduling: dict[str, Any]) -> bytes:
+    def _payload(self, prompt: Prompt, params: SamplingParams | None, scheduling: dict[str, Any]) -> bytes:
         # Only what differs from the defaults is sent, so that a server which knows fewer fields than ours can answer.
-        defaults = SamplingParams().to_dict()
-        body = {name: value for name, value in params.to_dict().items() if value != defaults[name]}
-        body |= {"model": self.model, "temperature": params.temperature, "max_tokens": params.max_tokens}
-        body |= {"return_token_ids": True} | scheduling
+        defaults = SamplingParams()
+        known = defaults.to_dict()
+        given = (params or defaults).to_dict()
+        body = {name: value for name, value in given.items() if value != known[name]}
+        body |= {"model": self.model, "max_tokens": given["max_tokens"], "return_token_ids": True} | scheduling
+        if params is not None:  # given as they are, so that no default of the server's checkpoint takes their place
+            body |= {name: given[name] for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
         if prompt.cache_salt:
             body["cache_salt"] = prompt.cache_salt
         if prompt.messages is not None:

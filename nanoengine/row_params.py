@@ -36,5 +36,6 @@ def row_extras(seq: Sequence, eos_token_ids: frozenset[int]) -> RowExtras | None
         bad_words=tuple(tuple(ids) for ids in params.bad_words_token_ids or ()),
         min_tokens=params.min_tokens,
         stop_token_ids=stops,
+        num_logprobs=-1 if params.logprobs is None else params.logprobs,
     )
     return None if extras == _NO_EXTRAS else extras

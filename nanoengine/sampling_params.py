@@ -61,6 +61,12 @@ class SamplingParams:
     repetition_penalty: float = setting(
         1.0, "divides a positive logit of each token of prompt and output, multiplies a negative one", above=0
     )
+    logprobs: int | None = setting(
+        None, "likeliest tokens whose log-probabilities are told beside the chosen one's", minimum=0, maximum=20
+    )
+    include_stop_str_in_output: bool = setting(False, "show the stop string, or stop token, that ended the text")
+    skip_special_tokens: bool = setting(True, "leave special tokens out of the text")
+    detokenize: bool = setting(True, "make text; false gives token ids alone")
     stop: Sequence[str] | str | None = ()
     stop_token_ids: Sequence[int] | None = ()
     logit_bias: Mapping[int, float] | None = None
@@ -79,6 +85,8 @@ class SamplingParams:
             raise RequestError(
                 f"min_tokens must be at most max_tokens ({self.max_tokens}), got {self.min_tokens}", "min_tokens"
             )
+        if self.stop and not self.detokenize:
+            raise RequestError("stop strings are found in the text: detokenize must be true, got False", "detokenize")
         if 0 < self.temperature < MIN_TEMPERATURE:
             logger.warning("temperature %g is raised to %g", self.temperature, MIN_TEMPERATURE)
             object.__setattr__(self, "temperature", MIN_TEMPERATURE)

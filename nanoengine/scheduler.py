@@ -32,7 +32,7 @@ from nanoengine.messages import AddRequest, TokenDelta
 from nanoengine.row_params import row_extras, row_params
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.sequence import Request, ScheduledRow, Sequence, SequenceStatus
-from nanoengine.step import PREVIOUS_SAMPLE, Epoch, SequenceState, StepInput, StepOutput
+from nanoengine.step import PREVIOUS_SAMPLE, Epoch, SequenceState, StepInput, StepOutput, TokenLogprobs
 from nanoengine.step_costs import StepCosts
 
 __all__ = ["ClientDelta", "Scheduler", "SchedulerLimits"]
@@ -331,7 +331,7 @@ class Scheduler:
         decodes = sum(record.is_decode for record in records)
         prefill_tokens = sum(record.num_tokens for record in records if not record.is_decode)
         self._costs.observe(decodes, prefill_tokens, output.compute_seconds)
-        for record, token_ids in zip(records, output.token_ids, strict=True):
+        for row, (record, token_ids) in enumerate(zip(records, output.token_ids, strict=True)):
             seq = record.seq
             seq.num_pending_tokens -= record.sample
             if seq.is_finished:
@@ -339,12 +339,12 @@ class Scheduler:
             if seq.num_preemptions == record.num_preemptions:
                 self.blocks.publish(seq, record.start, record.start + record.num_tokens)
             if record.sample:
-                self._append(seq, token_ids)
+                self._append(seq, token_ids, output.logprobs.get(row, []))
 
-    def _append(self, seq: Sequence, token_ids: list[int]) -> None:
+    def _append(self, seq: Sequence, token_ids: list[int], logprobs: list[TokenLogprobs]) -> None:
         start = seq.num_completion_tokens
-        for token_id in token_ids:
-            seq.token_ids.append(token_id)
+        for token_id, token_logprobs in itertools.zip_longest(token_ids, logprobs):
+            seq.append_token(token_id, token_logprobs)
             status = self._stop_status(seq)
             if status is not None:
                 self._finish(seq, status, start)
@@ -391,6 +391,8 @@ class Scheduler:
         if not token_ids and not is_finished:
             return
         delta = TokenDelta(seq.request.request_id, seq.index, start, token_ids)
+        if seq.logprobs is not None:
+            delta.logprobs = seq.logprobs[start:]
         if is_finished:
             delta.finish_reason = seq.status.finish_reason
             delta.stop_reason, delta.error, delta.metrics = seq.stop_reason, seq.error, self._metrics(seq)

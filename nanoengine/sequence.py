@@ -12,6 +12,7 @@ import time
 from typing import Any
 
 from nanoengine.sampling_params import SamplingParams
+from nanoengine.step import TokenLogprobs
 
 
 class SequenceStatus(enum.Enum):
@@ -56,6 +57,7 @@ class Sequence:
         "block_table",
         "error",
         "index",
+        "logprobs",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_pending_tokens",
@@ -85,6 +87,9 @@ class Sequence:
         self.status = SequenceStatus.WAITING
         self.stop_reason: int | None = None
         self.error: dict[str, Any] | None = None
+        # One entry an output token, where they are asked for. Those of the journal are with the front end.
+        asked = request.sampling_params.logprobs is not None
+        self.logprobs: list[TokenLogprobs | None] | None = [None] * len(journal) if asked else None
 
     @property
     def num_tokens(self) -> int:
@@ -111,9 +116,11 @@ class Sequence:
         """Whether no token will follow."""
         return self.status.is_finished
 
-    def append_token(self, token_id: int) -> None:
+    def append_token(self, token_id: int, logprobs: TokenLogprobs | None = None) -> None:
         """Add a generated token; it is not computed yet."""
         self.token_ids.append(token_id)
+        if self.logprobs is not None:
+            self.logprobs.append(logprobs)
 
     def forget_computation(self) -> None:
         """Go back to nothing computed (its blocks are freed by whoever calls): after preemption or a new epoch."""
@@ -128,6 +135,7 @@ class Sequence:
         child.block_table = list(self.block_table)
         child.block_hashes = list(self.block_hashes)
         child.status = self.status
+        child.logprobs = None if self.logprobs is None else list(self.logprobs)
         return child
 
     def __repr__(self) -> str:

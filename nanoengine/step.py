@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import pickle
 from array import array
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from configs.errors import ChannelError
 
@@ -68,12 +68,17 @@ def _split(flat: list[int], counts: list[int]) -> list[list[int]]:
     return parts
 
 
+# Log-probabilities of one sampled token: ids, the sampled one first and then the likeliest in their order, the
+# log-probability of each, and the rank of the sampled one (1 is the likeliest).
+TokenLogprobs: TypeAlias = "tuple[list[int], list[float], int]"
+
+
 class RowExtras(NamedTuple):
-    """What changes a row's logits before temperature; absent (None) for a row that leaves them alone.
+    """What changes a row's logits before temperature, and what is told of them; None for a row without any of it.
 
     Primitives only. `allowed_token_ids` empty allows all; `stop_token_ids` (eos among them) are masked while fewer
     than `min_tokens` tokens are generated; each of `bad_words` is a sequence of ids whose last is masked where the
-    others were just generated.
+    others were just generated. `num_logprobs` of the likeliest tokens' log-probabilities are told, none if it is -1.
     """
 
     presence_penalty: float = 0.0
@@ -84,6 +89,7 @@ class RowExtras(NamedTuple):
     bad_words: tuple[tuple[int, ...], ...] = ()
     min_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
+    num_logprobs: int = -1
 
     @property
     def looks_back(self) -> bool:
@@ -211,6 +217,7 @@ class StepOutput:
     Attributes:
         token_ids: one list a row; empty for a row that did not sample, several under speculation.
         compute_seconds: wall time of the step on rank 0.
+        logprobs: for each row (by its number) that asked for them, one entry a sampled token.
     """
 
     epoch: Epoch
@@ -218,23 +225,27 @@ class StepOutput:
     seq_ids: list[int]
     token_ids: list[list[int]]
     compute_seconds: float = 0.0
+    logprobs: dict[int, list[TokenLogprobs]] = dataclasses.field(default_factory=dict)
 
     def pack(self) -> bytes:
         """Columnar pickle of primitives."""
         counts = _pack_ints([len(ids) for ids in self.token_ids])
         flat = _pack_ints([token for ids in self.token_ids for token in ids])
         seq_ids = _pack_ints(self.seq_ids)
-        return pickle.dumps((tuple(self.epoch), self.step_id, seq_ids, counts, flat, self.compute_seconds), protocol=5)
+        columns = (tuple(self.epoch), self.step_id, seq_ids, counts, flat, self.compute_seconds, self.logprobs)
+        return pickle.dumps(columns, protocol=5)
 
     @classmethod
     def unpack(cls, columns: Any) -> StepOutput:
         """Rebuild from what the channel's restricted unpickler read. Raises ChannelError when malformed."""
         try:
-            epoch, step_id, packed_seq_ids, counts, flat, seconds = columns
+            epoch, step_id, packed_seq_ids, counts, flat, seconds, logprobs = columns
             seq_ids = _unpack_ints(packed_seq_ids)
             token_ids = _split(_unpack_ints(flat), _unpack_ints(counts))
             if len(token_ids) != len(seq_ids):
                 raise ValueError("columns of different lengths")
-            return cls(Epoch(*epoch), step_id, seq_ids, token_ids, seconds)
-        except (TypeError, ValueError) as error:
+            if any(len(entries) != len(token_ids[row]) for row, entries in logprobs.items()):
+                raise ValueError("a sampled token lacks its log-probabilities")
+            return cls(Epoch(*epoch), step_id, seq_ids, token_ids, seconds, logprobs)
+        except (TypeError, ValueError, IndexError, AttributeError) as error:
             raise ChannelError(f"malformed step output: {error}") from error

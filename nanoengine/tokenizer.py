@@ -109,6 +109,18 @@ class Tokenizer:
         """A token as it stands in the vocabulary, or None."""
         return self._backend.id_to_token(token_id)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to a text, which may be a part of a character."""
+        piece = self.token_text(token_id) if self.pieces is None else self.pieces[token_id]
+        return piece.encode() if isinstance(piece, str) else piece
+
+    def token_text(self, token_id: int) -> str:
+        """The same as text; U+FFFD stands for what is no whole character."""
+        if self.pieces is None:
+            return self.decode([token_id], skip_special_tokens=False)
+        piece = self.pieces[token_id]
+        return piece if isinstance(piece, str) else piece.decode(errors="replace")
+
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
     ) -> str:

@@ -14,13 +14,14 @@ import torch
 
 from configs.engine import EngineConfig
 from configs.errors import EngineError
-from nanoengine.step import PREVIOUS_SAMPLE, Epoch, RowParams, SequenceState, StepInput, StepOutput
+from nanoengine.step import PREVIOUS_SAMPLE, Epoch, RowParams, SequenceState, StepInput, StepOutput, TokenLogprobs
 from workers.attention import get_backend
 from workers.forward_context import ForwardContext, forward_context
 from workers.input_batch import Batch, InputBatch
 from workers.kv_cache import KVCacheSpec, copy_blocks, free_gpu_memory, free_host_memory, max_kv_blocks
 from workers.layers.attention import Attention
 from workers.logits_processors import process
+from workers.logprobs import log_probabilities, token_logprobs
 from workers.model_loader import ModelLoader, resolve_dtype
 from workers.models.decoder import Decoder
 from workers.parallel import Communicator
@@ -127,17 +128,15 @@ class ModelRunner:
         if self._communicator.rank != 0:
             return None
         token_ids: list[list[int]] = [[] for _ in step.rows]
+        logprobs: dict[int, list[TokenLogprobs]] = {}
         self._previous = {}
         if batch is not None and logits is not None:
-            with torch.inference_mode():
-                if batch.processors:
-                    process(logits, batch.processors)
-                ids = sample(logits, batch.sampling).tolist()
+            ids, logprobs = _sample(logits, batch)
             for row, token in zip(batch.sampled, ids, strict=True):
                 token_ids[row] = [token]
                 self._previous[batch.seq_ids[row]] = token
         seq_ids = [state.seq_id for state in step.rows]
-        return StepOutput(step.epoch, step.step_id, seq_ids, token_ids, time.perf_counter() - began)
+        return StepOutput(step.epoch, step.step_id, seq_ids, token_ids, time.perf_counter() - began, logprobs)
 
     @torch.inference_mode()
     def compute_logits(self, step: StepInput) -> tuple[Batch | None, torch.Tensor | None]:
@@ -218,3 +217,18 @@ class ModelRunner:
         logits = self._forward(batch, self._spec().allocate(1, self._device))
         if logits is not None:
             sample(logits, batch.sampling)
+
+
+@torch.inference_mode()
+def _sample(logits: torch.Tensor, batch: Batch) -> tuple[list[int], dict[int, list[TokenLogprobs]]]:
+    """Choose a token for each row that samples; log-probabilities, by row of the step, are of the untouched logits."""
+    if not batch.processors:
+        return sample(logits, batch.sampling).tolist(), {}
+    asked = [(row, each.extras.num_logprobs) for row, _, each in batch.processors if each.extras.num_logprobs >= 0]
+    raw = log_probabilities(logits, [row for row, _ in asked]) if asked else None
+    process(logits, batch.processors)
+    ids = sample(logits, batch.sampling).tolist()
+    if raw is None:
+        return ids, {}
+    told = token_logprobs(raw, [ids[row] for row, _ in asked], [number for _, number in asked])
+    return ids, {batch.sampled[row]: [entry] for (row, _), entry in zip(asked, told, strict=True)}

@@ -68,7 +68,7 @@ async def create_completion(request: Request, body: Annotated[CompletionRequest,
     """Continue one or several prompts."""
     engine = _serving(request, body.model)
     body.check()
-    params, prompts = body.sampling_params(), body.prompts()
+    params, prompts = body.sampling_params(engine.config.default_sampling), body.prompts()
     engine.check_queue(len(prompts))
     if isinstance(prompts[0], str):
         # In a thread: a long text takes milliseconds, which every open stream would wait.
@@ -87,11 +87,19 @@ async def create_chat_completion(request: Request, body: Annotated[ChatCompletio
     """Answer a conversation."""
     engine = _serving(request, body.model)
     body.check()
-    params, messages = body.sampling_params(), chat_messages(body.messages)
+    params, messages = body.sampling_params(engine.config.default_sampling), chat_messages(body.messages)
     engine.check_queue()
     prompt = await asyncio.to_thread(_tokenizer(engine, "messages").apply_chat_template, messages)
     answer_id = f"chatcmpl-{uuid.uuid4().hex}"
-    answer = ChatFormat(answer_id, engine.config.served_model_name, 1, bool(body.return_token_ids), body.include_usage)
+    answer = ChatFormat(
+        answer_id,
+        engine.config.served_model_name,
+        1,
+        bool(body.return_token_ids),
+        body.include_usage,
+        None if engine.tokenizer is None else engine.tokenizer.token_bytes,
+        body.top_logprobs or 0,
+    )
     return await respond(
         request, engine, body.salted([prompt]), params, answer_id, answer, bool(body.stream), body.scheduling()
     )

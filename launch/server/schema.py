@@ -26,16 +26,13 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "chat_template": (),
     "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
-    "detokenize": (True,),
     "documents": ([],),
     "early_stopping": (False,),
     "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
     "include_reasoning": (_ANYTHING,),
-    "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
-    "logprobs": (False,),
     "metadata": (_ANYTHING,),
     "modalities": (["text"],),
     "parallel_tool_calls": (_ANYTHING,),
@@ -46,7 +43,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "safety_identifier": (_ANYTHING,),
     "service_tier": ("auto", "default"),
-    "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "store": (False,),
     "suffix": ("",),
@@ -83,6 +79,9 @@ _SAMPLING_FIELDS = (
     "presence_penalty",
     "frequency_penalty",
     "repetition_penalty",
+    "include_stop_str_in_output",
+    "skip_special_tokens",
+    "detokenize",
     "stop",
     "stop_token_ids",
     "logit_bias",
@@ -143,6 +142,9 @@ class SamplingFields(Body):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    detokenize: bool | None = None
     stop: Stop = None
     stop_token_ids: list[int] | None = None
     logit_bias: dict[str, float] | None = None
@@ -181,13 +183,16 @@ class SamplingFields(Body):
                 raise RequestError("stream_options needs stream: true", "stream_options")
         check_cache_salt(self.cache_salt)
 
-    def sampling_params(self) -> SamplingParams:
-        """The parameters of each prompt. Raises RequestError for an impossible value."""
-        given: dict[str, Any] = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
-        return SamplingParams(**(given | self.length()))
+    def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
+        """The parameters of each prompt, with the model's defaults for what is left out.
 
-    def length(self) -> dict[str, int | None]:
-        """`max_tokens`, where it is not SamplingParams' own default."""
+        Raises RequestError for an impossible value.
+        """
+        given: dict[str, Any] = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
+        return SamplingParams(**{**defaults, **given, **self.own_params()})
+
+    def own_params(self) -> dict[str, int | None]:
+        """`max_tokens` and `logprobs`, which the routes spell differently, where they are not left out."""
         raise NotImplementedError
 
 
@@ -195,10 +200,12 @@ class CompletionRequest(SamplingFields):
     """POST /v1/completions."""
 
     prompt: Prompt
+    logprobs: int | None = None
 
-    def length(self) -> dict[str, int | None]:
-        # Left out, it is OpenAI's 16; null says "as many as fit", as in SamplingParams.
-        return {"max_tokens": self.max_tokens} if "max_tokens" in self.model_fields_set else {}
+    def own_params(self) -> dict[str, int | None]:
+        # Left out, max_tokens is OpenAI's 16; null says "as many as fit", as in SamplingParams.
+        length = {"max_tokens": self.max_tokens} if "max_tokens" in self.model_fields_set else {}
+        return length | {"logprobs": self.logprobs}
 
     def prompts(self) -> list[str] | list[list[int]]:
         """The prompts, all text or all token ids. Raises RequestError for any other form."""
@@ -221,17 +228,30 @@ class ChatCompletionRequest(SamplingFields):
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
     max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
 
-    def length(self) -> dict[str, int | None]:
-        return {"max_tokens": self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens}
+    def check(self) -> None:
+        super().check()
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError(f"top_logprobs needs logprobs: true, got {self.top_logprobs}", "top_logprobs")
 
-    def sampling_params(self) -> SamplingParams:
+    def own_params(self) -> dict[str, int | None]:
+        return {
+            "max_tokens": self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens,
+            "logprobs": (self.top_logprobs or 0) if self.logprobs else None,
+        }
+
+    def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         try:
-            return super().sampling_params()
+            return super().sampling_params(defaults)
         except RequestError as error:
-            if error.param == "max_tokens" and self.max_completion_tokens is not None:
-                message = error.message.replace("max_tokens", "max_completion_tokens")
-                raise RequestError(message, "max_completion_tokens", error.code) from None
+            renamed = {"logprobs": "top_logprobs"}
+            if self.max_completion_tokens is not None:
+                renamed["max_tokens"] = "max_completion_tokens"
+            if error.param in renamed:
+                message = error.message.replace(error.param, renamed[error.param])
+                raise RequestError(message, renamed[error.param], error.code) from None
             raise
 
 

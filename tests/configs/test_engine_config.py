@@ -169,3 +169,21 @@ def test_errors_cross_a_process_boundary_as_data() -> None:
     assert (request.param, request.code) == ("prompt", "context_length_exceeded")
     assert "KeyError" in str(from_wire(to_wire(KeyError("x"))))
     assert str(from_wire({"kind": "Unheard", "message": "m"})) == "m"
+
+
+def test_generation_config_gives_sampling_defaults_unless_it_is_ignored(tmp_path: Path) -> None:
+    given = {"temperature": 0.6, "top_k": 20, "top_p": None, "do_sample": True, "max_new_tokens": 5, "eos_token_id": 9}
+    (tmp_path / "generation_config.json").write_text(json.dumps(given))
+    config = EngineConfig.create(model=write_config(tmp_path)).resolve()
+    assert config.default_sampling == {"temperature": 0.6, "top_k": 20}
+    assert EngineConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    ignored = EngineConfig.create(model=write_config(tmp_path), generation_config="none").resolve()
+    assert ignored.default_sampling == {}
+    assert ignored.resolved_checkpoint.eos_token_ids == (7,)
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": "hot"}, {"top_k": 1.5}, {"top_p": True}], ids=str)
+def test_a_sampling_default_that_is_no_number_is_refused(wrong: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps(wrong))
+    with pytest.raises(CheckpointError, match=next(iter(wrong))):
+        EngineConfig.create(model=write_config(tmp_path)).resolve()

@@ -8,7 +8,7 @@ from typing import Any
 from configs.engine import EngineConfig
 from nanoengine.engine import limits_of
 from nanoengine.executor import MAX_IN_FLIGHT, create_executor
-from nanoengine.messages import AddRequest
+from nanoengine.messages import AddRequest, TokenDelta
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.scheduler import Scheduler
 from nanoengine.step import Epoch
@@ -23,21 +23,29 @@ class InProcessEngine:
         facts = self.executor.start(Epoch(1, 1))
         self.scheduler = Scheduler(limits_of(self.config, facts), Epoch(1, 1))
 
-    def generate(
+    def generate_deltas(
         self, prompts: list[list[int]], params: SamplingParams, seeds: list[int] | None = None
-    ) -> list[list[int]]:
+    ) -> list[list[TokenDelta]]:
+        """The deltas of each prompt, in their order."""
         for i, prompt in enumerate(prompts):
             seed = seeds[i] if seeds else 0
             self.scheduler.add(AddRequest("c", str(i), prompt, params.to_dict(), seed, 0.0, 0, [[]]))
-        outputs: list[list[int]] = [[] for _ in prompts]
+        deltas: list[list[TokenDelta]] = [[] for _ in prompts]
         while self.scheduler.has_work:
             self.step()
             for item in self.scheduler.take_deltas():
                 assert item.delta.error is None, item.delta.error
-                outputs[int(item.delta.request_id)].extend(item.delta.token_ids)
+                deltas[int(item.delta.request_id)].append(item.delta)
         while self.executor.num_in_flight:
             self._commit()  # rows that were scheduled behind a stop token
-        return outputs
+        return deltas
+
+    def generate(
+        self, prompts: list[list[int]], params: SamplingParams, seeds: list[int] | None = None
+    ) -> list[list[int]]:
+        """The output token ids of each prompt, in their order."""
+        deltas = self.generate_deltas(prompts, params, seeds)
+        return [[token for delta in each for token in delta.token_ids] for each in deltas]
 
     def step(self) -> None:
         """Submit as many steps as may be in flight, commit the oldest; the invariants are checked in between."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from configs.registry import load_model_path
+from nanoengine.messages import AddRequest
 from nanoengine.sampling_params import SamplingParams
 from tests.end_to_end.inprocess import InProcessEngine
 from tests.end_to_end.reference import make_prompt
@@ -98,3 +100,41 @@ def test_masks_and_bias_decide_what_comes(tmp_path: Path) -> None:
         varied = SamplingParams(temperature=0, max_tokens=40, presence_penalty=2, frequency_penalty=2)
         for ids in engine.generate(PROMPTS, varied):
             assert len(set(ids)) > len(ids) // 2
+
+
+@pytest.mark.parametrize("settings", SCHEDULES, ids=str)
+def test_logprobs_are_those_of_the_raw_logits(settings: dict[str, Any], twin: Any, tmp_path: Path) -> None:
+    """Within rounding of transformers' log-softmax, whatever penalties do to the draw, preempted or not."""
+    params = SamplingParams(temperature=1.0, max_tokens=10, min_tokens=10, logprobs=3, presence_penalty=1.0)
+    with engine_with(tmp_path, **settings) as engine:
+        answers = engine.generate_deltas(PROMPTS, params, list(range(len(PROMPTS))))
+        if settings is TIGHT:
+            assert engine.scheduler.num_preemptions > 0
+    for prompt, deltas in zip(PROMPTS, answers, strict=True):
+        output = [token for delta in deltas for token in delta.token_ids]
+        told = [entry for delta in deltas for entry in delta.logprobs or []]
+        assert len(told) == len(output) == 10
+        with torch.inference_mode():
+            logits = twin(torch.tensor([prompt + output])).logits[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1)
+        for (ids, values, rank), token, row in zip(told, output, expected, strict=True):
+            assert ids[0] == token
+            assert len(ids) == 4
+            assert values == pytest.approx(row[ids].tolist(), abs=1e-4)
+            assert values[1:] == pytest.approx(row.topk(3).values.tolist(), abs=1e-4)
+            assert rank == (row > row[token] + 1e-4).sum() + 1
+
+
+def test_a_replay_brings_the_logprobs_again(tmp_path: Path) -> None:
+    """They are kept with the tokens: a front end that missed a message must not go without."""
+    params = SamplingParams(temperature=0, max_tokens=6, min_tokens=6, logprobs=1)
+    with engine_with(tmp_path) as engine:
+        message = AddRequest("c", "r", PROMPTS[0], params.to_dict(), 0, 0.0, 0, [[]])
+        engine.scheduler.add(message)
+        for _ in range(4):
+            engine.step()
+        first = [entry for item in engine.scheduler.take_deltas() for entry in item.delta.logprobs or []]
+        engine.scheduler.add(dataclasses.replace(message, journal=[[0]]))
+        (again,) = engine.scheduler.take_deltas()
+        assert again.delta.start == 1
+        assert again.delta.logprobs == first[1:]

@@ -18,7 +18,7 @@ from configs.errors import EngineError, NanoEngineError, QueueFullError
 from launch.server.app import create_app
 from nanoengine.detokenizer import IncrementalDetokenizer, StopChecker
 from nanoengine.engine_client import EngineClient
-from nanoengine.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from nanoengine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from nanoengine.prompts import PromptInput, parse_prompt
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.tokenizer import Tokenizer
@@ -107,9 +107,20 @@ class FakeEngine:
             reason = "stop" if matched or count == len(ids) else "length" if count == max_tokens else None
             if reason and not matched:
                 text += stops.feed(stream.finish())[0] + stops.flush()
-            yield self._output(request_id, prompt, text, ids[:count], reason, matched)
+            output = self._output(request_id, prompt, text, ids[:count], reason, matched)
+            if params.logprobs is not None:
+                output.outputs[0].logprobs = [self._logprobs(token, params.logprobs) for token in ids[:count]]
+            yield output
             if reason:
                 return
+
+    def _logprobs(self, token: int, number: int) -> dict[int, Logprob]:
+        """The token itself comes third, so that it is told beside one or two likelier ones."""
+        assert self.tokenizer is not None
+        text, others = self.tokenizer.token_text, [each for each in range(100, 125) if each != token]
+        ranked = [*others[:2], token, *others[2:]]
+        top = {each: Logprob(-float(rank), rank, text(each)) for rank, each in enumerate(ranked[:number], start=1)}
+        return {token: Logprob(-3.0, 3, text(token))} | top
 
     @staticmethod
     def _output(

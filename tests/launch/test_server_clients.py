@@ -61,6 +61,22 @@ def test_the_openai_client_completes_and_chats(engine: FakeEngine, url: str) -> 
     assert engine.params[-1].top_k == 3
 
 
+def test_the_openai_client_reads_log_probabilities(url: str) -> None:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="any") as client:
+        legacy = client.completions.create(model="demo", prompt="a", max_tokens=3, logprobs=2).choices[0].logprobs
+        assert legacy is not None
+        assert legacy.token_logprobs == [-3.0] * 3
+        chat = client.chat.completions.create(model="demo", messages=HI, logprobs=True, top_logprobs=4).choices[0]
+        assert chat.logprobs is not None
+        assert chat.logprobs.content is not None
+        assert [top.logprob for top in chat.logprobs.content[0].top_logprobs] == [-1, -2, -3, -4]
+        with client.chat.completions.stream(model="demo", messages=HI, logprobs=True) as stream:
+            final = stream.get_final_completion().choices[0].logprobs
+        assert final is not None
+        assert final.content is not None
+        assert len(final.content) == len(chat.logprobs.content)
+
+
 def test_the_openai_client_streams(url: str) -> None:
     with openai.OpenAI(base_url=f"{url}/v1", api_key="any") as client:
         pieces = list(client.completions.create(model="demo", prompt="a", max_tokens=50, stream=True))

@@ -14,7 +14,7 @@ from configs.engine import EngineConfig
 from configs.errors import ChannelError, EngineDeadError, RequestError, WorkerError, to_wire
 from nanoengine.engine_client import MAX_REPLAYS, PING_INTERVAL, REPLAY_INTERVAL, EngineClient
 from nanoengine.journal import RequestJournal
-from nanoengine.messages import Abort, AddRequest, Deltas, EngineFailure, Hello, Message, Ready, TokenDelta, decode, encode
+from nanoengine.messages import Abort, AddRequest, Deltas, EngineFailure, Hello, Message, Ready, TokenDelta
 from nanoengine.prompts import Prompt
 from nanoengine.sampling_params import BeamSearchParams, SamplingParams
 from nanoengine.tokenizer import Tokenizer
@@ -527,60 +527,3 @@ def test_a_front_end_that_was_suspended_itself_does_not_blame_the_scheduler(clie
     clock.now += 10_000
     assert client.watch() == []
     assert PING_INTERVAL > 0
-
-
-# --- fields that change logits ---
-
-
-def test_bad_words_become_ids_with_and_without_a_space(client: EngineClient, tokenizer: Tokenizer) -> None:
-    params = client.check(IDS, SamplingParams(bad_words=["ab", " ab"], bad_words_token_ids=[[7]])).params
-    bare, spaced = tuple(tokenizer.encode("ab")), tuple(tokenizer.encode(" ab"))
-    found = params.bad_words_token_ids
-    assert found is not None
-    assert found[:2] == ((7,), bare)
-    assert all(any(tuple(ids)[-len(word) :] == tuple(word) for word in found) for ids in (bare, spaced))
-    assert len(set(found)) == len(found)
-
-
-def test_bad_words_without_a_tokenizer_are_refused_and_their_ids_are_not(config: EngineConfig) -> None:
-    client = make_client(config, None)
-    with pytest.raises(RequestError, match="bad_words_token_ids"):
-        client.check(IDS, SamplingParams(bad_words=["x"]))
-    assert client.check(IDS, SamplingParams(bad_words_token_ids=[[3]])).params.bad_words_token_ids == ((3,),)
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"logit_bias": {VOCAB_SIZE: 1}},
-        {"allowed_token_ids": [VOCAB_SIZE]},
-        {"bad_words_token_ids": [[1, VOCAB_SIZE]]},
-        {"allowed_token_ids": [EOS, 7], "stop_token_ids": [7], "min_tokens": 1},
-    ],
-    ids=str,
-)
-def test_ids_the_model_cannot_give_are_refused(client: EngineClient, fields: dict[str, Any]) -> None:
-    with pytest.raises(RequestError) as caught:
-        client.check(IDS, SamplingParams(**fields))
-    assert caught.value.param == next(iter(fields))
-
-
-def test_the_scheduler_gets_ids_instead_of_words(client: EngineClient) -> None:
-    params = SamplingParams(bad_words=["ab"], logit_bias={3: 1.5}, min_tokens=9, max_tokens=None)
-    client.add(dataclasses.replace(client.check(IDS, params), max_tokens=4))
-    (message,) = client.outbox
-    assert isinstance(message, AddRequest)
-    sent = SamplingParams.from_dict(decode(encode(message)).params)
-    assert not sent.bad_words
-    assert sent.bad_words_token_ids
-    assert sent.logit_bias == {3: 1.5}
-    assert sent.min_tokens == sent.max_tokens == 4, "no more than fit"
-
-
-def test_no_stop_string_ends_an_output_before_min_tokens(client: EngineClient, tokenizer: Tokenizer) -> None:
-    ids = tokenizer.encode("abab")
-    checked = client.check(IDS, SamplingParams(stop="ab", min_tokens=len(ids) // 2, max_tokens=20))
-    journal = client.add(checked)
-    client.handle(Deltas(1, [TokenDelta(journal.wire_id, 0, 0, ids)]))
-    assert journal.output().outputs[0].text == "ab"
-    assert journal.output().outputs[0].finish_reason == "stop"

@@ -113,10 +113,14 @@ def test_answers_come_in_the_order_of_the_prompts(llm: LLM, server: Server) -> N
 
 
 def test_only_what_differs_from_the_defaults_is_sent(llm: LLM, server: Server) -> None:
-    llm.generate([[1, 2], [3]], [SamplingParams(), SamplingParams(seed=1, stop="x", max_tokens=None)], use_tqdm=False)
+    """And what a checkpoint may have its own default for, unless there are no parameters at all."""
+    given = [None, SamplingParams(), SamplingParams(seed=1, stop="x", max_tokens=None)]
+    llm.generate([[0], [1, 2], [3]], given, use_tqdm=False)  # type: ignore[arg-type]
     bodies = sorted((body for _, body, _ in server.asked if body), key=len)
-    common = {"model": "small", "temperature": 1.0, "return_token_ids": True}
-    assert bodies == [
+    common = {"model": "small", "return_token_ids": True}
+    assert bodies[0] == {**common, "prompt": [0], "max_tokens": 16}
+    common |= {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+    assert bodies[1:] == [
         {**common, "prompt": [1, 2], "max_tokens": 16},
         {**common, "prompt": [3], "max_tokens": None, "seed": 1, "stop": ["x"]},
     ]

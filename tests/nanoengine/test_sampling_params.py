@@ -40,6 +40,7 @@ from nanoengine.sampling_params import SamplingParams, SamplingType
         ("repetition_penalty", 0, "greater than 0"),
         ("min_tokens", 17, "at most max_tokens (16)"),
         ("min_tokens", -1, "at least 0"),
+        ("logprobs", 21, "at most 20"),
         ("logit_bias", {"a": 1}, "token ids as keys"),
         ("logit_bias", {-1: 1}, "token ids as keys"),
         ("logit_bias", {1: float("nan")}, "finite numbers"),
@@ -71,7 +72,9 @@ def test_temperature_zero_is_greedy_and_a_tiny_one_is_raised(caplog: pytest.LogC
 
 
 def test_dict_round_trip_and_unknown_field() -> None:
-    params = SamplingParams(temperature=0.5, top_k=5, stop="x", stop_token_ids=[1], max_tokens=None, logit_bias={7: 500})
+    params = SamplingParams(
+        temperature=0.5, top_k=5, stop="x", stop_token_ids=[1], max_tokens=None, logit_bias={7: 500}
+    )
     assert params.logit_bias == {7: 100.0}
     assert SamplingParams.from_dict(params.to_dict()) == params
     with pytest.raises(RequestError, match="unknown sampling parameter 'beam'"):
