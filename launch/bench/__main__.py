@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from launch.bench import lifecycle
+from launch.bench import control_plane, lifecycle
 
 
 def main() -> None:
@@ -12,6 +12,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m launch.bench", description="measure nanoengine on this machine")
     commands = parser.add_subparsers(dest="command", required=True)
     lifecycle.add_parser(commands)
+    control_plane.add_parser(commands)
     arguments = parser.parse_args()
     arguments.run(arguments)
 
