@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from launch.bench import control_plane, lifecycle
+from launch.bench import control_plane, lifecycle, simulate
 
 
 def main() -> None:
@@ -13,6 +13,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     lifecycle.add_parser(commands)
     control_plane.add_parser(commands)
+    simulate.add_parser(commands)
     arguments = parser.parse_args()
     arguments.run(arguments)
 

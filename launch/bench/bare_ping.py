@@ -28,7 +28,7 @@ class BarePing:
         context = multiprocessing.get_context("spawn")
         for number in range(num_peers):
             address = f"ipc://{directory}/ping{number}"
-            socket = zmq.Context.instance().socket(zmq.PAIR)
+            socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
             socket.setsockopt(zmq.LINGER, 0)
             socket.setsockopt(zmq.RCVTIMEO, _DEADLINE_MS)
             socket.bind(address)
@@ -63,7 +63,7 @@ class BarePing:
 def _answer(address: str, parent_pid: int) -> None:
     if not processes.set_death_signal(signal.SIGKILL, parent_pid):
         return
-    socket = zmq.Context.instance().socket(zmq.PAIR)
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
     socket.connect(address)
     while message := socket.recv():
         if asked := int.from_bytes(message[:_SIZE_BYTES], "little"):

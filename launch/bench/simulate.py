@@ -1,0 +1,245 @@
+"""Replays traces through the real scheduler and block manager under a model of step time; starts no process.
+
+It knows no model and no channel: a step takes as long as `StepTimeModel` says, its tokens are invented, and time is a
+number that jumps from event to event. The same options and seed give the same figures. What one run shows is how
+policy and memory move them; how fast a machine is, `StepTimeModel`'s constants claim and do not measure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import sys
+import time
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from launch.bench.figures import percentile, table
+from launch.bench.traces import TracedRequest, TraceSpec, generate
+from nanoengine.messages import AddRequest
+from nanoengine.sampling_params import SamplingParams
+from nanoengine.scheduler import Scheduler, SchedulerLimits
+from nanoengine.step import Epoch, StepInput, StepOutput
+
+BLOCK_SIZE = 16
+EPOCH = Epoch(1, 1)
+_TOKEN = [1]
+_NO_TOKEN: list[int] = []
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTimeModel:
+    """Seconds of a step: base + tokens x per_token + decode rows x per_decode_row + attended x per_attended.
+
+    `attended` counts the cached tokens that the step's rows read: a decode its context, a prefill chunk the context
+    before it once for each _CHUNK_QUERIES of its tokens (a kernel reads K/V once for a tile of queries).
+
+    The defaults are an 8B Llama in bfloat16 on one H100, from its data sheet and not measured: 16 GB of weights
+    at 3 TB/s (base), 16 GFLOP a token at 400 TFLOP/s (per_token), 128 KiB of K/V a token at 3 TB/s (per_attended),
+    and 2 microseconds a row for sampling and the control plane.
+    """
+
+    base: float = 5.3e-3
+    per_token: float = 40e-6
+    per_decode_row: float = 2e-6
+    per_attended: float = 44e-9
+
+    def seconds(self, step: StepInput) -> float:
+        """How long the step takes; a step that only drops rows takes no time."""
+        if not step.rows:
+            return 0.0
+        num_tokens = num_decodes = attended = 0
+        for row in step.rows:
+            count = len(row.token_ids)
+            num_tokens += count
+            if count == 1:
+                num_decodes += 1
+                attended += row.num_computed_tokens
+            else:
+                attended += row.num_computed_tokens * -(-count // _CHUNK_QUERIES)
+        return (
+            self.base + self.per_token * num_tokens + self.per_decode_row * num_decodes + self.per_attended * attended
+        )
+
+
+_CHUNK_QUERIES = 64
+
+
+class Simulation:
+    """One trace through one scheduler; `run` plays it, the other methods are its steps."""
+
+    def __init__(self, limits: SchedulerLimits, model: StepTimeModel) -> None:
+        self.scheduler, self.model = Scheduler(limits, EPOCH), model
+        self.clock = self.busy = 0.0
+        self.num_steps = self.num_refused = self.num_finished = self.num_output_tokens = 0
+        self.ttft, self.tpot = array("d"), array("d")  # seconds, of every request that finished
+        self.num_prefill_tokens = 0
+        self._arrival: dict[str, float] = {}
+        self._first: dict[str, float] = {}
+
+    def run(self, trace: Iterator[TracedRequest]) -> None:
+        """Play the whole trace to its end."""
+        upcoming = next(trace, None)
+        while True:
+            while upcoming is not None and upcoming.arrival <= self.clock:
+                self._add(upcoming)
+                upcoming = next(trace, None)
+            step = self.scheduler.schedule()
+            if step is not None:
+                self._compute(step)
+            elif upcoming is not None:
+                self.clock = upcoming.arrival
+            else:
+                break
+        assert not self.scheduler.has_work, "the scheduler stands still with requests left"
+
+    def _add(self, request: TracedRequest) -> None:
+        params = SamplingParams(temperature=0, max_tokens=request.num_output_tokens, ignore_eos=True)
+        name = str(request.number)
+        self._arrival[name] = request.arrival
+        self.scheduler.add(
+            AddRequest(
+                client_id="",
+                request_id=name,
+                prompt_token_ids=request.prompt_token_ids,
+                params=params.to_dict(),
+                seed=request.number,
+                arrival_time=request.arrival,
+                priority=0,
+                journal=[],
+            )
+        )
+        self._deliver()  # a refusal comes at once
+
+    def _compute(self, step: StepInput) -> None:
+        seconds = self.model.seconds(step)
+        self.clock += seconds
+        self.busy += seconds
+        self.num_steps += bool(step.rows)
+        sampled = [_TOKEN if row.sample else _NO_TOKEN for row in step.rows]
+        self.scheduler.commit(StepOutput(step.epoch, step.step_id, [row.seq_id for row in step.rows], sampled))
+        self._deliver()
+
+    def _deliver(self) -> None:
+        """Take note of what the clients would have been told."""
+        now = self.clock
+        for item in self.scheduler.take_deltas():
+            delta = item.delta
+            self.num_output_tokens += len(delta.token_ids)
+            if delta.start == 0 and delta.token_ids:
+                self._first[delta.request_id] = now
+            if delta.finish_reason is not None:
+                self._end(delta.request_id, delta.start + len(delta.token_ids), delta.finish_reason)
+
+    def _end(self, name: str, num_tokens: int, finish_reason: str) -> None:
+        arrival, first = self._arrival.pop(name), self._first.pop(name, None)
+        if finish_reason == "error" or first is None:
+            self.num_refused += 1
+            return
+        self.num_finished += 1
+        self.ttft.append(first - arrival)
+        if num_tokens > 1:
+            self.tpot.append((self.clock - first) / (num_tokens - 1))
+
+    def figures(self) -> dict[str, Any]:
+        """What came of it; times in the trace's seconds."""
+        ttft, tpot, blocks = sorted(self.ttft), sorted(self.tpot), self.scheduler.blocks
+        return {
+            "seconds": round(self.clock, 3),
+            "finished": self.num_finished,
+            "refused": self.num_refused,
+            "output_tokens": self.num_output_tokens,
+            "output_tokens_per_s": round(self.num_output_tokens / self.clock, 1) if self.clock else 0.0,
+            "busy_share": round(self.busy / self.clock, 3) if self.clock else 0.0,
+            "steps": self.num_steps,
+            **{f"ttft_p{q}_ms": round(1e3 * percentile(ttft, q / 100), 1) for q in (50, 90, 99)},
+            **{f"tpot_p{q}_ms": round(1e3 * percentile(tpot, q / 100), 2) for q in (50, 90, 99)},
+            "preemptions": self.scheduler.num_preemptions,
+            "hit_rate": round(blocks.num_hit_tokens / blocks.num_query_tokens, 4) if blocks.num_query_tokens else 0.0,
+        }
+
+
+def add_parser(commands: Any) -> None:
+    """Declare `simulate`."""
+    parser = commands.add_parser("simulate", help=__doc__.splitlines()[0])
+    spec, model = TraceSpec(), StepTimeModel()
+    parser.add_argument("--requests", type=int, default=spec.num_requests, help="default: %(default)s")
+    parser.add_argument("--rate", type=float, default=spec.rate, help="requests a second (default: %(default)s)")
+    parser.add_argument("--arrivals", choices=("poisson", "bursty"), default=spec.arrivals)
+    parser.add_argument(
+        "--prefix-share", type=float, default=spec.prefix_share,
+        help="share of requests that start with one of the system prompts (default: %(default)s)",
+    )  # fmt: skip
+    for name in ("prompt_median", "output_median", "max_prompt", "max_output", "num_prefixes", "prefix_length"):
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, type=int, default=getattr(spec, name), help="tokens (default: %(default)s)")
+    parser.add_argument("--num-kv-blocks", type=int, nargs="+", default=[24_000], help="one run each (default: 24000)")
+    parser.add_argument("--max-num-batched-tokens", type=int, nargs="+", default=[2048], help="(default: 2048)")
+    parser.add_argument("--max-num-seqs", type=int, nargs="+", default=[256], help="one run each (default: 256)")
+    parser.add_argument("--no-prefix-caching", action="store_true")
+    parser.add_argument("--seed", type=int, default=spec.seed)
+    for field in dataclasses.fields(model):
+        flag = "--step-" + field.name.replace("_", "-")
+        parser.add_argument(flag, type=float, default=field.default, help="seconds (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Replay the trace once for each combination of settings, and print a table."""
+    names = [field.name for field in dataclasses.fields(TraceSpec) if hasattr(arguments, field.name)]
+    spec = TraceSpec(num_requests=arguments.requests, **{name: getattr(arguments, name) for name in names})
+    if min(spec.num_requests, spec.prompt_median, spec.output_median, spec.num_prefixes) < 1 or spec.rate <= 0:
+        raise SystemExit("--requests, --rate, the medians and --num-prefixes must be greater than 0")
+    model = StepTimeModel(*(getattr(arguments, f"step_{f.name}") for f in dataclasses.fields(StepTimeModel)))
+    results = []
+    for num_blocks, budget, num_seqs in itertools.product(
+        arguments.num_kv_blocks, arguments.max_num_batched_tokens, arguments.max_num_seqs
+    ):
+        limits = SchedulerLimits(
+            max_num_batched_tokens=budget,
+            max_num_seqs=num_seqs,
+            max_model_len=spec.max_prompt + spec.prefix_length + spec.max_output + 1,
+            num_kv_blocks=num_blocks,
+            block_size=BLOCK_SIZE,
+            enable_prefix_caching=not arguments.no_prefix_caching,
+        )
+        results.append(simulate(spec, limits, model))
+        if sys.stderr.isatty():
+            print(f"{num_blocks} blocks: {results[-1]['replay_s']} s", file=sys.stderr)
+    print(render(results))
+    if arguments.json is not None:
+        report = {"trace": dataclasses.asdict(spec), "model": dataclasses.asdict(model), "runs": results}
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def simulate(spec: TraceSpec, limits: SchedulerLimits, model: StepTimeModel) -> dict[str, Any]:
+    """One row of the table: settings, figures, and how long the replay itself took (`replay_s`)."""
+    simulation = Simulation(limits, model)
+    began = time.perf_counter()
+    simulation.run(generate(spec))
+    return {
+        "num_kv_blocks": limits.num_kv_blocks,
+        "max_num_batched_tokens": limits.max_num_batched_tokens,
+        "max_num_seqs": limits.max_num_seqs,
+        **simulation.figures(),
+        "replay_s": round(time.perf_counter() - began, 2),
+    }
+
+
+def render(results: list[dict[str, Any]]) -> str:
+    """The table: times in milliseconds as p50/p90/p99."""
+    header = ["K/V blocks", "budget", "seqs", "tokens/s", "busy", "TTFT ms", "TPOT ms", "preempted", "hits", "refused"]
+    rows = []
+    for result in results:
+        ttft = "/".join(f"{result[f'ttft_p{q}_ms']:.0f}" for q in (50, 90, 99))
+        tpot = "/".join(f"{result[f'tpot_p{q}_ms']:.1f}" for q in (50, 90, 99))
+        settings = [result[name] for name in ("num_kv_blocks", "max_num_batched_tokens", "max_num_seqs")]
+        speed = [f"{result['output_tokens_per_s']:.0f}", f"{result['busy_share']:.0%}"]
+        rest = [result["preemptions"], f"{result['hit_rate']:.1%}", result["refused"]]
+        rows.append([*settings, *speed, ttft, tpot, *rest, f"{result['replay_s']:.1f}"])
+    return table([*header, "replay s"], rows)
