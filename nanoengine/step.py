@@ -1,14 +1,15 @@
 """Messages between the scheduler and its workers: what one step computes, and what came of it.
 
-Columnar and primitive: flat tuples of ints, one entry a row, so that packing costs little, the restricted
-unpickler accepts them, and a steady decode step does not grow with the length of its contexts. This module knows
-neither the channel that carries them nor the tensors that are made of them.
+Columnar and primitive: columns of ints as bytes, one entry a row, so that packing costs little, the restricted
+unpickler accepts them, and a steady decode step has the same size whatever the length of its contexts. This module
+knows neither the channel that carries them nor the tensors that are made of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import pickle
+from array import array
 from typing import Any, NamedTuple
 
 from configs.errors import ChannelError
@@ -40,6 +41,31 @@ class RowParams(NamedTuple):
     min_p: float
     seed: int
     sequence_index: int
+
+
+def _pack_ints(numbers: list[int]) -> bytes:
+    """A column: the type code of its entries, 4 bytes wide where all fit, then the entries."""
+    try:
+        return b"i" + array("i", numbers).tobytes()
+    except OverflowError:
+        return b"q" + array("q", numbers).tobytes()
+
+
+def _unpack_ints(column: bytes) -> list[int]:
+    return memoryview(column)[1:].cast("i" if column[:1] == b"i" else "q").tolist()
+
+
+def _split(flat: list[int], counts: list[int]) -> list[list[int]]:
+    """Cut `flat` into lists of `counts` entries. Raises ValueError when that does not use it up."""
+    if len(flat) == len(counts) == counts.count(1):
+        return [[number] for number in flat]  # a step of decodes alone, the case to be quick in
+    parts, at = [], 0
+    for count in counts:
+        parts.append(flat[at : at + count] if count else [])
+        at += count
+    if at != len(flat):
+        raise ValueError("counts do not add up")
+    return parts
 
 
 @dataclasses.dataclass(slots=True)
@@ -93,13 +119,13 @@ class StepInput:
             tuple(self.epoch),
             self.step_id,
             [number for copy in self.copies for number in copy],
-            [row.seq_id for row in rows],
-            [len(row.token_ids) for row in rows],
-            [token for row in rows for token in row.token_ids],
-            [row.num_computed_tokens for row in rows],
-            [len(row.new_block_ids) for row in rows],
-            [block for row in rows for block in row.new_block_ids],
-            bytes(row.sample for row in rows),
+            _pack_ints([row.seq_id for row in rows]),
+            _pack_ints([len(row.token_ids) for row in rows]),
+            _pack_ints([token for row in rows for token in row.token_ids]),
+            _pack_ints([row.num_computed_tokens for row in rows]),
+            _pack_ints([len(row.new_block_ids) for row in rows]),
+            _pack_ints([block for row in rows for block in row.new_block_ids]),
+            bytes([row.sample for row in rows]),
             [(i, row.num_prompt_tokens, *row.params) for i, row in enumerate(rows) if row.params is not None],
             self.finished,
         )
@@ -127,18 +153,18 @@ class StepInput:
                 states,
                 finished,
             ) = columns
-            rows, token, block = [], 0, 0
-            for i, seq_id in enumerate(seq_ids):
-                rows.append(
-                    SequenceState(
-                        seq_id=seq_id,
-                        token_ids=tokens[token : token + num_new[i]],
-                        num_computed_tokens=computed[i],
-                        new_block_ids=blocks[block : block + num_blocks[i]],
-                        sample=bool(sample[i]),
-                    )
+            rows = list(
+                map(
+                    SequenceState,
+                    _unpack_ints(seq_ids),
+                    _split(_unpack_ints(tokens), _unpack_ints(num_new)),
+                    _unpack_ints(computed),
+                    _split(_unpack_ints(blocks), _unpack_ints(num_blocks)),
+                    map(bool, sample),
                 )
-                token, block = token + num_new[i], block + num_blocks[i]
+            )
+            if len(rows) != len(sample):
+                raise ValueError("columns of different lengths")
             for i, num_prompt_tokens, *params in states:
                 rows[i].num_prompt_tokens, rows[i].params = num_prompt_tokens, RowParams(*params)
             triples = [(copies[i], copies[i + 1], copies[i + 2]) for i in range(0, len(copies), 3)]
@@ -164,23 +190,20 @@ class StepOutput:
 
     def pack(self) -> bytes:
         """Columnar pickle of primitives."""
-        counts = [len(ids) for ids in self.token_ids]
-        flat = [token for ids in self.token_ids for token in ids]
-        return pickle.dumps(
-            (tuple(self.epoch), self.step_id, self.seq_ids, counts, flat, self.compute_seconds), protocol=5
-        )
+        counts = _pack_ints([len(ids) for ids in self.token_ids])
+        flat = _pack_ints([token for ids in self.token_ids for token in ids])
+        seq_ids = _pack_ints(self.seq_ids)
+        return pickle.dumps((tuple(self.epoch), self.step_id, seq_ids, counts, flat, self.compute_seconds), protocol=5)
 
     @classmethod
     def unpack(cls, columns: Any) -> StepOutput:
         """Rebuild from what the channel's restricted unpickler read. Raises ChannelError when malformed."""
         try:
-            epoch, step_id, seq_ids, counts, flat, seconds = columns
-            token_ids, at = [], 0
-            for count in counts:
-                token_ids.append(flat[at : at + count])
-                at += count
-            if len(token_ids) != len(seq_ids) or at != len(flat):
-                raise ValueError("counts do not add up")
+            epoch, step_id, packed_seq_ids, counts, flat, seconds = columns
+            seq_ids = _unpack_ints(packed_seq_ids)
+            token_ids = _split(_unpack_ints(flat), _unpack_ints(counts))
+            if len(token_ids) != len(seq_ids):
+                raise ValueError("columns of different lengths")
             return cls(Epoch(*epoch), step_id, seq_ids, token_ids, seconds)
         except (TypeError, ValueError) as error:
             raise ChannelError(f"malformed step output: {error}") from error
