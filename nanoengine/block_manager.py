@@ -118,6 +118,8 @@ class BlockManager:
         if not self.enable_prefix_caching:
             return
         first, last = start // self.block_size, end // self.block_size
+        if first == last:
+            return  # most decodes fill no block
         hashes = self._hashes(seq, last)
         for i in range(first, last):
             block, block_hash = seq.block_table[i], hashes[i]

@@ -193,17 +193,21 @@ class Scheduler:
     def _schedule_running(self, batch: _Batch) -> bool:
         """Give each running sequence its next tokens, decodes before prefill chunks; says whether any was preempted."""
         preempted = False
-        ready = [seq for seq in self.running if seq.num_uncomputed_tokens > 0]
-        for seq in sorted(ready, key=lambda seq: seq.num_uncomputed_tokens > 1):  # stable: oldest first in each part
+        left = [(seq, seq.num_uncomputed_tokens) for seq in self.running]
+        decodes = [pair for pair in left if pair[1] == 1]
+        for seq, num_tokens in itertools.chain(decodes, (pair for pair in left if pair[1] > 1)):  # each oldest first
             if batch.budget == 0:
                 break
             if seq.status is not SequenceStatus.RUNNING:
                 continue  # it had to give way to an older one
-            num_tokens = min(seq.num_uncomputed_tokens, batch.budget)
-            preempted |= self._make_room(seq, num_tokens, batch)
-            if seq.status is SequenceStatus.RUNNING:
-                self.blocks.allocate(seq, seq.num_computed_tokens + num_tokens)
-                batch.add(seq, num_tokens)
+            num_tokens = min(num_tokens, batch.budget)
+            end = seq.num_computed_tokens + num_tokens
+            if end > len(seq.block_table) * self.limits.block_size:
+                preempted |= self._make_room(seq, num_tokens, batch)
+                if seq.status is not SequenceStatus.RUNNING:
+                    continue
+                self.blocks.allocate(seq, end)
+            batch.add(seq, num_tokens)
         return preempted
 
     def _make_room(self, seq: Sequence, num_tokens: int, batch: _Batch) -> bool:
