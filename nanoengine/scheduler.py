@@ -14,6 +14,7 @@ import itertools
 import logging
 import time
 from collections import deque
+from typing import NamedTuple
 
 from configs.errors import RequestError, to_wire
 from nanoengine.block_manager import BlockManager
@@ -44,8 +45,7 @@ class SchedulerLimits:
     enable_chunked_prefill: bool = True
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class ClientDelta:
+class ClientDelta(NamedTuple):
     """A delta and the front end it is for."""
 
     client_id: str
@@ -268,20 +268,13 @@ class Scheduler:
     def _row(self, seq: Sequence, num_tokens: int) -> SequenceState:
         """The row of `seq`: its full state when the workers know nothing of it, else what is new."""
         start, end = seq.num_computed_tokens, seq.num_computed_tokens + num_tokens
-        params = None
-        if seq.num_sent_blocks is None:
-            params = _row_params(seq)
         new_block_ids = seq.block_table[seq.num_sent_blocks or 0 :]
+        # By position: keywords cost a tenth of a step of decodes.
+        row = SequenceState(seq.seq_id, seq.token_ids[start:end], start, new_block_ids, end == len(seq.token_ids))
+        if seq.num_sent_blocks is None:
+            row.params, row.num_prompt_tokens = _row_params(seq), seq.num_prompt_tokens
         seq.num_sent_blocks = len(seq.block_table)
-        return SequenceState(
-            seq_id=seq.seq_id,
-            token_ids=seq.token_ids[start:end],
-            num_computed_tokens=start,
-            new_block_ids=new_block_ids,
-            sample=end == seq.num_tokens,
-            num_prompt_tokens=seq.num_prompt_tokens if params is not None else 0,
-            params=params,
-        )
+        return row
 
     # -- its outcome --------------------------------------------------------------------------------------------
 
@@ -296,7 +289,8 @@ class Scheduler:
         assert step_id == output.step_id, f"step {output.step_id} was collected where {step_id} was due"
         for record, token_ids in zip(records, output.token_ids, strict=True):
             seq = record.seq
-            if seq.is_finished or seq.num_preemptions != record.num_preemptions:
+            # One that runs again after a preemption counts one more than its record.
+            if seq.status is not SequenceStatus.RUNNING or seq.num_preemptions != record.num_preemptions:
                 continue
             self.blocks.publish(seq, record.start, record.start + record.num_tokens)
             if record.sample:
@@ -305,7 +299,7 @@ class Scheduler:
     def _append(self, seq: Sequence, token_ids: list[int]) -> None:
         start = seq.num_completion_tokens
         for token_id in token_ids:
-            seq.append_token(token_id)
+            seq.token_ids.append(token_id)
             status = self._stop_status(seq)
             if status is not None:
                 self._finish(seq, status, start)
@@ -346,10 +340,11 @@ class Scheduler:
     def _emit(self, seq: Sequence, start: int) -> None:
         """Queue the tokens of `seq` from output position `start` on, and how it ended if it did."""
         token_ids = seq.token_ids[seq.num_prompt_tokens + start :]
-        if not token_ids and not seq.is_finished:
+        is_finished = seq.status.is_finished
+        if not token_ids and not is_finished:
             return
         delta = TokenDelta(seq.request.request_id, seq.index, start, token_ids)
-        if seq.is_finished:
+        if is_finished:
             delta.finish_reason = seq.status.finish_reason
             delta.stop_reason, delta.error, delta.metrics = seq.stop_reason, seq.error, _metrics(seq)
         self._outbox.append(ClientDelta(seq.request.client_id, delta))
