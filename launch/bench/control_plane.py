@@ -126,8 +126,6 @@ def measure(
     """One row of the table: `num_steps` steady decode steps of `num_seqs` sequences, and as many pings."""
     scheduler = decoding_scheduler(num_seqs, context, epoch)
     warm_up = StepTimes()
-    while scheduler.has_work and any(seq.num_uncomputed_tokens > 1 for seq in (*scheduler.waiting, *scheduler.running)):
-        _step(scheduler, executor, warm_up)
     for _ in range(2 * BLOCK_SIZE):
         _step(scheduler, executor, warm_up)
 
@@ -166,7 +164,7 @@ def measure(
 def decoding_scheduler(num_seqs: int, context: int, epoch: Epoch) -> Scheduler:
     """A scheduler whose requests never end, of `context` tokens and a few: their blocks do not fill up together."""
     limits = SchedulerLimits(
-        max_num_batched_tokens=2**16,
+        max_num_batched_tokens=num_seqs * (context + BLOCK_SIZE),  # all prompts in the first step
         max_num_seqs=num_seqs,
         max_model_len=2**20,
         num_kv_blocks=num_seqs * (context // BLOCK_SIZE + 1000),
@@ -193,13 +191,13 @@ def decoding_scheduler(num_seqs: int, context: int, epoch: Epoch) -> Scheduler:
 
 
 def decode_bytes(num_seqs: int, context: int) -> int:
-    """Size of the packed step of `num_seqs` decodes at that context, between two steps that need new blocks."""
+    """Size of the largest packed step of `num_seqs` decodes at that context, in steps enough for a block of each."""
     scheduler = decoding_scheduler(num_seqs, context, Epoch(1, 1))
     sizes: list[int] = []
-    while len(sizes) < 2 * BLOCK_SIZE:
+    for _ in range(1 + BLOCK_SIZE):
         step = scheduler.schedule()
         assert step is not None
-        if all(row.params is None and len(row.token_ids) == 1 for row in step.rows) and len(step.rows) == num_seqs:
+        if step.rows[0].params is None:  # behind the prefill
             sizes.append(len(step.pack()))
         scheduler.commit(StepOutput(step.epoch, step.step_id, [row.seq_id for row in step.rows], invented_tokens(step)))
         scheduler.take_deltas()
