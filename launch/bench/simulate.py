@@ -27,6 +27,7 @@ from nanoengine.step import Epoch, StepInput, StepOutput
 
 BLOCK_SIZE = 16
 EPOCH = Epoch(1, 1)
+_PARAMS = SamplingParams(temperature=0, ignore_eos=True).to_dict()
 _TOKEN = [1]
 _NO_TOKEN: list[int] = []
 
@@ -98,7 +99,6 @@ class Simulation:
         assert not self.scheduler.has_work, "the scheduler stands still with requests left"
 
     def _add(self, request: TracedRequest) -> None:
-        params = SamplingParams(temperature=0, max_tokens=request.num_output_tokens, ignore_eos=True)
         name = str(request.number)
         self._arrival[name] = request.arrival
         self.scheduler.add(
@@ -106,7 +106,7 @@ class Simulation:
                 client_id="",
                 request_id=name,
                 prompt_token_ids=request.prompt_token_ids,
-                params=params.to_dict(),
+                params=_PARAMS | {"max_tokens": request.num_output_tokens},
                 seed=request.number,
                 arrival_time=request.arrival,
                 priority=0,
