@@ -340,7 +340,7 @@ class Scheduler:
     def _emit(self, seq: Sequence, start: int) -> None:
         """Queue the tokens of `seq` from output position `start` on, and how it ended if it did."""
         token_ids = seq.token_ids[seq.num_prompt_tokens + start :]
-        is_finished = seq.status.is_finished
+        is_finished = seq.status is not SequenceStatus.RUNNING and seq.status.is_finished  # the quick question first
         if not token_ids and not is_finished:
             return
         delta = TokenDelta(seq.request.request_id, seq.index, start, token_ids)
