@@ -23,7 +23,9 @@ from configs.errors import (
     EngineDeadError,
     EngineError,
     NanoEngineError,
+    QueueFullError,
     RequestError,
+    RequestTimeoutError,
     UnknownModelError,
 )
 from nanoengine.outputs import CompletionOutput, RequestMetrics, RequestOutput
@@ -54,9 +56,12 @@ class RemoteRequest:
     connection: http.client.HTTPConnection | None = None
     future: Future[None] | None = None
 
-    def end(self, reason: str, error: str | None = None) -> None:
+    def end(self, reason: str, error: NanoEngineError | None = None) -> None:
         """Finish without an answer."""
-        self.outputs = [CompletionOutput(0, "", [], finish_reason=reason, error=error)]
+        last = CompletionOutput(0, "", [], finish_reason=reason)
+        if error is not None:
+            last.error, last.error_kind = error.message, type(error).__name__
+        self.outputs = [last]
         self.finish()
 
     def finish(self) -> None:
@@ -274,10 +279,10 @@ class RemoteEngine:
                     _read_answer(remote, answer)
         except NanoEngineError as error:
             if not remote.finished:
-                remote.end("error", error.message)
+                remote.end("error", error)
         except Exception as error:  # an answer of another shape: this request fails alone
             if not remote.finished:
-                remote.end("error", f"unreadable answer: {type(error).__name__}: {error}")
+                remote.end("error", EngineError(f"unreadable answer: {type(error).__name__}: {error}"))
         finally:
             if remote.connection is not None:
                 remote.connection.close()
@@ -290,6 +295,10 @@ def _refusal(where: str, status: int, answer: Any) -> NanoEngineError:
     message = str(error.get("message") or f"{where} answered with status {status}")
     if status in (400, 413, 422):
         return RequestError(message, error.get("param"), error.get("code"))
+    if status == 429:
+        return QueueFullError(message)
+    if status == 504 and error.get("code") == "request_timeout":
+        return RequestTimeoutError(message)
     return EngineError(f"{where} answered with status {status}: {message}" if error else message)
 
 

@@ -265,3 +265,18 @@ def test_our_own_server_and_this_client_understand_each_other(tmp_path: Path) ->
         assert chat.outputs[0].text == ANSWER
         [refused] = llm.generate([10**6], use_tqdm=False)
         assert (refused.outputs[0].finish_reason, bool(refused.outputs[0].error)) == ("error", True)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "kind"), [(429, "queue_full", "QueueFullError"), (504, "request_timeout", "RequestTimeoutError")]
+)
+def test_full_queue_and_passed_deadline_are_told_apart(
+    llm: LLM, server: Server, status: int, code: str, kind: str
+) -> None:
+    server.reply = lambda path, body: (status, {"error": {"message": "try later", "code": code}})
+    prompt = {"prompt": "a", "cache_salt": "tenant"}
+    [output] = llm.generate(prompt, use_tqdm=False, priority=2, timeout=1.5)
+    assert (output.outputs[0].error, output.outputs[0].error_kind) == ("try later", kind)
+    body = server.asked[-1][1]
+    assert body is not None
+    assert (body["priority"], body["timeout"], body["cache_salt"]) == (2, 1.5, "tenant")
