@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import pickle
 from array import array
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from configs.errors import ChannelError
@@ -124,7 +125,7 @@ class SequenceState:
     num_prompt_tokens: int = 0
     params: RowParams | None = None
     extras: RowExtras | None = None
-    past_token_ids: list[int] = dataclasses.field(default_factory=list)
+    past_token_ids: Sequence[int] = ()
 
 
 @dataclasses.dataclass(slots=True)
