@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from hashlib import blake2b
 
 from nanoengine.sequence import Sequence
+from nanoengine.step import BlockCopy
 
 
 class BlockManager:
@@ -41,6 +42,12 @@ class BlockManager:
         self._free: deque[int] = deque(range(self.num_blocks))
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._announced: dict[bytes, Sequence] = {}  # who computes it
+        self._copies: list[BlockCopy] = []
+
+    def take_copies(self) -> list[BlockCopy]:
+        """The copies that every rank has to perform before it computes the next step, in order."""
+        copies, self._copies = self._copies, []
+        return copies
 
     @property
     def num_free_blocks(self) -> int:

@@ -14,7 +14,7 @@ import zmq
 
 from configs.errors import ChannelError
 from nanoengine.messages import Deltas, Message, TokenDelta, decode, encode
-from nanoengine.scheduler import ClientDelta
+from nanoengine.outbox import ClientDelta
 
 logger = logging.getLogger(__name__)
 

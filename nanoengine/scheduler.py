@@ -23,19 +23,20 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple
 
 from configs.errors import RequestError, RequestTimeoutError, to_wire
 from nanoengine.admission import SchedulerLimits, check_admissible, serving_order
 from nanoengine.block_manager import BlockManager
-from nanoengine.messages import AddRequest, TokenDelta
+from nanoengine.invariants import check_invariants
+from nanoengine.messages import AddRequest
+from nanoengine.outbox import ClientDelta, Outbox
 from nanoengine.row_params import row_extras, row_params
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.sequence import Request, ScheduledRow, Sequence, SequenceStatus
 from nanoengine.step import PREVIOUS_SAMPLE, Epoch, SequenceState, StepInput, StepOutput, TokenLogprobs
 from nanoengine.step_costs import StepCosts
 
-__all__ = ["ClientDelta", "Scheduler", "SchedulerLimits"]
+__all__ = ["Scheduler", "SchedulerLimits"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,13 +45,6 @@ logger = logging.getLogger(__name__)
 WATERMARK = 0.01
 # How many waiting sequences that wait for a prefix are passed over in search of one that does not.
 MAX_PASSED = 16
-
-
-class ClientDelta(NamedTuple):
-    """A delta and the front end it is for."""
-
-    client_id: str
-    delta: TokenDelta
 
 
 class Scheduler:
@@ -69,11 +63,11 @@ class Scheduler:
         self.num_preemptions = 0
         self._seq_ids = itertools.count(1)
         self._step_id = 0
-        self._in_flight: deque[tuple[int, list[ScheduledRow]]] = deque()
+        self.in_flight: deque[tuple[int, list[ScheduledRow]]] = deque()
         self._costs = StepCosts(limits.max_decode_gap if limits.enable_chunked_prefill else 0)
         self._deadlines: list[tuple[float, tuple[str, str]]] = []  # a heap of (time, request key)
         self._dropped: list[int] = []  # seq_ids that the workers need not keep any longer
-        self._outbox: list[ClientDelta] = []
+        self._outbox = Outbox(clock)
         self._watermark = max(1, int(WATERMARK * limits.num_kv_blocks)) if limits.num_kv_blocks > 1 else 0
 
     # -- requests -----------------------------------------------------------------------------------------------
@@ -91,8 +85,7 @@ class Scheduler:
             params = SamplingParams.from_dict(message.params)
             check_admissible(message, self.limits)
         except RequestError as error:
-            delta = TokenDelta(message.request_id, 0, 0, [], finish_reason="error", error=to_wire(error))
-            self._outbox.append(ClientDelta(message.client_id, delta))
+            self._outbox.refuse(message, error)
             return
         request = Request(
             message.request_id,
@@ -123,7 +116,7 @@ class Scheduler:
     def _replay(self, request: Request, journal: list[list[int]]) -> None:
         for seq in request.seqs:
             start = len(journal[seq.index]) if seq.index < len(journal) else 0
-            self._emit(seq, start)
+            self._outbox.emit(seq, start)
 
     def abort(self, client_id: str, request_id: str, index: int | None = None) -> None:
         """End one sequence of a request, or all (index None). An unknown or finished one is ignored."""
@@ -169,20 +162,21 @@ class Scheduler:
     @property
     def num_in_flight(self) -> int:
         """Steps scheduled and not committed."""
-        return len(self._in_flight)
+        return len(self.in_flight)
 
     def schedule(self) -> StepInput | None:
         """Choose the next step's rows and take their blocks; None when there is nothing to compute now.
 
         With a step in flight None may also mean that its outcome must be known first. At most one may be.
         """
-        assert len(self._in_flight) <= 1, "commit() comes before a third schedule()"
+        assert len(self.in_flight) <= 1, "commit() comes before a third schedule()"
         scheduled = _Batch(self.limits.max_num_batched_tokens)
         self._schedule_running(scheduled)
         self._bound_gap(scheduled)
         if not scheduled.preempted:
             self._schedule_waiting(scheduled)
-        if not scheduled.rows and not self._dropped:
+        copies = self.blocks.take_copies()
+        if not scheduled.rows and not self._dropped and not copies:
             return None
         self._step_id += 1
         rows = [self._row(seq, num_tokens) for seq, num_tokens in scheduled.rows.items()]
@@ -193,9 +187,9 @@ class Scheduler:
         for record in records:
             record.seq.num_computed_tokens += record.num_tokens
             record.seq.num_pending_tokens += record.sample
-        self._in_flight.append((self._step_id, records))
+        self.in_flight.append((self._step_id, records))
         finished, self._dropped = self._dropped, []
-        return StepInput(self.epoch, self._step_id, [], rows, finished)
+        return StepInput(self.epoch, self._step_id, copies, rows, finished)
 
     def _schedule_running(self, batch: _Batch) -> None:
         """Give each running sequence its next tokens, decodes before prefill chunks."""
@@ -326,7 +320,7 @@ class Scheduler:
         """
         if output.epoch != self.epoch:
             return
-        step_id, records = self._in_flight.popleft()
+        step_id, records = self.in_flight.popleft()
         assert step_id == output.step_id, f"step {output.step_id} was collected where {step_id} was due"
         decodes = sum(record.is_decode for record in records)
         prefill_tokens = sum(record.num_tokens for record in records if not record.is_decode)
@@ -349,7 +343,7 @@ class Scheduler:
             if status is not None:
                 self._finish(seq, status, start)
                 return
-        self._emit(seq, start)
+        self._outbox.emit(seq, start)
 
     def _stop_status(self, seq: Sequence) -> SequenceStatus | None:
         """Whether the newest token ends the sequence, and how."""
@@ -380,37 +374,13 @@ class Scheduler:
             self._dropped.append(seq.seq_id)
         self.blocks.free(seq)
         seq.status = status
-        self._emit(seq, start)
+        self._outbox.emit(seq, start)
         if seq.request.is_finished():
             del self.requests[seq.request.key]
 
-    def _emit(self, seq: Sequence, start: int) -> None:
-        """Queue the tokens of `seq` from output position `start` on, and how it ended if it did."""
-        token_ids = seq.token_ids[seq.num_prompt_tokens + start :]
-        is_finished = seq.status.is_finished
-        if not token_ids and not is_finished:
-            return
-        delta = TokenDelta(seq.request.request_id, seq.index, start, token_ids)
-        if seq.logprobs is not None:
-            delta.logprobs = seq.logprobs[start:]
-        if is_finished:
-            delta.finish_reason = seq.status.finish_reason
-            delta.stop_reason, delta.error, delta.metrics = seq.stop_reason, seq.error, self._metrics(seq)
-        self._outbox.append(ClientDelta(seq.request.client_id, delta))
-
-    def _metrics(self, seq: Sequence) -> dict[str, float]:
-        request = seq.request
-        scheduled = self._clock() if request.first_scheduled_time is None else request.first_scheduled_time
-        return {
-            "num_cached_tokens": seq.num_cached_tokens,
-            "num_preemptions": seq.num_preemptions,
-            "queue_seconds": max(0.0, scheduled - request.arrival_time),
-        }
-
     def take_deltas(self) -> list[ClientDelta]:
         """What the front ends have to be told since the last call, in order."""
-        outbox, self._outbox = self._outbox, []
-        return outbox
+        return self._outbox.take()
 
     # -- recovery and checks ------------------------------------------------------------------------------------
 
@@ -421,7 +391,7 @@ class Scheduler:
         """
         self.epoch = epoch
         self._step_id = 0
-        self._in_flight.clear()
+        self.in_flight.clear()
         self._dropped.clear()
         for seq in self.running:
             seq.num_preemptions += 1
@@ -438,26 +408,7 @@ class Scheduler:
 
     def check_invariants(self) -> None:
         """Raise AssertionError unless queues, requests and blocks agree."""
-        queued = [*self.waiting, *self.running]
-        assert len({seq.seq_id for seq in queued}) == len(queued), "a sequence stands in two places"
-        live = [seq for request in self.requests.values() for seq in request.seqs if not seq.is_finished]
-        assert {seq.seq_id for seq in live} == {seq.seq_id for seq in queued}, "a live sequence stands in no queue"
-        assert all(request.get_seqs() and not request.is_finished() for request in self.requests.values())
-        for seq in self.waiting:
-            assert seq.status is SequenceStatus.WAITING, f"{seq} waits"
-            assert not seq.block_table, f"{seq} waits and holds blocks"
-            assert seq.num_computed_tokens == 0, f"{seq} waits and has computed tokens"
-        for seq in self.running:
-            assert seq.status is SequenceStatus.RUNNING, f"{seq} runs"
-            assert seq.num_computed_tokens <= len(seq.block_table) * self.limits.block_size, f"{seq} outgrew its blocks"
-            assert seq.num_uncomputed_tokens >= 0, f"{seq} computed more than it has"
-        sampling = [record.seq for _, records in self._in_flight for record in records if record.sample]
-        for seq in queued:
-            assert seq.num_pending_tokens == sampling.count(seq), f"{seq} waits for tokens that no step samples"
-        assert len(self.running) <= self.limits.max_num_seqs
-        if not queued:
-            assert self.blocks.num_free_blocks == self.limits.num_kv_blocks, "a block is held by nobody"
-        self.blocks.check_invariants(queued)
+        check_invariants(self)
 
 
 class _Batch:

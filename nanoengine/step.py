@@ -21,6 +21,8 @@ PREVIOUS_SAMPLE = -1
 
 # Directions of a block copy.
 DEVICE_TO_DEVICE, DEVICE_TO_HOST, HOST_TO_DEVICE = 0, 1, 2
+# (direction, source block, destination block)
+BlockCopy: TypeAlias = "tuple[int, int, int]"
 
 
 class Epoch(NamedTuple):
@@ -142,7 +144,7 @@ class StepInput:
 
     epoch: Epoch
     step_id: int
-    copies: list[tuple[int, int, int]]
+    copies: list[BlockCopy]
     rows: list[SequenceState]
     finished: list[int]
 

@@ -1,0 +1,36 @@
+"""What must hold of a scheduler between two steps; it looks, and changes nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nanoengine.sequence import SequenceStatus
+
+if TYPE_CHECKING:
+    from nanoengine.scheduler import Scheduler
+
+
+def check_invariants(scheduler: Scheduler) -> None:
+    """Raise AssertionError unless queues, requests and blocks agree."""
+    queued = [*scheduler.waiting, *scheduler.running]
+    assert len({seq.seq_id for seq in queued}) == len(queued), "a sequence stands in two places"
+    live = [seq for request in scheduler.requests.values() for seq in request.seqs if not seq.is_finished]
+    assert {seq.seq_id for seq in live} == {seq.seq_id for seq in queued}, "a live sequence stands in no queue"
+    assert all(request.get_seqs() and not request.is_finished() for request in scheduler.requests.values())
+    for seq in scheduler.waiting:
+        assert seq.status is SequenceStatus.WAITING, f"{seq} waits"
+        assert not seq.block_table, f"{seq} waits and holds blocks"
+        assert seq.num_computed_tokens == 0, f"{seq} waits and has computed tokens"
+    for seq in scheduler.running:
+        assert seq.status is SequenceStatus.RUNNING, f"{seq} runs"
+        assert seq.num_computed_tokens <= len(seq.block_table) * scheduler.limits.block_size, (
+            f"{seq} outgrew its blocks"
+        )
+        assert seq.num_uncomputed_tokens >= 0, f"{seq} computed more than it has"
+    sampling = [record.seq for _, records in scheduler.in_flight for record in records if record.sample]
+    for seq in queued:
+        assert seq.num_pending_tokens == sampling.count(seq), f"{seq} waits for tokens that no step samples"
+    assert len(scheduler.running) <= scheduler.limits.max_num_seqs
+    if not queued:
+        assert scheduler.blocks.num_free_blocks == scheduler.limits.num_kv_blocks, "a block is held by nobody"
+    scheduler.blocks.check_invariants(queued)
