@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from configs.errors import RequestError, to_wire
-from nanoengine.messages import AddRequest, TokenDelta
+from nanoengine.messages import AddRequest, TokenColumns, TokenDelta, spelt_out
 from nanoengine.sequence import Sequence
 
 
@@ -17,17 +17,36 @@ class ClientDelta(NamedTuple):
     delta: TokenDelta
 
 
+class ClientDeltas:
+    """What was told since the last time, in order; spelt out, one `ClientDelta` a sequence, for whoever iterates.
+
+    Attributes:
+        entries: (client id, what it is told): one entry for all steady decodes of a step, one for each other row.
+    """
+
+    def __init__(self, entries: list[tuple[str, TokenDelta | TokenColumns]]) -> None:
+        self.entries = entries
+
+    def __bool__(self) -> bool:
+        return bool(self.entries)
+
+    def __iter__(self) -> Iterator[ClientDelta]:
+        for client_id, entry in self.entries:
+            for delta in spelt_out([entry]):
+                yield ClientDelta(client_id, delta)
+
+
 class Outbox:
     """Deltas in the order in which things happened, until they are taken."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._deltas: list[ClientDelta] = []
+        self._entries: list[tuple[str, TokenDelta | TokenColumns]] = []
 
     def refuse(self, message: AddRequest, error: RequestError) -> None:
         """Queue the answer to a request that will not be served."""
         delta = TokenDelta(message.request_id, 0, 0, [], finish_reason="error", error=to_wire(error))
-        self._deltas.append(ClientDelta(message.client_id, delta))
+        self._entries.append((message.client_id, delta))
 
     def emit(self, seq: Sequence, start: int) -> None:
         """Queue the tokens of `seq` from output position `start` on, and how it ended if it did."""
@@ -41,7 +60,37 @@ class Outbox:
         if is_finished:
             delta.finish_reason = seq.status.finish_reason
             delta.stop_reason, delta.error, delta.metrics = seq.stop_reason, seq.error, self._metrics(seq)
-        self._deltas.append(ClientDelta(seq.request.client_id, delta))
+        self._entries.append((seq.request.client_id, delta))
+
+    def emit_columns(
+        self,
+        client_ids: list[str],
+        request_ids: list[str],
+        indices: list[int],
+        offsets: list[int],
+        age: int,
+        token_ids: list[int],
+    ) -> None:
+        """Queue one token for each of many sequences: entry i goes to position `offsets[i] + age`.
+
+        The lists belong to this side from now on, or change no more.
+        """
+        first = client_ids[0]
+        if client_ids.count(first) == len(client_ids):
+            self._entries.append((first, TokenColumns(request_ids, indices, offsets, age, token_ids)))
+            return
+        rows_of: dict[str, list[int]] = {}
+        for row, client_id in enumerate(client_ids):
+            rows_of.setdefault(client_id, []).append(row)
+        for client_id, rows in rows_of.items():
+            columns = TokenColumns(
+                [request_ids[row] for row in rows],
+                [indices[row] for row in rows],
+                [offsets[row] for row in rows],
+                age,
+                [token_ids[row] for row in rows],
+            )
+            self._entries.append((client_id, columns))
 
     def _metrics(self, seq: Sequence) -> dict[str, float]:
         request = seq.request
@@ -52,7 +101,7 @@ class Outbox:
             "queue_seconds": max(0.0, scheduled - request.arrival_time),
         }
 
-    def take(self) -> list[ClientDelta]:
+    def take(self) -> ClientDeltas:
         """Everything since the last call, in order."""
-        deltas, self._deltas = self._deltas, []
-        return deltas
+        entries, self._entries = self._entries, []
+        return ClientDeltas(entries)
