@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from nanoengine.admission import ServingOrder
 from nanoengine.sequence import ScheduledRow, Sequence
-from nanoengine.step import PREVIOUS_SAMPLE, DecodeRows, IntColumn, int_column
+from nanoengine.step import PREVIOUS_SAMPLE, DecodeRows, IntColumn, StepOutput, int_column
 
 Column = TypeVar("Column", bound="Any")
 
@@ -219,6 +219,32 @@ class DecodeSet:
         for seq in list(self._last_rows.get(self.age, ())):
             self.leave(seq)
         return rows, DecodeRows(rows.seq_ids, rows.starts, age, tokens, blocks)
+
+    def take_tokens(
+        self, flight: StepInFlight, output: StepOutput, eos_token_ids: frozenset[int]
+    ) -> tuple[list[int], SteadyRows, list[int]]:
+        """Append to each row of a step what it sampled, where that is a token like any other.
+
+        Returns:
+            The rows that want a look of their own, with nothing appended: those that left meanwhile, that end now
+            perhaps, or that have more to tell. Then the others, and their tokens.
+        """
+        rows, tokens = flight.steady, output.tokens.singles(len(flight.steady))
+        if tokens is None:
+            return [*range(len(rows))], SteadyRows(), []
+        odd = {row for row in output.logprobs if row < len(rows)}
+        if flight.num_left != self.num_left:
+            odd.update(row for row, seq in enumerate(rows.seqs) if seq.steady is None)
+        if 1 in rows.watched:
+            odd.update(row for row, watched in enumerate(rows.watched) if watched)
+        if not eos_token_ids.isdisjoint(tokens):
+            odd.update(row for row, token in enumerate(tokens) if token in eos_token_ids)
+        apart = sorted(odd)
+        if apart:
+            rows, tokens = rows.without(apart), without(tokens, apart)
+        for token_ids, token in zip(rows.token_ids, tokens, strict=True):
+            token_ids.append(token)
+        return apart, rows, tokens
 
     def filled(self, age: int) -> list[tuple[Sequence, int]]:
         """The members whose row of the step taken at `age` completed a block, and their number of tokens by then."""

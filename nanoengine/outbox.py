@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from configs.errors import RequestError, to_wire
+from nanoengine.decode_set import SteadyRows
 from nanoengine.messages import AddRequest, TokenColumns, TokenDelta, spelt_out
 from nanoengine.sequence import Sequence
 
@@ -63,33 +64,23 @@ class Outbox:
             delta.stop_reason, delta.error, delta.metrics = seq.stop_reason, seq.error, self._metrics(seq)
         self._entries.append((seq.request.client_id, delta))
 
-    def emit_columns(
-        self,
-        client_ids: list[str],
-        request_ids: list[str],
-        indices: list[int],
-        offsets: list[int],
-        age: int,
-        token_ids: list[int],
-    ) -> None:
-        """Queue one token for each of many sequences: entry i goes to position `offsets[i] + age`.
-
-        The lists belong to this side from now on, or change no more.
-        """
-        first = client_ids[0]
-        if client_ids.count(first) == len(client_ids):
-            self._entries.append((first, TokenColumns(request_ids, indices, offsets, age, token_ids)))
+    def emit_columns(self, rows: SteadyRows, age: int, token_ids: list[int]) -> None:
+        """Queue a token for each of the rows that took a step at that age. Neither list changes from now on."""
+        first = rows.client_ids[0]
+        if rows.client_ids.count(first) == len(rows):
+            columns = TokenColumns(rows.request_ids, rows.indices, rows.offsets, age, token_ids)
+            self._entries.append((first, columns))
             return
-        rows_of: dict[str, list[int]] = {}
-        for row, client_id in enumerate(client_ids):
-            rows_of.setdefault(client_id, []).append(row)
-        for client_id, rows in rows_of.items():
+        numbers_of: dict[str, list[int]] = {}
+        for number, client_id in enumerate(rows.client_ids):
+            numbers_of.setdefault(client_id, []).append(number)
+        for client_id, numbers in numbers_of.items():
             columns = TokenColumns(
-                [request_ids[row] for row in rows],
-                [indices[row] for row in rows],
-                [offsets[row] for row in rows],
+                [rows.request_ids[i] for i in numbers],
+                [rows.indices[i] for i in numbers],
+                [rows.offsets[i] for i in numbers],
                 age,
-                [token_ids[row] for row in rows],
+                [token_ids[i] for i in numbers],
             )
             self._entries.append((client_id, columns))
 

@@ -27,7 +27,7 @@ from collections.abc import Callable
 from configs.errors import RequestError, RequestTimeoutError, to_wire
 from nanoengine.admission import SchedulerLimits, check_admissible, serving_order
 from nanoengine.block_manager import BlockManager
-from nanoengine.decode_set import DecodeSet, StepInFlight, without
+from nanoengine.decode_set import DecodeSet, StepInFlight
 from nanoengine.forking import Start, after_siblings, chunk_before_fork, find_start
 from nanoengine.invariants import check_invariants
 from nanoengine.messages import AddRequest
@@ -368,32 +368,13 @@ class Scheduler:
 
     def _commit_steady(self, flight: StepInFlight, output: StepOutput) -> None:
         """Append a token to each steady decode, all at once but for those that need a look of their own."""
-        rows, tokens = flight.steady, output.tokens.singles(len(flight.steady))
-        odd = [*range(len(rows))] if tokens is None else self._odd_rows(flight, tokens, output)
-        for row in odd:
-            self._commit_row(flight.steady_record(row), output, row)
-        if len(odd) == len(rows):
-            return
-        assert tokens is not None
-        if odd:
-            rows, tokens = rows.without(odd), without(tokens, odd)
-        for token_ids, token in zip(rows.token_ids, tokens, strict=True):
-            token_ids.append(token)
+        odd, rows, token_ids = self.steady.take_tokens(flight, output, self.limits.eos_token_ids)
         for seq, num_computed in self.steady.filled(flight.age):
             self.blocks.publish(seq, num_computed - 1, num_computed)
-        self._outbox.emit_columns(rows.client_ids, rows.request_ids, rows.indices, rows.offsets, flight.age, tokens)
-
-    def _odd_rows(self, flight: StepInFlight, tokens: list[int], output: StepOutput) -> list[int]:
-        """The steady decodes that ended or were preempted meanwhile, end now perhaps, or have more to tell."""
-        rows = flight.steady
-        odd = {row for row in output.logprobs if row < len(rows)}
-        if flight.num_left != self.steady.num_left:
-            odd.update(row for row, seq in enumerate(rows.seqs) if seq.steady is None)
-        if 1 in rows.watched:
-            odd.update(row for row, watched in enumerate(rows.watched) if watched)
-        if not self.limits.eos_token_ids.isdisjoint(tokens):
-            odd.update(row for row, token in enumerate(tokens) if token in self.limits.eos_token_ids)
-        return sorted(odd)
+        if token_ids:
+            self._outbox.emit_columns(rows, flight.age, token_ids)
+        for row in odd:
+            self._commit_row(flight.steady_record(row), output, row)
 
     def _commit_row(self, record: ScheduledRow, output: StepOutput, row: int) -> None:
         seq = record.seq
