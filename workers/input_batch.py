@@ -31,6 +31,7 @@ class _Row:
     num_computed_tokens: int
     params: RowParams
     processor: RowProcessor | None
+    only_argmax: bool  # greedy, and nothing but the likeliest id is asked for
 
 
 @dataclasses.dataclass(slots=True)
@@ -44,9 +45,11 @@ class Batch:
         metadata: for the attention layers.
         logits_rows: (num_sampled,) int64, tokens whose logits are sampled.
         sampled: which rows they belong to.
-        sampling: their parameters.
+        num_logits: how many of these, from the first, need all their logits; the others are `only_argmax`.
+        sampling: parameters of those that need logits.
         previous: (token, seq_id) of each token that the step before sampled, in the order of the rows.
         processors: (row of the logits, position of the sampled token, processor) of the rows that have extras.
+        argmax_ids: what came of the rows that need no logits, once computed, on rank 0.
     """
 
     seq_ids: list[int]
@@ -55,9 +58,11 @@ class Batch:
     metadata: AttentionMetadata
     logits_rows: torch.Tensor
     sampled: list[int]
+    num_logits: int
     sampling: SamplingRows
     previous: list[tuple[int, int]]
     processors: list[tuple[int, int, RowProcessor]]
+    argmax_ids: torch.Tensor | None = None
 
 
 class InputBatch:
@@ -97,8 +102,10 @@ class InputBatch:
     def __contains__(self, seq_id: int) -> bool:
         return seq_id in self._rows
 
-    def apply(self, step: StepInput) -> Batch | None:
+    def apply(self, step: StepInput, all_logits: bool = True) -> Batch | None:
         """Update the rows and build the step's tensors; None when no row is scheduled.
+
+        Unless `all_logits`, rows that only need an argmax come last among those that sample.
 
         Raises:
             EngineError: the step is malformed or does not continue a row; the message names the sequence.
@@ -109,7 +116,7 @@ class InputBatch:
             raise EngineError(f"step {step.step_id} schedules a sequence twice")
         for state in step.rows:
             self._update(state)
-        return self._build(step.rows) if step.rows else None
+        return self._build(step.rows, all_logits) if step.rows else None
 
     def _drop(self, seq_id: int) -> None:
         row = self._rows.pop(seq_id, None)
@@ -120,8 +127,10 @@ class InputBatch:
         row = self._rows.get(state.seq_id)
         if state.params is not None:
             slot = self._take_slot() if row is None else row.slot
+            # Read from the step alone: every rank must take the same rows for it.
+            only_argmax = state.params.temperature == 0 and state.extras is None
             row = self._rows[state.seq_id] = _Row(
-                slot, 0, state.num_computed_tokens, state.params, self._make_processor(state)
+                slot, 0, state.num_computed_tokens, state.params, self._make_processor(state), only_argmax
             )
         elif row is None:
             raise EngineError(f"sequence {state.seq_id} is unknown to the worker and came without parameters")
@@ -186,7 +195,7 @@ class InputBatch:
             self._block_tables = np.concatenate((self._block_tables, np.zeros_like(self._block_tables)))
         return self._free_slots.pop()
 
-    def _build(self, states: list[SequenceState]) -> Batch:
+    def _build(self, states: list[SequenceState], all_logits: bool) -> Batch:
         rows = [self._rows[state.seq_id] for state in states]
         query_lens = np.array([len(state.token_ids) for state in states], dtype=np.int64)  # (num_seqs,)
         seq_lens = np.array([row.num_computed_tokens for row in rows], dtype=np.int64)
@@ -202,6 +211,10 @@ class InputBatch:
         blocks = tables[of_token, positions // self._block_size]
 
         sampled = [i for i, state in enumerate(states) if state.sample]
+        num_logits = len(sampled)
+        if not all_logits:
+            sampled.sort(key=lambda i: rows[i].only_argmax)
+            num_logits -= sum(rows[i].only_argmax for i in sampled)
         input_ids, at, slots, which, block_tables = self._to_device(
             np.array([token for state in states for token in state.token_ids], dtype=np.int64),
             positions,
@@ -222,7 +235,8 @@ class InputBatch:
             ),
             logits_rows=which,
             sampled=sampled,
-            sampling=_sampling_rows([rows[i] for i in sampled]),
+            num_logits=num_logits,
+            sampling=_sampling_rows([rows[i] for i in sampled[:num_logits]]),
             previous=[
                 (int(end) - 1, state.seq_id)
                 for end, state in zip(ends, states, strict=True)
