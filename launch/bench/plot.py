@@ -30,7 +30,7 @@ def draw(path: Path, title: str, name: str, points: Sequence[tuple[float, Mappin
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=8)
     measured = [(value, summary) for value, summary in points if summary["completed"]]
     for axes, (latency, words) in zip(figure.subplots(1, 2), _PANELS.items(), strict=True):
         for share, style in _LINES.items():

@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ def _add_results(group: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure and print. Returns 0; 1 when no request was completed; 130 when it was interrupted.
+    """Measure and print. Returns 0; 1 when no request was completed or the server was lost; 130 when interrupted.
 
     Raises:
         ConfigError: settings that cannot be. Other errors of the tree: the server cannot be measured at all.
@@ -128,24 +129,33 @@ def run(arguments: argparse.Namespace) -> int:
         "settings": _settings(arguments),
         "client": hardware(),
     }
-    print(f"client: {hardware_line()}", flush=True)
+    machine = f"client: {hardware_line()}"
+    print(machine, flush=True)
     measured = Measured()
-    asyncio.run(_measure(arguments, runs, measured))
+    try:
+        asyncio.run(_measure(arguments, runs, measured))
+    except ClientError as error:
+        if not measured.results:
+            raise
+        # A sweep may well be what a server does not survive: what was measured until then is the more wanted.
+        measured.failure = f"run {len(measured.results) + 1} of {len(runs)}: {error.message}"
+        print(f"error: {measured.failure}", file=sys.stderr)
     summaries = [latency.figures(result, goals) for result in measured.results]
     _show(runs, summaries)
     if arguments.output is not None:
-        report |= {"model": measured.model, "interrupted": measured.interrupted}
+        report |= {"model": measured.model, "interrupted": measured.interrupted, "failure": measured.failure}
         report["runs"] = [
             planned.changed | summary | ({"requests": _requests_of(result)} if arguments.save_requests else {})
             for planned, summary, result in zip(runs, summaries, measured.results, strict=False)
         ]
         arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if arguments.plot is not None and summaries:
-        title = f"{measured.model}, {arguments.dataset}, {hardware_line()}"
-        plot.draw(arguments.plot, title, runs[0].swept, _points(runs, summaries))
+        plot.draw(
+            arguments.plot, f"{measured.model}, {arguments.dataset}; {machine}", runs[0].swept, _points(runs, summaries)
+        )
     if measured.interrupted:
         return 130
-    return 0 if any(summary["completed"] for summary in summaries) else 1
+    return 0 if measured.failure is None and any(summary["completed"] for summary in summaries) else 1
 
 
 # -- what is to be done -----------------------------------------------------------------------------------------
@@ -298,6 +308,7 @@ class Measured:
     model: str = ""
     results: list[LoadResult] = dataclasses.field(default_factory=list)
     interrupted: bool = False
+    failure: str | None = None
 
 
 async def _measure(arguments: argparse.Namespace, runs: list[Run], measured: Measured) -> None:

@@ -349,6 +349,25 @@ def test_a_sweep_draws_its_curve(
     assert capsys.readouterr().out.count("\n|") == 4
 
 
+def test_a_sweep_that_the_server_does_not_survive_keeps_its_first_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def script(number: int, path: str, body: Any) -> Any:
+        if path == "/v1/models":
+            return json_answer(MODELS)
+        return streamed(tokens("a"), usage(3, 1)) if number < 5 else json_answer({"detail": "gone"}, "503 X")
+
+    async def measure() -> int:
+        async with ScriptedServer(script).serve() as url:
+            options = ["--base-url", url, "--num-prompts", "3", "--sweep", "max-concurrency=1,2,3"]
+            return await asyncio.to_thread(run_bench, monkeypatch, *options)
+
+    assert asyncio.run(measure()) == 1
+    shown = capsys.readouterr()
+    assert shown.out.count("\n|") == 3
+    assert shown.err == 'error: run 2 of 3: warming up failed: HTTP 503: status 503: {"detail": "gone"}\n'
+
+
 def test_without_matplotlib_a_plot_is_refused_before_anything_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="pip install matplotlib"):
