@@ -29,6 +29,13 @@ from launch.client.connection import ClientError
 
 DEFAULT_NUM_PROMPTS = 100
 SWEPT = ("request-rate", "max-concurrency")
+# The options of each data set, beside those of all; a default of None is DatasetSpec's.
+_INVENTED = ("input_len", "range_ratio", "prompts", "vocab_size")
+_DATASET_OPTIONS: dict[str, tuple[str, ...]] = {
+    "random": _INVENTED,
+    "shared-prefix": (*_INVENTED, "prefix_len", "num_prefixes"),
+    "jsonl": (),
+}
 # Fields of the request body that belong to the measurement itself.
 _RESERVED = {"model", "prompt", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "n"}
 
@@ -75,20 +82,20 @@ def _add_load(group: Any) -> None:
 
 def _add_prompts(group: Any) -> None:
     spec = DatasetSpec()
-    group.add_argument("--dataset", choices=("random", "shared-prefix", "jsonl"), default=spec.name)
+    group.add_argument("--dataset", choices=tuple(_DATASET_OPTIONS), default=spec.name, help="default: %(default)s")
     group.add_argument(
-        "--input-len", "--suffix-len", type=int, default=spec.input_len,
-        help="tokens of a prompt; of shared-prefix those behind the prefix (default: %(default)s)",
+        "--input-len", "--suffix-len", type=int,
+        help=f"tokens of a prompt; of shared-prefix those behind the prefix (default: {spec.input_len})",
     )  # fmt: skip
     group.add_argument(
         "--output-len", type=int, default=spec.output_len, help="tokens asked for (default: %(default)s)"
     )
     group.add_argument(
-        "--range-ratio", type=float, default=spec.range_ratio,
-        help="r draws both lengths between (1 - r) and (1 + r) times these (default: %(default)s)",
+        "--range-ratio", type=float,
+        help=f"r draws both lengths between (1 - r) and (1 + r) times these (default: {spec.range_ratio:g})",
     )  # fmt: skip
-    group.add_argument("--prefix-len", type=int, default=spec.prefix_len, help="tokens (default: %(default)s)")
-    group.add_argument("--num-prefixes", type=int, default=spec.num_prefixes, help="(default: %(default)s)")
+    group.add_argument("--prefix-len", type=int, help=f"tokens (default: {spec.prefix_len})")
+    group.add_argument("--num-prefixes", type=int, help=f"default: {spec.num_prefixes}")
     group.add_argument(
         "--dataset-path", type=Path, metavar="FILE",
         help="for jsonl: a JSON object a line, with prompt (text or token ids) or messages, and output_len where it "
@@ -99,9 +106,7 @@ def _add_prompts(group: Any) -> None:
         help="invented prompts as token ids, of exact length, or as English words, about one token each; chat takes "
         "text alone (default: ids for completions)",
     )  # fmt: skip
-    group.add_argument(
-        "--vocab-size", type=int, default=spec.vocab_size, help="random ids are less than this (default: %(default)s)"
-    )
+    group.add_argument("--vocab-size", type=int, help=f"random ids are less than this (default: {spec.vocab_size})")
     group.add_argument("--seed", type=int, default=0, help="of prompts and arrivals (default: %(default)s)")
     group.add_argument("--temperature", type=float, default=0.0, help="(default: %(default)s)")
     group.add_argument("--ignore-eos", action="store_true", help="ask for answers of exactly the length")
@@ -185,6 +190,8 @@ def plan(arguments: argparse.Namespace) -> list[Run]:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {value}", name)
     for name in ("request_rate", "burstiness", "timeout"):
         _check_positive(f"--{name.replace('_', '-')}", getattr(arguments, name))
+    _check_use(arguments)
+    _fill_in(arguments)
     spec = LoadSpec(
         "",
         arguments.endpoint,
@@ -207,6 +214,27 @@ def plan(arguments: argparse.Namespace) -> list[Run]:
         )
         for number, value in enumerate(values)
     ]
+
+
+def _check_use(arguments: argparse.Namespace) -> None:
+    """Refuse options that would change nothing."""
+    for name in sorted({name for names in _DATASET_OPTIONS.values() for name in names}):
+        if getattr(arguments, name) is not None and name not in _DATASET_OPTIONS[arguments.dataset]:
+            raise ConfigError(f"--{name.replace('_', '-')} does not go with --dataset {arguments.dataset}", name)
+    if arguments.vocab_size is not None and (arguments.prompts == "text" or arguments.endpoint == "chat"):
+        raise ConfigError("--vocab-size is of token ids, and the prompts are text", "vocab_size")
+    is_paced = math.isfinite(arguments.request_rate) or (arguments.sweep or "").startswith("request-rate")
+    if arguments.burstiness != 1 and not is_paced:
+        raise ConfigError("--burstiness needs --request-rate", "burstiness")
+
+
+def _fill_in(arguments: argparse.Namespace) -> None:
+    """Put the defaults of the data set where nothing was given, so that the JSON tells what was used."""
+    usual = {field.name: field.default for field in dataclasses.fields(DatasetSpec)}
+    usual["prompts"] = "text" if arguments.endpoint == "chat" else "ids"
+    for name in _DATASET_OPTIONS[arguments.dataset]:
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, usual[name])
 
 
 def _at(spec: LoadSpec, swept: str, value: float) -> LoadSpec:
@@ -241,19 +269,16 @@ def _check_positive(flag: str, value: float) -> None:
 
 def _prompts(arguments: argparse.Namespace, seed: int) -> tuple[list[LoadRequest], list[LoadRequest]]:
     """The requests to measure and those to warm up with."""
-    as_text = arguments.prompts == "text" if arguments.prompts else arguments.endpoint == "chat"
+    chosen = {name: getattr(arguments, name) for name in _DATASET_OPTIONS[arguments.dataset]}
+    as_text = chosen.pop("prompts", "text" if arguments.endpoint == "chat" else "ids") == "text"
     spec = DatasetSpec(
         arguments.dataset,
-        arguments.input_len,
-        arguments.output_len,
-        arguments.range_ratio,
-        arguments.prefix_len,
-        arguments.num_prefixes,
-        arguments.endpoint,
-        as_text,
-        arguments.vocab_size,
-        arguments.dataset_path,
-        seed,
+        output_len=arguments.output_len,
+        endpoint=arguments.endpoint,
+        as_text=as_text,
+        path=arguments.dataset_path,
+        seed=seed,
+        **chosen,
     )
     if arguments.dataset != "jsonl":
         count = arguments.num_prompts or DEFAULT_NUM_PROMPTS

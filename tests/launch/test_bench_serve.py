@@ -129,6 +129,10 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
         ("--request-rate", "0"),
         ("--request-rate", "nan"),
         ("--burstiness", "-1"),
+        ("--burstiness", "2"),
+        ("--prefix-len", "9"),
+        ("--dataset", "jsonl", "--dataset-path", "x.jsonl", "--input-len", "9"),
+        ("--endpoint", "chat", "--vocab-size", "5000"),
         ("--max-concurrency", "0"),
         ("--num-prompts", "0"),
         ("--num-warmups", "-1"),
@@ -298,6 +302,8 @@ def test_a_run_against_our_server(
     assert "secret" not in file.read_text()
     assert report["model"] == "demo"
     assert report["settings"]["input_len"] == 5
+    assert report["settings"]["range_ratio"] == 0, "a default is told like what was given"
+    assert report["settings"]["prefix_len"] is None, "what the data set does not have is not"
     (run,) = report["runs"]
     assert len(engine.params) == 7, "one warm-up, which is not measured"
     assert engine.tokenizer is not None
