@@ -128,22 +128,20 @@ def test_a_conversation_on_a_terminal(engine: FakeEngine, url: str) -> None:
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(engine: FakeEngine, url: str) -> None:
-    engine.delay = 0.1
+    engine.delay, engine.answers = 0.05, {"user\ngo on\nassistant\n\n": "北京 " + "word " * 40}
     with PseudoTerminal("launch.chat", "--base-url", url) as terminal:
         terminal.expect("> ")
         terminal.type("go on\n")
         terminal.expect("北京")
-        pressed = time.monotonic()
         terminal.control("c")
         terminal.expect("\n(stopped)\n> ")
         until(lambda: not engine.open)
-        assert time.monotonic() - pressed < 2, "the server was not told at once"
-        assert len(engine.aborted) == 1
+        assert len(engine.aborted) == 1, "the server was not told until the answer was complete"
         engine.delay = 0
         terminal.type("again\n")
         terminal.expect(ANSWER)
         assert "assistant\n北京" in asked(engine), "what had come of the answer is part of the conversation"
-        assert f"assistant\n{ANSWER}" not in asked(engine)
+        assert asked(engine).count("word") < 40
         terminal.expect("> ")
         terminal.type("half a li")
         terminal.expect("half a li")
