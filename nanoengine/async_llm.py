@@ -18,6 +18,7 @@ from configs.errors import ConfigError, DeadlineError, EngineDeadError, EngineEr
 from nanoengine.connection import SchedulerConnection
 from nanoengine.engine_client import EngineClient
 from nanoengine.engine_process import EngineProcess
+from nanoengine.engine_status import EngineStatus
 from nanoengine.journal import RequestJournal
 from nanoengine.llm_engine import GREETING_TIMEOUT, load_tokenizer
 from nanoengine.messages import Ready
@@ -41,19 +42,27 @@ class AsyncLLM:
     Args:
         model: a name in the registry, or a model directory.
         config: all settings at once, instead of `model` and `settings`; resolved if it is not.
+        engine: a scheduler that another process owns (one of several front ends has it so); by default its own.
         settings: the options of the command line with underscores.
 
     Raises:
         ConfigError, UnknownModelError, CheckpointError: a setting or the model cannot be used.
     """
 
-    def __init__(self, model: str | None = None, *, config: EngineConfig | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        config: EngineConfig | None = None,
+        engine: EngineStatus | None = None,
+        **settings: Any,
+    ) -> None:
         if config is not None and (model is not None or settings):
             raise ConfigError("give either config or model and settings, not both", "config")
         if config is None:
             config = EngineConfig.create(**({} if model is None else {"model": model}), **settings)
         self._config = config if config.checkpoint is not None else config.resolve()
-        self._process = EngineProcess(self._config)
+        self._process = EngineProcess(self._config) if engine is None else engine
         # Ends the process also when nobody closes: on the interpreter's end, or when this object is forgotten.
         self._finalizer = weakref.finalize(self, self._process.stop)
         self._loop: asyncio.AbstractEventLoop | None = None

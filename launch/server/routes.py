@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Request
 from fastapi.responses import JSONResponse, Response
 
 from configs.errors import RequestError
+from launch.server.bodies import JsonRoute
 from launch.server.engine import Engine
-from launch.server.errors import UNAVAILABLE, ApiError, model_not_found
+from launch.server.errors import UNAVAILABLE, ApiError, draining, model_not_found
 from launch.server.formats import ChatFormat, CompletionFormat
 from launch.server.generation import respond
 from launch.server.schema import (
@@ -26,7 +26,7 @@ from launch.server.schema import (
 from nanoengine.tokenizer import Tokenizer
 from nanoengine.version import __version__
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 _STARTED = int(time.time())
 
 
@@ -41,12 +41,18 @@ def _serving(request: Request, model: str | None) -> Engine:
     served = engine.config.served_model_name
     if model is not None and model != served:
         raise model_not_found(model, served)
-    if not engine.is_ready:
-        raise _not_ready(engine)
+    if (refusal := _refusal(request)) is not None:
+        raise refusal
     return engine
 
 
-def _not_ready(engine: Engine) -> ApiError:
+def _refusal(request: Request) -> ApiError | None:
+    """Why no request is taken right now: the server drains, the model loads, or the engine is dead."""
+    engine = _engine(request)
+    if request.app.state.lifecycle.draining:
+        return draining()
+    if engine.is_ready:
+        return None
     failure = engine.failure
     if failure is not None:
         return ApiError(503, failure.message, UNAVAILABLE, code="engine_dead")
@@ -75,7 +81,7 @@ async def create_completion(request: Request, body: Annotated[CompletionRequest,
     if isinstance(prompts[0], str):
         # In a thread: a long text takes milliseconds, which every open stream would wait.
         prompts = await asyncio.to_thread(_tokenizer(engine, "prompt").encode_batch, prompts)
-    answer_id = f"cmpl-{uuid.uuid4().hex}"
+    answer_id = f"cmpl-{request.state.request_id}"
     answer = CompletionFormat(
         answer_id,
         engine.config.served_model_name,
@@ -97,7 +103,7 @@ async def create_chat_completion(request: Request, body: Annotated[ChatCompletio
     params, messages = body.sampling_params(engine.config.default_sampling), chat_messages(body.messages)
     engine.check_queue()
     prompt = await asyncio.to_thread(_tokenizer(engine, "messages").apply_chat_template, messages)
-    answer_id = f"chatcmpl-{uuid.uuid4().hex}"
+    answer_id = f"chatcmpl-{request.state.request_id}"
     answer = ChatFormat(
         answer_id,
         engine.config.served_model_name,
@@ -155,10 +161,9 @@ async def reset_prefix_cache(request: Request) -> dict[str, str]:
 @router.get("/health")
 @router.get("/readyz")
 async def health(request: Request) -> JSONResponse:
-    """200 while requests are served, 503 while the model loads and once the engine is dead. Queues no work."""
-    engine = _engine(request)
-    if not engine.is_ready:
-        return _not_ready(engine).response()
+    """200 while requests are taken, 503 while the model loads, the server drains or the engine is dead. No work."""
+    if (refusal := _refusal(request)) is not None:
+        return refusal.response()
     return JSONResponse({"status": "ready"})
 
 

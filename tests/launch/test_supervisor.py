@@ -53,9 +53,8 @@ class Pretender:
         raise self.failure
 
 supervisor.AsyncLLM = Pretender
-supervisor.DRAIN_SECONDS = {drain_seconds}
 from launch.cli import main
-sys.exit(main(["--port", "0"]))
+sys.exit(main(["--port", "0", "--shutdown-timeout", "{drain_seconds}"]))
 """
 
 
