@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from launch.bench import control_plane, lifecycle, simulate
+from launch.bench import control_plane, decode_gap, lifecycle, sampling, simulate
 
 
 def main() -> None:
@@ -14,6 +14,8 @@ def main() -> None:
     lifecycle.add_parser(commands)
     control_plane.add_parser(commands)
     simulate.add_parser(commands)
+    sampling.add_parser(commands)
+    decode_gap.add_parser(commands)
     arguments = parser.parse_args()
     arguments.run(arguments)
 
