@@ -132,7 +132,7 @@ class ModelRunner:
         batch, logits = self.compute_logits(step)
         if self._communicator.rank != 0:
             return None
-        token_ids: list[list[int]] = [[] for _ in step.rows]
+        token_ids: list[list[int]] = [[] for _ in range(step.num_rows)]
         logprobs: dict[int, list[TokenLogprobs]] = {}
         self._previous = {}
         if batch is not None:
@@ -140,7 +140,7 @@ class ModelRunner:
             for row, token in zip(batch.sampled, ids, strict=True):
                 token_ids[row] = [token]
                 self._previous[batch.seq_ids[row]] = token
-        seq_ids = [state.seq_id for state in step.rows]
+        seq_ids = [] if batch is None else batch.seq_ids
         return StepOutput(step.epoch, step.step_id, seq_ids, token_ids, time.perf_counter() - began, logprobs)
 
     @torch.inference_mode()
