@@ -81,6 +81,8 @@ class Simulation:
         self.num_prefill_tokens = 0
         self._arrival: dict[str, float] = {}
         self._first: dict[str, float] = {}
+        self._last: dict[str, float] = {}  # when a request's latest token came
+        self.gaps = array("f")  # seconds between two tokens of a request
 
     def run(self, trace: Iterator[TracedRequest]) -> None:
         """Play the whole trace to its end."""
@@ -121,7 +123,8 @@ class Simulation:
         self.busy += seconds
         self.num_steps += bool(step.rows)
         sampled = [_TOKEN if row.sample else _NO_TOKEN for row in step.rows]
-        self.scheduler.commit(StepOutput(step.epoch, step.step_id, [row.seq_id for row in step.rows], sampled))
+        seq_ids = [row.seq_id for row in step.rows]
+        self.scheduler.commit(StepOutput(step.epoch, step.step_id, seq_ids, sampled, seconds))
         self._deliver()
 
     def _deliver(self) -> None:
@@ -130,13 +133,18 @@ class Simulation:
         for item in self.scheduler.take_deltas():
             delta = item.delta
             self.num_output_tokens += len(delta.token_ids)
-            if delta.start == 0 and delta.token_ids:
-                self._first[delta.request_id] = now
+            if delta.token_ids:
+                if delta.start == 0:
+                    self._first[delta.request_id] = now
+                else:
+                    self.gaps.append(now - self._last[delta.request_id])
+                self._last[delta.request_id] = now
             if delta.finish_reason is not None:
                 self._end(delta.request_id, delta.start + len(delta.token_ids), delta.finish_reason)
 
     def _end(self, name: str, num_tokens: int, finish_reason: str) -> None:
         arrival, first = self._arrival.pop(name), self._first.pop(name, None)
+        self._last.pop(name, None)
         if finish_reason == "error" or first is None:
             self.num_refused += 1
             return
@@ -148,6 +156,7 @@ class Simulation:
     def figures(self) -> dict[str, Any]:
         """What came of it; times in the trace's seconds."""
         ttft, tpot, blocks = sorted(self.ttft), sorted(self.tpot), self.scheduler.blocks
+        gaps = sorted(self.gaps)
         return {
             "seconds": round(self.clock, 3),
             "finished": self.num_finished,
@@ -158,6 +167,8 @@ class Simulation:
             "steps": self.num_steps,
             **{f"ttft_p{q}_ms": round(1e3 * percentile(ttft, q / 100), 1) for q in (50, 90, 99)},
             **{f"tpot_p{q}_ms": round(1e3 * percentile(tpot, q / 100), 2) for q in (50, 90, 99)},
+            "gap_p99_ms": round(1e3 * percentile(gaps, 0.99), 2),
+            "gap_max_ms": round(1e3 * percentile(gaps, 1), 2),
             "preemptions": self.scheduler.num_preemptions,
             "hit_rate": round(blocks.num_hit_tokens / blocks.num_query_tokens, 4) if blocks.num_query_tokens else 0.0,
         }
@@ -180,6 +191,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--num-kv-blocks", type=int, nargs="+", default=[24_000], help="one run each (default: 24000)")
     parser.add_argument("--max-num-batched-tokens", type=int, nargs="+", default=[2048], help="(default: 2048)")
     parser.add_argument("--max-num-seqs", type=int, nargs="+", default=[256], help="one run each (default: 256)")
+    parser.add_argument(
+        "--max-decode-gap", type=float, nargs="+", default=[0.0], help="0 = off; one run each (default: 0)"
+    )
     parser.add_argument("--no-prefix-caching", action="store_true")
     parser.add_argument("--seed", type=int, default=spec.seed)
     for field in dataclasses.fields(model):
@@ -197,8 +211,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise SystemExit("--requests, --rate, the medians and --num-prefixes must be greater than 0")
     model = StepTimeModel(*(getattr(arguments, f"step_{f.name}") for f in dataclasses.fields(StepTimeModel)))
     results = []
-    for num_blocks, budget, num_seqs in itertools.product(
-        arguments.num_kv_blocks, arguments.max_num_batched_tokens, arguments.max_num_seqs
+    for num_blocks, budget, num_seqs, gap in itertools.product(
+        arguments.num_kv_blocks, arguments.max_num_batched_tokens, arguments.max_num_seqs, arguments.max_decode_gap
     ):
         limits = SchedulerLimits(
             max_num_batched_tokens=budget,
@@ -207,6 +221,7 @@ def run(arguments: argparse.Namespace) -> None:
             num_kv_blocks=num_blocks,
             block_size=BLOCK_SIZE,
             enable_prefix_caching=not arguments.no_prefix_caching,
+            max_decode_gap=gap,
         )
         results.append(simulate(spec, limits, model))
         if sys.stderr.isatty():
@@ -226,20 +241,36 @@ def simulate(spec: TraceSpec, limits: SchedulerLimits, model: StepTimeModel) -> 
         "num_kv_blocks": limits.num_kv_blocks,
         "max_num_batched_tokens": limits.max_num_batched_tokens,
         "max_num_seqs": limits.max_num_seqs,
+        "max_decode_gap": limits.max_decode_gap,
         **simulation.figures(),
         "replay_s": round(time.process_time() - began, 2),
     }
 
 
 def render(results: list[dict[str, Any]]) -> str:
-    """The table: times in milliseconds as p50/p90/p99."""
-    header = ["K/V blocks", "budget", "seqs", "tokens/s", "busy", "TTFT ms", "TPOT ms", "preempted", "hits", "refused"]
+    """The table: times in milliseconds as p50/p90/p99, gaps between two tokens of a stream as p99/largest."""
+    header = [
+        "K/V blocks",
+        "budget",
+        "seqs",
+        "gap",
+        "tokens/s",
+        "busy",
+        "TTFT ms",
+        "TPOT ms",
+        "gap ms",
+        "preempted",
+        "hits",
+        "refused",
+    ]
     rows = []
     for result in results:
         ttft = "/".join(f"{result[f'ttft_p{q}_ms']:.0f}" for q in (50, 90, 99))
         tpot = "/".join(f"{result[f'tpot_p{q}_ms']:.1f}" for q in (50, 90, 99))
         settings = [result[name] for name in ("num_kv_blocks", "max_num_batched_tokens", "max_num_seqs")]
+        settings.append(f"{result['max_decode_gap']:g}")
+        gap = f"{result['gap_p99_ms']:.1f}/{result['gap_max_ms']:.1f}"
         speed = [f"{result['output_tokens_per_s']:.0f}", f"{result['busy_share']:.0%}"]
         rest = [result["preemptions"], f"{result['hit_rate']:.1%}", result["refused"]]
-        rows.append([*settings, *speed, ttft, tpot, *rest, f"{result['replay_s']:.1f}"])
+        rows.append([*settings, *speed, ttft, tpot, gap, *rest, f"{result['replay_s']:.1f}"])
     return table([*header, "replay CPU s"], rows)

@@ -124,3 +124,13 @@ def test_a_larger_cache_hits_more_and_preempts_less() -> None:
     assert small["hit_rate"] < large["hit_rate"]
     assert small["preemptions"] > large["preemptions"]
     assert small["ttft_p90_ms"] > large["ttft_p90_ms"]
+
+
+def test_a_bound_on_the_gap_between_tokens_shows() -> None:
+    """Every step takes its modelled time, which is what the scheduler learns its bound from."""
+    model = StepTimeModel(base=0.01, per_token=1e-4, per_decode_row=0, per_attended=0)
+    spec = dataclasses.replace(SPEC, rate=100)
+    free, bounded = (simulate(spec, limits(max_decode_gap=gap), model) for gap in (0, 3))
+    assert free["gap_max_ms"] > 50
+    assert bounded["gap_max_ms"] < 40
+    assert free["output_tokens"] == bounded["output_tokens"]
