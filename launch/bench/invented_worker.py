@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from nanoengine.channel import RankPort
+from nanoengine.channel import BlockCounts, RankPort
 from nanoengine.step import StepInput, StepOutput
 
 VOCAB_SIZE = 151_936
@@ -21,7 +21,7 @@ def invented_tokens(step: StepInput) -> list[list[int]]:
 
 def run_worker(port: RankPort) -> None:
     """Entry of a rank's process."""
-    if port.report_loaded(UNBOUNDED_BLOCKS, "none", "none") is None:
+    if port.report_loaded(BlockCounts(UNBOUNDED_BLOCKS), "none", "none") is None:
         return
     port.report_ready()
     for step in port.steps():
