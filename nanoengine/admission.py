@@ -25,6 +25,8 @@ class SchedulerLimits:
     max_model_len: int
     num_kv_blocks: int
     block_size: int
+    num_host_blocks: int = 0
+    preemption_mode: str = "recompute"
     eos_token_ids: frozenset[int] = frozenset()
     vocab_size: int = 2**63
     enable_prefix_caching: bool = True

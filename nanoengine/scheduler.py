@@ -2,7 +2,8 @@
 
 A step mixes decodes and prefill chunks. Decodes come first, then the prompts that are under way, then new ones, so
 a long prompt cannot stop a stream. When blocks run out, the running sequence that is last in the policy's order (the
-newest, under fcfs) is preempted: its blocks are freed and it is computed again later; the first always progresses.
+newest, under fcfs) is preempted: its blocks are freed, and it is computed again later, or swapped to the host and
+back where that is asked for and the host has room; the first always progresses.
 
 Two steps may be in flight, collected in order (`commit`): while the workers compute step k, step k + 1 is scheduled.
 A sequence that step k samples is given its next row before that token is known; the row says PREVIOUS_SAMPLE. A
@@ -55,12 +56,14 @@ class Scheduler:
         self.limits = limits
         self._clock = clock
         self.epoch = epoch
-        self.blocks = BlockManager(limits.num_kv_blocks, limits.block_size, limits.enable_prefix_caching)
+        self.blocks = BlockManager(
+            limits.num_kv_blocks, limits.block_size, limits.enable_prefix_caching, limits.num_host_blocks
+        )
         self._order = serving_order(limits.policy)
         self.waiting: list[Sequence] = []  # both in serving order
         self.running: list[Sequence] = []
         self.requests: dict[tuple[str, str], Request] = {}
-        self.num_preemptions = 0
+        self.num_preemptions = self.num_swaps = 0  # of all preemptions, those by swapping
         self._seq_ids = itertools.count(1)
         self._step_id = 0
         self.in_flight: deque[tuple[int, list[ScheduledRow]]] = deque()
@@ -109,8 +112,8 @@ class Scheduler:
                 # The journal was complete already; only the last word got lost.
                 self._finish(seq, self._stop_status(seq), start=seq.num_completion_tokens)
 
-    def _queue(self, seq: Sequence) -> None:
-        seq.status = SequenceStatus.WAITING
+    def _queue(self, seq: Sequence, status: SequenceStatus = SequenceStatus.WAITING) -> None:
+        seq.status = status
         bisect.insort(self.waiting, seq, key=self._order)
 
     def _replay(self, request: Request, journal: list[list[int]]) -> None:
@@ -246,12 +249,17 @@ class Scheduler:
 
     def _preempt(self, seq: Sequence) -> None:
         self.running.remove(seq)
-        self.blocks.free(seq)
-        seq.forget_computation()
         seq.num_preemptions += 1
         self.num_preemptions += 1
         self._dropped.append(seq.seq_id)
-        self._queue(seq)
+        if self.limits.preemption_mode == "swap" and self.blocks.swap_out(seq):
+            self.num_swaps += 1
+            seq.num_sent_blocks = None
+            self._queue(seq, SequenceStatus.SWAPPED)
+        else:
+            self.blocks.free(seq)
+            seq.forget_computation()
+            self._queue(seq)
 
     def _schedule_waiting(self, batch: _Batch) -> None:
         """Admit waiting sequences in order while budget, rows and blocks last.
@@ -270,7 +278,7 @@ class Scheduler:
             if self.blocks.is_coming(seq, len(hits)):
                 passed += 1
                 continue
-            uncomputed = seq.num_tokens - len(hits) * self.limits.block_size
+            uncomputed = seq.num_tokens - (seq.num_computed_tokens or len(hits) * self.limits.block_size)
             if uncomputed > batch.budget and not self.limits.enable_chunked_prefill:
                 break
             # All blocks of its tokens are taken at once: several half-prefilled prompts could block each other.
@@ -284,7 +292,8 @@ class Scheduler:
             self.waiting.remove(seq)
             self.blocks.allocate(seq, seq.num_tokens, hits)
             self.blocks.announce(seq)
-            self.blocks.count_query(seq, len(hits))
+            if seq.status is not SequenceStatus.SWAPPED:
+                self.blocks.count_query(seq, len(hits))
             if seq.num_preemptions == 0:
                 seq.num_cached_tokens = seq.num_computed_tokens
             if seq.request.first_scheduled_time is None:
@@ -384,10 +393,11 @@ class Scheduler:
 
     # -- recovery and checks ------------------------------------------------------------------------------------
 
-    def new_epoch(self, epoch: Epoch, num_kv_blocks: int) -> None:
+    def new_epoch(self, epoch: Epoch, num_kv_blocks: int, num_host_blocks: int = 0) -> None:
         """Start over with a fresh worker group: its cache is empty, so every sequence is computed again.
 
-        Steps in flight are forgotten, and so is every block hash: a hit on one would be a lie.
+        Steps in flight are forgotten, and so is every block hash, the host's too, whose memory went with the old
+        group: a hit on one would be a lie.
         """
         self.epoch = epoch
         self._step_id = 0
@@ -398,13 +408,13 @@ class Scheduler:
             self._queue(seq)
         self.running.clear()
         for seq in self.waiting:
+            seq.status = SequenceStatus.WAITING
             seq.block_table.clear()
+            seq.host_blocks.clear()
             seq.forget_computation()
             seq.num_pending_tokens = 0
-        self.limits = dataclasses.replace(self.limits, num_kv_blocks=num_kv_blocks)
-        counted = self.blocks.num_query_tokens, self.blocks.num_hit_tokens
-        self.blocks = BlockManager(num_kv_blocks, self.limits.block_size, self.limits.enable_prefix_caching)
-        self.blocks.num_query_tokens, self.blocks.num_hit_tokens = counted
+        self.limits = dataclasses.replace(self.limits, num_kv_blocks=num_kv_blocks, num_host_blocks=num_host_blocks)
+        self.blocks.reset(num_kv_blocks, num_host_blocks)
 
     def check_invariants(self) -> None:
         """Raise AssertionError unless queues, requests and blocks agree."""

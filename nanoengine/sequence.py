@@ -50,12 +50,14 @@ class Sequence:
     `num_pending_tokens` counts the tokens that steps in flight sample: they follow `token_ids`, their ids unknown.
     `num_sent_blocks` counts the entries of `block_table` that the workers know; None: they know nothing of this
     sequence, and its full state travels with its next row.
+    `host_blocks` holds what is computed of a swapped sequence, block by block, in the place of `block_table`.
     """
 
     __slots__ = (
         "block_hashes",
         "block_table",
         "error",
+        "host_blocks",
         "index",
         "logprobs",
         "num_cached_tokens",
@@ -84,6 +86,7 @@ class Sequence:
         self.num_sent_blocks: int | None = None
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []
+        self.host_blocks: list[int] = []
         self.status = SequenceStatus.WAITING
         self.stop_reason: int | None = None
         self.error: dict[str, Any] | None = None
