@@ -283,7 +283,7 @@ class Scheduler:
                 break
             # All blocks of its tokens are taken at once: several half-prefilled prompts could block each other.
             num_new = self.blocks.blocks_for(seq.num_tokens) - len(hits)
-            if not self.blocks.can_allocate(num_new, hits, self._watermark if self.running else 0):
+            if not self.blocks.can_allocate(num_new, hits, self._reserve(seq)):
                 if self.running:
                     break
                 # Every block is free and still it does not fit: a new worker group may have fewer than the last.
@@ -301,6 +301,16 @@ class Scheduler:
             seq.status = SequenceStatus.RUNNING
             bisect.insort(self.running, seq, key=self._order)
             batch.add(seq, min(seq.num_uncomputed_tokens, batch.budget))
+
+    def _reserve(self, seq: Sequence) -> int:
+        """How many blocks the admission of `seq` must leave free, so that what runs can grow a little.
+
+        One that had to give way comes back only when each that runs then can grow by a block: otherwise it might go
+        again at once, and its way back would have been for nothing.
+        """
+        if not self.running:
+            return 0
+        return max(self._watermark, len(self.running) + 1) if seq.num_preemptions else self._watermark
 
     def _row(self, seq: Sequence, num_tokens: int) -> SequenceState:
         """The row of `seq`: its full state when the workers know nothing of it, else what is new."""
