@@ -48,7 +48,8 @@ class Worker:
     def load(self) -> BlockCounts:
         """Load this rank's share of the model; returns how many K/V blocks would fit."""
         self.runner.load_model()
-        return BlockCounts(self.runner.max_kv_blocks(), self.runner.max_host_blocks())
+        host = self.runner.max_host_blocks()  # first: a swap space that cannot be would leave no room for a cache, too
+        return BlockCounts(self.runner.max_kv_blocks(), host)
 
     def allocate(self, num_blocks: BlockCounts) -> None:
         """Make the K/V cache and run one step of each kind that needs it before the first request."""
