@@ -8,6 +8,9 @@ A full block's hash covers its tokens and, through its parent's hash, everything
 is published only after the step that filled the block has returned, so no sequence can hit what is not computed yet.
 Until then the hash is announced: a sequence that needs the same block may wait for it instead of computing it too.
 
+A forked sequence shares its parent's blocks, the last of them perhaps partly filled (a shared tail). Whoever is about
+to write into a block that is not its own alone copies it first; prefix hits are full blocks and never written.
+
 Below the device's blocks lies the host tier (`host_pool.py`), where there is swap space: a cached block that is taken
 for something else is copied there first, and a prefix hit in it is copied back. A sequence that gives way may be
 swapped out there as well. The workers perform the copies in order, before they compute the step that they come with;
@@ -25,7 +28,7 @@ from hashlib import blake2b
 
 from nanoengine.host_pool import HostPool
 from nanoengine.sequence import Sequence
-from nanoengine.step import DEVICE_TO_HOST, HOST_TO_DEVICE, BlockCopy
+from nanoengine.step import DEVICE_TO_DEVICE, DEVICE_TO_HOST, HOST_TO_DEVICE, BlockCopy
 
 # Among prefix hits: the content is on the host, and needs a block of the device to be copied to.
 ON_HOST = -1
@@ -61,6 +64,8 @@ class BlockManager:
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._announced: dict[bytes, Sequence] = {}  # who computes it
         self._copies: list[BlockCopy] = []
+        # Sequences that may be about to write into a block that is not theirs alone; looked up, never iterated over.
+        self.tail_sharers: set[Sequence] = set()
 
     def take_copies(self) -> list[BlockCopy]:
         """The copies that every rank has to perform before it computes the next step, in order."""
@@ -80,6 +85,18 @@ class BlockManager:
     def blocks_for(self, num_tokens: int) -> int:
         """How many blocks hold `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
+
+    def _must_copy(self, seq: Sequence) -> bool:
+        """Whether the next token of `seq` goes into a block that others share, or that is published."""
+        index, offset = divmod(seq.num_computed_tokens, self.block_size)
+        if not offset or index >= len(seq.block_table):
+            return False  # it opens a new block
+        block = seq.block_table[index]
+        return self._ref_counts[block] > 1 or self._hash_of[block] is not None
+
+    def num_new_blocks(self, seq: Sequence, num_tokens: int) -> int:
+        """How many blocks `allocate` would take for `seq` to hold `num_tokens`, a copied one included."""
+        return max(0, self.blocks_for(num_tokens) - len(seq.block_table)) + self._must_copy(seq)
 
     def match_prefix(self, seq: Sequence) -> list[int]:
         """The blocks that already hold a prefix of `seq`, from its first on, or ON_HOST; takes nothing yet.
@@ -134,7 +151,7 @@ class BlockManager:
     def allocate(self, seq: Sequence, num_tokens: int, hits: Iterable[int] = ()) -> None:
         """Give `seq` the `hits` (for a sequence without blocks), then new blocks until it can hold `num_tokens`.
 
-        `can_allocate` comes first; what it granted cannot fail here.
+        A tail that it shares becomes its own by a copy. `can_allocate` comes first; what it granted cannot fail here.
         """
         hits = list(hits)
         if hits:
@@ -145,8 +162,45 @@ class BlockManager:
                 if block != ON_HOST:
                     self._take(block)
             seq.block_table.extend(self._copied_back(seq, hits) if ON_HOST in hits or seq.host_blocks else hits)
+        elif seq in self.tail_sharers:
+            if self._must_copy(seq):
+                self._copy_tail(seq)
+            self.tail_sharers.discard(seq)
         for _ in range(self.blocks_for(num_tokens) - len(seq.block_table)):
             seq.block_table.append(self._new_block())
+
+    def fork(self, parent: Sequence, child: Sequence, num_tokens: int | None = None) -> None:
+        """Let `child` share the blocks of the first `num_tokens` tokens of `parent`, by default all it has computed.
+
+        The tokens are the same in both, and the child holds no blocks yet (those that `Sequence.fork` listed are the
+        parent's still). Takes no block and copies nothing, so it cannot fail: a partly filled last block is copied
+        by `allocate` when one of them is about to write into it. A step in flight may still be computing the
+        parent's tokens, since copies are performed in the order of the steps.
+        """
+        num_tokens = parent.num_computed_tokens if num_tokens is None else num_tokens
+        assert num_tokens <= parent.num_computed_tokens, f"{parent} has not computed {num_tokens} tokens to share"
+        assert child.num_sent_blocks is None, f"{child} runs already"
+        assert not parent.host_blocks, f"{parent} is swapped out: its blocks are not on the device"
+        num_full, rest = divmod(num_tokens, self.block_size)
+        child.block_table = parent.block_table[: num_full + (rest > 0)]
+        for block in child.block_table:
+            self._ref_counts[block] += 1
+        if rest:
+            self.tail_sharers.update((parent, child))
+        child.num_computed_tokens = num_tokens
+        if len(child.block_hashes) < num_full:
+            child.block_hashes = parent.block_hashes[:num_full]
+
+    def _copy_tail(self, seq: Sequence) -> None:
+        """Replace the block that `seq` writes next by a copy of its own."""
+        assert not seq.num_pending_tokens, f"{seq} is scheduled ahead and shares a block that it writes"
+        index = seq.num_computed_tokens // self.block_size
+        shared, own = seq.block_table[index], self._new_block()
+        self._copies.append((DEVICE_TO_DEVICE, shared, own))
+        seq.block_table[index] = own
+        self._release(shared)
+        # The workers only ever append to a table that they know: the whole of it travels with the next row.
+        seq.num_sent_blocks = None
 
     def _copied_back(self, seq: Sequence, hits: list[int]) -> list[int]:
         """The hits, with blocks of the device for those on the host. What `seq` held there, it lets go of."""
@@ -180,16 +234,19 @@ class BlockManager:
         knows already by its hash is not copied.
         """
         table = seq.block_table[: self.blocks_for(seq.num_computed_tokens)]
-        known = [self.host.find(self._hash_of[block]) for block in table]
+        hashes = [self._hash_of[block] for block in table]
+        if seq.num_computed_tokens % self.block_size:
+            hashes[-1] = None  # what it shares there of another's full block, it will write behind
+        known = [self.host.find(block_hash) for block_hash in hashes]
         if not table or not self.host.can_hold(known.count(None), [block for block in known if block is not None]):
             return False
         for host_block in known:
             if host_block is not None:
                 self.host.hold(host_block)
         host_blocks = []
-        for block, host_block in zip(table, known, strict=True):
+        for block, block_hash, host_block in zip(table, hashes, known, strict=True):
             if host_block is None:
-                host_block = self.host.hold_new(self._hash_of[block])
+                host_block = self.host.hold_new(block_hash)
                 self._copy_out(block, host_block)
             host_blocks.append(host_block)
         self.free(seq)
@@ -212,15 +269,20 @@ class BlockManager:
         for block_hash in seq.block_hashes:
             self._withdraw(seq, block_hash)
         for block in reversed(seq.block_table):
-            self._ref_counts[block] -= 1
-            assert self._ref_counts[block] >= 0, f"block {block} of {seq} was freed twice"
-            if self._ref_counts[block]:
-                continue
-            if self._hash_of[block] is None:
-                self._free.append(block)
-            else:
-                self._cached[block] = None
+            self._release(block)
         seq.block_table.clear()
+        self.tail_sharers.discard(seq)
+
+    def _release(self, block: int) -> None:
+        """Count one holder less; without any, the block is cached or free."""
+        self._ref_counts[block] -= 1
+        assert self._ref_counts[block] >= 0, f"block {block} was freed twice"
+        if self._ref_counts[block]:
+            return
+        if self._hash_of[block] is None:
+            self._free.append(block)
+        else:
+            self._cached[block] = None
 
     def publish(self, seq: Sequence, start: int, end: int) -> None:
         """Make the blocks of `seq` that the tokens from `start` to `end` filled up available to prefix hits.
@@ -292,6 +354,8 @@ class BlockManager:
             assert len(set(seq.block_table)) == len(seq.block_table), f"{seq} holds a block twice"
             for block in seq.block_table:
                 held[block] += 1
+            assert not self._must_copy(seq) or seq in self.tail_sharers, f"{seq} would write into a shared block"
+        assert self.tail_sharers <= set(live), "a sequence that ended shares a block"
         assert held == self._ref_counts, "reference counts differ from what the sequences hold"
         free, cached = set(self._free), set(self._cached)
         assert len(free) == len(self._free), "a block is free twice"

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from nanoengine.sequence import SequenceStatus
 from nanoengine.step import DEVICE_TO_HOST, HOST_TO_DEVICE, Epoch
-from tests.nanoengine.scheduler_driver import Driver, expected_output
+from tests.nanoengine.scheduler_driver import Driver, expected_output, output_name
 from tests.nanoengine.test_scheduler import prompt_of
 
 both_modes = pytest.mark.parametrize("async_scheduling", [False, True])
@@ -197,24 +197,46 @@ def test_many_growing_sequences_do_not_thrash_and_the_oldest_progresses(
         assert computed_tokens(driver) == number * (length + max_tokens - 1)
 
 
+@both_modes
+@pytest.mark.parametrize("caching", [True, False])
+def test_forked_sequences_are_swapped_and_share_their_prompt_on_the_host(async_scheduling: bool, caching: bool) -> None:
+    driver = swapping(async_scheduling, 20, 64, enable_prefix_caching=caching)
+    prompt, n, max_tokens = prompt_of(27), 5, 24
+    driver.add("a", prompt, n=n, max_tokens=max_tokens)
+    most_held = 0
+    while driver.scheduler.has_work:
+        driver.step()
+        swapped = [seq for seq in driver.scheduler.waiting if seq.status is SequenceStatus.SWAPPED]
+        held = {block for seq in swapped for block in seq.host_blocks}
+        if len(swapped) > 1:
+            most_held = max(most_held, len(held) / sum(len(seq.host_blocks) for seq in swapped))
+    driver.run()
+    for index in range(n):
+        assert driver.tokens[output_name("a", index)] == expected_output(prompt, max_tokens, index)
+    assert driver.scheduler.num_swaps == driver.scheduler.num_preemptions > 1
+    assert (most_held < 1) == caching, "the full blocks of a common prompt are known by their hash"
+    assert computed_tokens(driver) == 26 + n * max_tokens
+
+
 @settings(max_examples=120, deadline=None)
 @given(
     st.lists(
         st.one_of(
-            st.tuples(st.just("add"), st.integers(1, 40), st.integers(0, 2), st.integers(1, 30), st.integers(0, 20)),
-            st.tuples(st.just("abort"), st.integers(0, 30)),
-            st.tuples(st.just("step"), st.integers(1, 6)),
+            st.tuples(st.just("add"), st.integers(1, 40), st.integers(0, 2), st.integers(1, 30), st.integers(1, 4)),
+            st.tuples(st.just("abort"), st.integers(0, 30), st.sampled_from([None, 0, 1])),
+            st.tuples(st.just("step"), st.integers(1, 12)),
             st.tuples(st.just("reset")),
             st.tuples(st.just("epoch")),
         ),
-        max_size=60,
+        min_size=5,
+        max_size=50,
     ),
-    st.sampled_from([3, 8, 64]),
-    st.sampled_from([12, 20]),
-    st.sampled_from([1, 4, 16, 64]),
-    st.sampled_from([4, 5]),
+    st.sampled_from([8, 64]),
+    st.sampled_from([10, 14]),
+    st.sampled_from([4, 16, 64]),
+    st.sampled_from([3, 4]),
     st.booleans(),
-    st.sampled_from(["swap", "recompute"]),
+    st.sampled_from(["swap", "swap", "recompute"]),
     st.booleans(),
 )
 def test_random_operations_on_two_tiers_keep_the_invariants_and_the_tokens(
@@ -238,17 +260,20 @@ def test_random_operations_on_two_tiers_keep_the_invariants_and_the_tokens(
         max_num_seqs=5,
     )
     asked: dict[str, tuple[list[int], list[int]]] = {}
-    group = 1
+    num_requests, group = 0, 1
     for operation in operations:
         match operation:
-            case ("add", length, salt, max_tokens, stop_at):
-                name, prompt = f"r{len(asked)}", prompt_of(length, salt)
-                want = expected_output(prompt, max_tokens)
-                stops = want[stop_at : stop_at + 1]  # a stop token that nobody knows ahead, or none
-                asked[name] = (prompt, want[: want.index(stops[0]) + 1] if stops else want)
-                driver.add(name, prompt, max_tokens=max_tokens, stop_token_ids=stops)
-            case ("abort", number):
-                driver.abort(f"r{number}")
+            case ("add", length, salt, max_tokens, n):
+                prompt = prompt_of(length, salt)
+                outputs = [expected_output(prompt, max_tokens, index) for index in range(n)]
+                stops = outputs[0][2:3]  # a stop token that nobody knows ahead, or none
+                for index, output in enumerate(outputs):
+                    end = output.index(stops[0]) + 1 if stops and stops[0] in output else len(output)
+                    asked[output_name(f"r{num_requests}", index)] = (prompt, output[:end])
+                driver.add(f"r{num_requests}", prompt, max_tokens=max_tokens, n=n, stop_token_ids=stops)
+                num_requests += 1
+            case ("abort", number, index):
+                driver.abort(f"r{number}", index=index)
             case ("step", count):
                 for _ in range(count):
                     driver.step()
