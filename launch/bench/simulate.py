@@ -211,6 +211,8 @@ def run(arguments: argparse.Namespace) -> None:
     spec = TraceSpec(num_requests=arguments.requests, **{name: getattr(arguments, name) for name in names})
     if min(spec.num_requests, spec.prompt_median, spec.output_median, spec.num_prefixes) < 1 or spec.rate <= 0:
         raise SystemExit("--requests, --rate, the medians and --num-prefixes must be greater than 0")
+    if "swap" in arguments.preemption_mode and not all(arguments.num_host_blocks):
+        raise SystemExit("--preemption-mode swap needs --num-host-blocks greater than 0")
     model = StepTimeModel(*(getattr(arguments, f"step_{f.name}") for f in dataclasses.fields(StepTimeModel)))
     results = []
     for num_blocks, budget, num_seqs, num_host_blocks, preemption_mode in itertools.product(
