@@ -113,8 +113,8 @@ class Scheduler:
                 # The journal was complete already; only the last word got lost.
                 self._finish(seq, self._stop_status(seq), start=seq.num_completion_tokens)
 
-    def _queue(self, seq: Sequence, status: SequenceStatus = SequenceStatus.WAITING) -> None:
-        seq.status = status
+    def _queue(self, seq: Sequence) -> None:
+        seq.status = SequenceStatus.SWAPPED if seq.host_blocks else SequenceStatus.WAITING
         bisect.insort(self.waiting, seq, key=self._order)
 
     def _replay(self, request: Request, journal: list[list[int]]) -> None:
@@ -254,14 +254,13 @@ class Scheduler:
         seq.num_preemptions += 1
         self.num_preemptions += 1
         self._dropped.append(seq.seq_id)
+        seq.num_sent_blocks = None
         if self.limits.preemption_mode == "swap" and self.blocks.swap_out(seq):
             self.num_swaps += 1
-            seq.num_sent_blocks = None
-            self._queue(seq, SequenceStatus.SWAPPED)
         else:
             self.blocks.free(seq)
             seq.forget_computation()
-            self._queue(seq)
+        self._queue(seq)
 
     def _schedule_waiting(self, batch: _Batch) -> None:
         """Admit waiting sequences in order while budget, rows and blocks last.
