@@ -425,7 +425,8 @@ class Scheduler:
             self._queue(seq)
         self.running.clear()
         for seq in self.waiting:
-            seq.status = SequenceStatus.WAITING
+            if seq.status is SequenceStatus.SWAPPED:
+                seq.status = SequenceStatus.WAITING
             seq.block_table.clear()
             seq.host_blocks.clear()
             seq.forget_computation()
