@@ -21,6 +21,10 @@ class Start(NamedTuple):
     hits: list[int]
     parent: Sequence | None = None
 
+    def num_new_blocks(self, seq: Sequence, blocks: BlockManager) -> int:
+        """How many blocks `seq` needs beside the hits, or beside the full ones of its parent."""
+        return blocks.blocks_for(seq.num_tokens) - (len(self.hits) or self.num_tokens // blocks.block_size)
+
 
 def find_start(seq: Sequence, blocks: BlockManager) -> Start | None:
     """Where the waiting `seq` starts; None when a running sequence is computing just now what it needs."""
