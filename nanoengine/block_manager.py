@@ -66,12 +66,12 @@ class BlockManager:
     def match_prefix(self, seq: Sequence) -> list[int]:
         """The blocks that already hold a prefix of `seq`, from its first on; takes nothing yet.
 
-        At least the last token is left to compute, since its logits are wanted.
+        What has an output to give is left to compute, at least the last token, since its logits are wanted.
         """
         if not self.enable_prefix_caching:
             return []
         hits: list[int] = []
-        for block_hash in self._hashes(seq, (seq.num_tokens - 1) // self.block_size):
+        for block_hash in self._hashes(seq, seq.num_hittable_tokens // self.block_size):
             block = self._block_of.get(block_hash)
             if block is None:
                 break
@@ -80,7 +80,7 @@ class BlockManager:
 
     def is_coming(self, seq: Sequence, num_hits: int) -> bool:
         """Whether another sequence is computing the block of `seq` that follows its hits."""
-        if not self.enable_prefix_caching or num_hits >= (seq.num_tokens - 1) // self.block_size:
+        if not self.enable_prefix_caching or num_hits >= seq.num_hittable_tokens // self.block_size:
             return False
         return self._hashes(seq, num_hits + 1)[num_hits] in self._announced
 

@@ -12,6 +12,7 @@ from typing import Any
 import msgpack
 
 from configs.errors import ChannelError
+from nanoengine.step import PromptLogprobs
 
 MAX_MESSAGE_BYTES = 256 * 2**20
 
@@ -30,7 +31,8 @@ class AddRequest:
     `journal[i]` holds the tokens already journalled for sequence `i`: after a restart they are computed again as
     if they had just been sampled, and the answer goes on behind them. `seed` was drawn by the front end.
     `params` is `SamplingParams.to_dict()`. Only requests of the same `cache_salt` share cached prefixes.
-    `timeout` seconds after its arrival the request ends with an error, complete or not.
+    `timeout` seconds after its arrival the request ends with an error, complete or not. `num_prompt_logprobs` entries
+    of the prompt's log-probabilities are journalled already.
     """
 
     client_id: str
@@ -43,6 +45,7 @@ class AddRequest:
     journal: list[list[int]]
     cache_salt: str = ""
     timeout: float | None = None
+    num_prompt_logprobs: int = 0
 
 
 @dataclasses.dataclass(slots=True)
@@ -79,7 +82,8 @@ class TokenDelta:
     `finish_reason` is stop, length, abort or error with the last delta, else None; `stop_reason` is the stop
     token id that matched, if one did (never eos). `error` is `configs.errors.to_wire` of what failed.
     `metrics` comes with the last delta: seconds and counts, see `outputs.RequestMetrics`. `logprobs`, where they are
-    asked for, holds a `step.TokenLogprobs` for each of `token_ids`.
+    asked for, holds a `step.TokenLogprobs` for each of `token_ids`. `prompt_logprobs` holds further entries of the
+    prompt's, which come before the first token; their positions are accepted and asked for again like those of tokens.
     """
 
     request_id: str
@@ -91,6 +95,7 @@ class TokenDelta:
     error: dict[str, Any] | None = None
     metrics: dict[str, float] | None = None
     logprobs: list[Any] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 @dataclasses.dataclass(slots=True)
@@ -139,6 +144,13 @@ def encode(message: Message) -> bytes:
     return frame
 
 
+def _delta(fields: list[Any]) -> TokenDelta:
+    delta = TokenDelta(*fields)
+    if delta.prompt_logprobs is not None:
+        delta.prompt_logprobs = PromptLogprobs.checked(delta.prompt_logprobs)
+    return delta
+
+
 def decode(frame: bytes) -> Message:
     """Unpack a message; raises ChannelError when it is malformed or of an unknown tag."""
     if len(frame) > MAX_MESSAGE_BYTES:
@@ -147,7 +159,7 @@ def decode(frame: bytes) -> Message:
         tag, *values = msgpack.unpackb(frame)
         kind = _TAGS[tag]
         if kind is Deltas:
-            values[1] = [TokenDelta(*delta) for delta in values[1]]
+            values[1] = [_delta(fields) for fields in values[1]]
         message: Message = kind(*values)
         return message
     except (ValueError, TypeError, KeyError, IndexError, msgpack.UnpackException) as error:

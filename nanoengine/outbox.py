@@ -8,6 +8,7 @@ from typing import NamedTuple
 from configs.errors import RequestError, to_wire
 from nanoengine.messages import AddRequest, TokenDelta
 from nanoengine.sequence import Sequence
+from nanoengine.step import PromptLogprobs
 
 
 class ClientDelta(NamedTuple):
@@ -42,6 +43,12 @@ class Outbox:
             delta.finish_reason = seq.status.finish_reason
             delta.stop_reason, delta.error, delta.metrics = seq.stop_reason, seq.error, self._metrics(seq)
         self._deltas.append(ClientDelta(seq.request.client_id, delta))
+
+    def emit_prompt(self, seq: Sequence, chunk: PromptLogprobs | None) -> None:
+        """Queue log-probabilities of the prompt of `seq`, if there are any."""
+        if chunk is not None:
+            delta = TokenDelta(seq.request.request_id, seq.index, seq.num_completion_tokens, [], prompt_logprobs=chunk)
+            self._deltas.append(ClientDelta(seq.request.client_id, delta))
 
     def _metrics(self, seq: Sequence) -> dict[str, float]:
         request = seq.request

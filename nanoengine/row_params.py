@@ -23,7 +23,7 @@ def row_params(seq: Sequence) -> RowParams:
 
 def row_extras(seq: Sequence, eos_token_ids: frozenset[int]) -> RowExtras | None:
     """What else changes its logits; None, which costs nothing, for a sequence that asks for none of it."""
-    params = seq.request.sampling_params
+    params, log = seq.request.sampling_params, seq.prompt_log
     stops: tuple[int, ...] = ()
     if params.min_tokens:
         stops = tuple(sorted({*eos_token_ids, *(params.stop_token_ids or ())}))
@@ -38,4 +38,7 @@ def row_extras(seq: Sequence, eos_token_ids: frozenset[int]) -> RowExtras | None
         stop_token_ids=stops,
         num_logprobs=-1 if params.logprobs is None else params.logprobs,
     )
+    if log is not None and not log.is_complete:
+        assert params.prompt_logprobs is not None
+        extras = extras._replace(num_prompt_logprobs=params.prompt_logprobs, first_prompt_logprob=log.end)
     return None if extras == _NO_EXTRAS else extras

@@ -8,9 +8,10 @@ knows neither the channel that carries them nor the tensors that are made of the
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import pickle
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from configs.errors import ChannelError
@@ -76,12 +77,74 @@ def _split(flat: list[int], counts: list[int]) -> list[list[int]]:
 TokenLogprobs: TypeAlias = "tuple[list[int], list[float], int]"
 
 
+class PromptLogprobs(NamedTuple):
+    """Log-probabilities of consecutive tokens of a prompt, packed, since nobody on their way looks at a single one.
+
+    Entry k tells of the token at position k + 1, from the logits at position k: the first token has none, so a
+    prompt of p tokens has p - 1 entries. The numbers are in the machine's own byte order, which they never leave.
+
+    Attributes:
+        start: number of the first entry.
+        width: token ids an entry, at least 1.
+        token_ids: (num_entries, width) int32: the prompt's own token, then the likeliest in their order.
+        values: (num_entries, width) float32, the log-probability of each.
+        ranks: (num_entries,) int32, of the prompt's own token; 1 is the likeliest.
+    """
+
+    start: int
+    width: int
+    token_ids: bytes
+    values: bytes
+    ranks: bytes
+
+    @property
+    def end(self) -> int:
+        """Number of the entry that follows the last."""
+        return self.start + len(self.ranks) // 4
+
+    def since(self, entry: int) -> PromptLogprobs:
+        """The entries from number `entry` on."""
+        skip = 4 * max(0, entry - self.start)
+        first = min(max(entry, self.start), self.end)
+        wide = skip * self.width
+        return PromptLogprobs(first, self.width, self.token_ids[wide:], self.values[wide:], self.ranks[skip:])
+
+    def joined(self, *later: PromptLogprobs) -> PromptLogprobs:
+        """These entries and the ones that follow them."""
+        chunks = (self, *later)
+        for one, other in itertools.pairwise(chunks):
+            assert (one.end, one.width) == (other.start, other.width), "entries that do not follow each other"
+        columns = (b"".join(column) for column in zip(*(chunk[2:] for chunk in chunks), strict=True))
+        return PromptLogprobs(self.start, self.width, *columns)
+
+    def entries(self) -> Iterator[TokenLogprobs]:
+        """One after the other."""
+        token_ids, values = array("i", self.token_ids), array("f", self.values)
+        for place, rank in enumerate(array("i", self.ranks)):
+            part = slice(place * self.width, (place + 1) * self.width)
+            yield token_ids[part].tolist(), values[part].tolist(), rank
+
+    @classmethod
+    def checked(cls, fields: Any) -> PromptLogprobs:
+        """Rebuild from what came over a wire. Raises ValueError or TypeError unless the columns fit together."""
+        made = cls(*fields)
+        if (
+            made.width < 1
+            or len(made.ranks) % 4
+            or not (len(made.token_ids) == len(made.values) == made.width * len(made.ranks))
+        ):
+            raise ValueError("columns of prompt log-probabilities do not fit together")
+        return made
+
+
 class RowExtras(NamedTuple):
     """What changes a row's logits before temperature, and what is told of them; None for a row without any of it.
 
     Primitives only. `allowed_token_ids` empty allows all; `stop_token_ids` (eos among them) are masked while fewer
     than `min_tokens` tokens are generated; each of `bad_words` is a sequence of ids whose last is masked where the
     others were just generated. `num_logprobs` of the likeliest tokens' log-probabilities are told, none if it is -1.
+    The same goes for `num_prompt_logprobs` and the prompt's tokens, from entry `first_prompt_logprob` on (see
+    `PromptLogprobs`); the entries before it were told already.
     """
 
     presence_penalty: float = 0.0
@@ -93,11 +156,26 @@ class RowExtras(NamedTuple):
     min_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
     num_logprobs: int = -1
+    num_prompt_logprobs: int = -1
+    first_prompt_logprob: int = 0
 
     @property
     def looks_back(self) -> bool:
-        """Whether the row's tokens so far matter: they travel with its state then, cached ones included."""
+        """Whether what is sampled depends on the row's tokens so far, cached ones included."""
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0 or self.bad_words)
+
+    @property
+    def needs_past(self) -> bool:
+        """Whether the row's tokens so far travel with its state.
+
+        They do for the prompt's log-probabilities too: the last position of a chunk predicts the next chunk's first.
+        """
+        return self.looks_back or self.num_prompt_logprobs >= 0
+
+    @property
+    def concerns_sampling(self) -> bool:
+        """Whether there is anything but the prompt's log-probabilities."""
+        return self._replace(num_prompt_logprobs=-1, first_prompt_logprob=0) != RowExtras()
 
 
 @dataclasses.dataclass(slots=True)
@@ -116,7 +194,7 @@ class SequenceState:
         num_prompt_tokens: length of the prompt; together with `params` only.
         params: sent when the row is new to the workers or resumed: the row's state starts afresh. Else None.
         extras: together with `params` only, for a row that has any.
-        past_token_ids: prompt and output so far, together with `extras` that look back.
+        past_token_ids: prompt and output so far, together with `extras` that need them.
     """
 
     seq_id: int
@@ -221,6 +299,7 @@ class StepOutput:
         token_ids: one list a row; empty for a row that did not sample, several under speculation.
         compute_seconds: wall time of the step on rank 0.
         logprobs: for each row (by its number) that asked for them, one entry a sampled token.
+        prompt_logprobs: for each row (by its number) that asked for them, what this step told of its prompt.
     """
 
     epoch: Epoch
@@ -229,26 +308,31 @@ class StepOutput:
     token_ids: list[list[int]]
     compute_seconds: float = 0.0
     logprobs: dict[int, list[TokenLogprobs]] = dataclasses.field(default_factory=dict)
+    prompt_logprobs: dict[int, PromptLogprobs] = dataclasses.field(default_factory=dict)
 
     def pack(self) -> bytes:
         """Columnar pickle of primitives."""
         counts = _pack_ints([len(ids) for ids in self.token_ids])
         flat = _pack_ints([token for ids in self.token_ids for token in ids])
         seq_ids = _pack_ints(self.seq_ids)
-        columns = (tuple(self.epoch), self.step_id, seq_ids, counts, flat, self.compute_seconds, self.logprobs)
+        told = {row: tuple(chunk) for row, chunk in self.prompt_logprobs.items()}
+        columns = (tuple(self.epoch), self.step_id, seq_ids, counts, flat, self.compute_seconds, self.logprobs, told)
         return pickle.dumps(columns, protocol=5)
 
     @classmethod
     def unpack(cls, columns: Any) -> StepOutput:
         """Rebuild from what the channel's restricted unpickler read. Raises ChannelError when malformed."""
         try:
-            epoch, step_id, packed_seq_ids, counts, flat, seconds, logprobs = columns
+            epoch, step_id, packed_seq_ids, counts, flat, seconds, logprobs, told = columns
             seq_ids = _unpack_ints(packed_seq_ids)
             token_ids = _split(_unpack_ints(flat), _unpack_ints(counts))
             if len(token_ids) != len(seq_ids):
                 raise ValueError("columns of different lengths")
             if any(len(entries) != len(token_ids[row]) for row, entries in logprobs.items()):
                 raise ValueError("a sampled token lacks its log-probabilities")
-            return cls(Epoch(*epoch), step_id, seq_ids, token_ids, seconds, logprobs)
+            prompt_logprobs = {row: PromptLogprobs.checked(fields) for row, fields in told.items()}
+            if not all(0 <= row < len(seq_ids) for row in prompt_logprobs):
+                raise ValueError("prompt log-probabilities of no row")
+            return cls(Epoch(*epoch), step_id, seq_ids, token_ids, seconds, logprobs, prompt_logprobs)
         except (TypeError, ValueError, IndexError, AttributeError) as error:
             raise ChannelError(f"malformed step output: {error}") from error

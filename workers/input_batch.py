@@ -14,9 +14,10 @@ import numpy.typing as npt
 import torch
 
 from configs.errors import EngineError
-from nanoengine.step import PREVIOUS_SAMPLE, RowParams, SequenceState, StepInput
+from nanoengine.step import PREVIOUS_SAMPLE, PromptLogprobs, RowParams, SequenceState, StepInput
 from workers.forward_context import AttentionMetadata
 from workers.logits_processors import RowProcessor
+from workers.prompt_logprobs import PromptRows, PromptSpan
 from workers.sampler import SamplingRows
 
 Int64Array = npt.NDArray[np.int64]
@@ -47,6 +48,8 @@ class Batch:
         sampling: their parameters.
         previous: (token, seq_id) of each token that the step before sampled, in the order of the rows.
         processors: (row of the logits, position of the sampled token, processor) of the rows that have extras.
+        prompt_spans: tokens whose logits are told of, of prompts that ask for it.
+        prompt_logprobs: what came of them, by row of the step; rank 0 only.
     """
 
     seq_ids: list[int]
@@ -58,6 +61,8 @@ class Batch:
     sampling: SamplingRows
     previous: list[tuple[int, int]]
     processors: list[tuple[int, int, RowProcessor]]
+    prompt_spans: list[PromptSpan]
+    prompt_logprobs: dict[int, PromptLogprobs] = dataclasses.field(default_factory=dict)
 
 
 class InputBatch:
@@ -88,6 +93,7 @@ class InputBatch:
         self._device = device
         self._samples = samples
         self._rows: dict[int, _Row] = {}
+        self._prompts = PromptRows()
         self._block_tables = np.zeros((8, -(-max_model_len // block_size)), dtype=np.int64)
         self._free_slots = list(range(len(self._block_tables)))
 
@@ -113,6 +119,7 @@ class InputBatch:
 
     def _drop(self, seq_id: int) -> None:
         row = self._rows.pop(seq_id, None)
+        self._prompts.drop(seq_id)
         if row is not None:
             self._free_slots.append(row.slot)
 
@@ -123,6 +130,7 @@ class InputBatch:
             row = self._rows[state.seq_id] = _Row(
                 slot, 0, state.num_computed_tokens, state.params, self._make_processor(state)
             )
+            self._prompts.begin(state)
         elif row is None:
             raise EngineError(f"sequence {state.seq_id} is unknown to the worker and came without parameters")
         elif row.num_computed_tokens != state.num_computed_tokens:
@@ -142,7 +150,7 @@ class InputBatch:
             )
 
     def _make_processor(self, state: SequenceState) -> RowProcessor | None:
-        if state.extras is None or not self._samples:
+        if state.extras is None or not self._samples or not state.extras.concerns_sampling:
             return None
         if state.extras.looks_back and len(state.past_token_ids) < state.num_computed_tokens + len(state.token_ids):
             raise EngineError(f"sequence {state.seq_id} came with parameters that look at its past, and without it")
@@ -233,6 +241,7 @@ class InputBatch:
                 for number, i in enumerate(sampled)
                 if (processor := rows[i].processor) is not None
             ],
+            prompt_spans=self._prompts.spans(states),
         )
 
     def _to_device(self, *arrays: Int64Array) -> list[torch.Tensor]:

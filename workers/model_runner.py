@@ -25,6 +25,7 @@ from workers.logprobs import log_probabilities, token_logprobs
 from workers.model_loader import ModelLoader, resolve_dtype
 from workers.models.decoder import Decoder
 from workers.parallel import Communicator
+from workers.prompt_logprobs import tell_prompts
 from workers.sampler import sample
 
 logger = logging.getLogger(__name__)
@@ -136,7 +137,8 @@ class ModelRunner:
                 token_ids[row] = [token]
                 self._previous[batch.seq_ids[row]] = token
         seq_ids = [state.seq_id for state in step.rows]
-        return StepOutput(step.epoch, step.step_id, seq_ids, token_ids, time.perf_counter() - began, logprobs)
+        told = {} if batch is None else batch.prompt_logprobs
+        return StepOutput(step.epoch, step.step_id, seq_ids, token_ids, time.perf_counter() - began, logprobs, told)
 
     @torch.inference_mode()
     def compute_logits(self, step: StepInput) -> tuple[Batch | None, torch.Tensor | None]:
@@ -158,6 +160,9 @@ class ModelRunner:
     def _forward(self, batch: Batch, kv_caches: list[torch.Tensor]) -> torch.Tensor | None:
         with forward_context(ForwardContext(batch.metadata, kv_caches)):
             hidden = self.model(batch.input_ids, batch.positions)  # (num_tokens, hidden_size)
+        if batch.prompt_spans:
+            vocab_size = self._config.resolved_checkpoint.vocab_size
+            batch.prompt_logprobs = tell_prompts(self.model.compute_logits, hidden, batch.prompt_spans, vocab_size)
         if not batch.sampled:
             return None
         logits: torch.Tensor | None = self.model.compute_logits(hidden.index_select(0, batch.logits_rows))
