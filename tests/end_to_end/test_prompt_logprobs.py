@@ -1,4 +1,4 @@
-"""Log-probabilities of prompts through the whole engine: transformers' values, and the same bits whatever the schedule."""
+"""Log-probabilities of prompts by the whole engine: transformers' values, of the same bits whatever the schedule."""
 
 from __future__ import annotations
 
