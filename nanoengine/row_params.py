@@ -38,7 +38,9 @@ def row_extras(seq: Sequence, eos_token_ids: frozenset[int]) -> RowExtras | None
         stop_token_ids=stops,
         num_logprobs=-1 if params.logprobs is None else params.logprobs,
     )
-    if log is not None and not log.is_complete:
-        assert params.prompt_logprobs is not None
-        extras = extras._replace(num_prompt_logprobs=params.prompt_logprobs, first_prompt_logprob=log.end)
+    if log is not None:
+        # What is computed already was told, or a step in flight tells it.
+        first = max(log.end, seq.num_computed_tokens)
+        if first < log.total:
+            extras = extras._replace(num_prompt_logprobs=params.prompt_logprobs or 0, first_prompt_logprob=first)
     return None if extras == _NO_EXTRAS else extras

@@ -47,11 +47,14 @@ class Echo:
         )
 
     def entries(self, output: RequestOutput) -> list[TokenEntry]:
-        """The prompt's tokens with `num_logprobs` of the likeliest each, although more may have been computed."""
+        """The prompt's tokens with `num_logprobs` of the likeliest each, although more may have been computed.
+
+        Of a request that was aborted before its first token, as many as were told of.
+        """
         if self.num_logprobs is None or output.prompt_logprobs is None:
             return []
         shown: list[TokenEntry] = []
-        for token_id, entry in zip(output.prompt_token_ids, output.prompt_logprobs, strict=True):
+        for token_id, entry in zip(output.prompt_token_ids, output.prompt_logprobs, strict=False):
             if entry is not None:
                 entry = {
                     each: told for each, told in entry.items() if each == token_id or told.rank <= self.num_logprobs

@@ -76,7 +76,9 @@ class AnswerFormat:
         """Token counts over all prompts, each counted once, and all that was generated for them."""
         known = [output for output in self._latest if output is not None]
         prompt = sum(len(output.prompt_token_ids) for output in known)
-        completion = sum(len(each.token_ids) for output in known for each in output.outputs)
+        # Alone, an echo shows none of what was generated.
+        alone = self._echo is not None and self._echo.alone
+        completion = 0 if alone else sum(output.metrics.num_completion_tokens for output in known)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,

@@ -22,6 +22,7 @@ from launch.server.schema import (
     DetokenizeRequest,
     TokenizeRequest,
     chat_messages,
+    check_num_sequences,
     repeated_message,
 )
 from nanoengine.tokenizer import Tokenizer
@@ -71,6 +72,7 @@ async def create_completion(request: Request, body: Annotated[CompletionRequest,
     engine = _serving(request, body.model)
     body.check()
     params, prompts = body.sampling_params(engine.config.default_sampling), body.prompts()
+    check_num_sequences(len(prompts), params)
     engine.check_queue(len(prompts))
     echo = await _echo(engine, body, prompts) if body.echo else None
     if isinstance(prompts[0], str):

@@ -81,6 +81,24 @@ async def test_echo_with_logprobs_covers_prompt_and_output(client: httpx.AsyncCl
     assert len(chunks[0]["choices"][0]["logprobs"]["tokens"]) == len(prompt) + 1, "the prompt with the first token"
 
 
+async def test_each_of_several_outputs_has_the_prompt_in_front(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    asked: dict[str, Any] = {"prompt": [PROMPT, "other"], "n": 2, "echo": True, "logprobs": 1, "max_tokens": 50}
+    body = await ask(client, **asked)
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
+    texts = [choice["text"] for choice in body["choices"]]
+    assert [text.startswith(each) for text, each in zip(texts, (PROMPT, PROMPT, "other", "other"), strict=True)]
+    chunks = await stream(client, **asked)
+    for index, choice in enumerate(body["choices"]):
+        assert choice["logprobs"]["token_logprobs"][0] is None
+        assert choice["prompt_logprobs"] == body["choices"][index // 2 * 2]["prompt_logprobs"]
+        own = [chunk for chunk in chunks if chunk["choices"][0]["index"] == index]
+        assert "".join(chunk["choices"][0]["text"] for chunk in own) == choice["text"]
+        assert joined(own) == choice["logprobs"]
+    body = await ask(client, **asked | {"max_tokens": 0})
+    assert [choice["text"] for choice in body["choices"]] == [PROMPT, PROMPT, "other", "other"]
+    assert body["usage"]["completion_tokens"] == 0
+
+
 async def test_no_tokens_but_the_prompts_logprobs(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     """What evaluation harnesses ask. One token is generated all the same, as in vLLM, and not shown."""
     prompts = [ids_of(engine), ids_of(engine, "other")]

@@ -10,16 +10,19 @@ import pytest
 from configs.engine import EngineConfig
 from configs.errors import RequestError
 from nanoengine.engine_client import EngineClient
+from nanoengine.forking import Start, find_start
 from nanoengine.front_socket import merge
 from nanoengine.messages import AddRequest, Deltas, TokenDelta, decode, encode
 from nanoengine.outputs import Logprob
 from nanoengine.prompt_log import PromptLog
 from nanoengine.prompts import Prompt
+from nanoengine.row_params import row_extras
 from nanoengine.sampling_params import SamplingParams
-from nanoengine.step import Epoch, PromptLogprobs
+from nanoengine.sequence import Request, Sequence
+from nanoengine.step import Epoch, PromptLogprobs, RowExtras
 from nanoengine.tokenizer import Tokenizer
 from tests.nanoengine.fake_engine import VOCAB_SIZE, write_model
-from tests.nanoengine.scheduler_driver import Driver, expected_output, expected_prompt_logprobs, packed
+from tests.nanoengine.scheduler_driver import Driver, expected_output, expected_prompt_logprobs, output_name, packed
 
 PROMPT = [3 + (7 * i) % 50 for i in range(30)]
 ENTRIES = expected_prompt_logprobs(PROMPT)
@@ -131,6 +134,48 @@ def test_preempted_in_mid_prompt_it_goes_on_behind_what_was_told(asynchronous: b
     assert resumed.num_computed_tokens > 0, "nothing was hit"
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("length", [2, 9, 13, 30])
+def test_the_first_of_several_sequences_tells_and_the_others_fork_from_it(length: int, asynchronous: bool) -> None:
+    """Its tail is copied, and its state sent again, while the step that tells the last entries is in flight."""
+    prompt = PROMPT[:length]
+    for blocks in (64, 12):
+        driver = Driver(asynchronous, num_kv_blocks=blocks, max_num_batched_tokens=8)
+        driver.add("warm", prompt)
+        driver.run()
+        driver.add("a", prompt, prompt_logprobs=1, n=3)
+        driver.add("b", prompt[::-1], prompt_logprobs=1, n=2)
+        driver.run()
+        assert driver.prompt_logprobs["a"] == expected_prompt_logprobs(prompt)
+        assert driver.prompt_logprobs["b"] == expected_prompt_logprobs(prompt[::-1])
+        assert set(driver.workers.num_told.values()) == {1}
+        assert len({tuple(driver.tokens[output_name("a", index)]) for index in range(3)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("told", "computed", "wanted"), [(0, 0, (1, 0)), (5, 4, (1, 5)), (5, 8, (1, 8)), (5, 29, (-1, 0)), (29, 0, (-1, 0))]
+)
+def test_a_state_sent_again_asks_for_what_nobody_told_or_is_telling(
+    told: int, computed: int, wanted: tuple[int, int]
+) -> None:
+    """What lies between the entries told and the tokens computed is being told by a step in flight."""
+    request = Request("r", PROMPT, SamplingParams(prompt_logprobs=1), num_prompt_logprobs=told)
+    seq = Sequence(1, request, 0, [])
+    seq.num_computed_tokens = computed
+    extras = row_extras(seq, frozenset()) or RowExtras()
+    assert (extras.num_prompt_logprobs, extras.first_prompt_logprob) == wanted
+    assert row_extras(Sequence(2, request, 1, []), frozenset()) is None
+
+
+def test_a_sequence_that_still_has_to_tell_does_not_fork_from_a_sibling() -> None:
+    driver = Driver(max_num_batched_tokens=64)
+    driver.add("a", PROMPT, prompt_logprobs=1, n=2, journals=[[], expected_output(PROMPT, 1)])
+    told, other = driver.scheduler.waiting
+    driver.scheduler.waiting = [other, told]  # as if the other had been first to run
+    driver.scheduler.schedule()
+    assert find_start(told, driver.scheduler.blocks) == Start(0, [])
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_random_traffic_tells_each_prompt_exactly_once(seed: int) -> None:
     """Tight caches, preemption, aborts, lost worker groups, with and without overlap."""
@@ -145,6 +190,7 @@ def test_random_traffic_tells_each_prompt_exactly_once(seed: int) -> None:
         name = str(number)
         prompts[name] = prompt
         telling = {"prompt_logprobs": 1} if draw.random() < 0.7 else {}
+        telling |= {"n": 3} if draw.random() < 0.3 else {}
         driver.add(name, prompt, max_tokens=draw.randrange(1, 14), **telling)
         for _ in range(draw.randrange(4)):
             driver.step()
