@@ -76,13 +76,16 @@ class PromptRows:
         """Forget a row; harmless when it tells nothing."""
         self._prompts.pop(seq_id, None)
 
-    def spans(self, states: Sequence[SequenceState]) -> list[PromptSpan]:
-        """What this step tells, in the order of its rows. Costs nothing where no row tells anything."""
+    def spans(self, states: Sequence[SequenceState], num_decodes: int = 0) -> list[PromptSpan]:
+        """What this step tells, in the order of its rows. Costs nothing where no row tells anything.
+
+        Before `states` stand `num_decodes` rows of a token each, none of which tells anything.
+        """
         spans: list[PromptSpan] = []
         if not self._prompts:
             return spans
-        num_tokens = 0
-        for row, state in enumerate(states):
+        num_tokens = num_decodes
+        for row, state in enumerate(states, start=num_decodes):
             first_token, num_tokens = num_tokens, num_tokens + len(state.token_ids)
             prompt = self._prompts.get(state.seq_id)
             if prompt is None:

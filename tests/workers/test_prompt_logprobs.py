@@ -30,7 +30,7 @@ def test_each_chunk_tells_of_the_tokens_that_follow_its_own() -> None:
     other = SequenceState(2, [5], 3, [], True)
     assert rows.spans([other, state(1, prompt, 0, 4)]) == [PromptSpan(1, 1, 0, [11, 12, 13, 14], 2)]
     assert rows.spans([other]) == []
-    assert rows.spans([state(1, prompt, 4, 5), other]) == [PromptSpan(0, 0, 4, [15], 2)]
+    assert rows.spans([state(1, prompt, 4, 5), other], num_decodes=3) == [PromptSpan(3, 3, 4, [15], 2)]
     # The last position predicts the first output token, which is not of the prompt.
     assert rows.spans([state(1, prompt, 5, 10)]) == [PromptSpan(0, 0, 5, [16, 17, 18, 19], 2)]
     assert rows.spans([state(1, prompt, 10, 11)]) == []
