@@ -61,7 +61,7 @@ class Batch:
     sampling: SamplingRows
     previous: list[tuple[int, int]]
     processors: list[tuple[int, int, RowProcessor]]
-    prompt_spans: list[PromptSpan]
+    prompt_spans: list[PromptSpan] = dataclasses.field(default_factory=list)
     prompt_logprobs: dict[int, PromptLogprobs] = dataclasses.field(default_factory=dict)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from nanoengine.step import TokenLogprobs
@@ -39,8 +40,19 @@ def pick(logprobs: torch.Tensor, chosen: torch.Tensor, number: int) -> tuple[tor
         (num_rows, 1 + number) int64 ids, their float32 values, and the (num_rows,) int64 ranks of the chosen ones.
     """
     values = logprobs.gather(1, chosen[:, None])
-    ranks = (logprobs > values).sum(dim=-1) + 1
+    ranks = _num_above(logprobs, values) + 1
     if number == 0:
         return chosen[:, None], values, ranks
     top = logprobs.topk(min(number, logprobs.shape[-1]), dim=-1)
     return torch.cat((chosen[:, None], top.indices), dim=1), torch.cat((values, top.values), dim=1), ranks
+
+
+def _num_above(logprobs: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """(num_rows,) int64: how many of (num_rows, vocab_size) are larger than their row's of (num_rows, 1).
+
+    Row by row on the CPU: there torch's sum makes an int64 copy of the whole comparison, and takes 15 times as long.
+    """
+    if logprobs.device.type != "cpu":
+        return (logprobs > values).sum(dim=-1)
+    rows = zip(logprobs.numpy(), values[:, 0].tolist(), strict=True)
+    return torch.tensor([int(np.count_nonzero(row > np.float32(value))) for row, value in rows], dtype=torch.int64)

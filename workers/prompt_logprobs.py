@@ -124,6 +124,7 @@ def tell_prompts(
         logits = compute_logits(hidden.index_select(0, tokens))
         if logits is not None:
             found.append(pick(logits.log_softmax(dim=-1), targets, number))
+        del logits  # before the next slice is made
     if not found:
         return {}
     columns = (torch.split(torch.cat(column), lengths) for column in zip(*found, strict=True))
