@@ -62,9 +62,12 @@ def test_forked_sequences_share_the_full_blocks_of_their_prompt() -> None:
 
 @pytest.mark.parametrize("budget", [1, 2, 7, 64])
 @pytest.mark.parametrize("caching", [True, False])
-@pytest.mark.parametrize("limits", [{"num_kv_blocks": 9}, {"max_num_seqs": 1}, {"max_num_seqs": 3}, {"block_size": 1}])
+@pytest.mark.parametrize(
+    "limits",
+    [{"num_kv_blocks": 9}, {"max_num_seqs": 1}, {"max_num_seqs": 3, "policy": "priority"}, {"block_size": 1}],
+)
 def test_samples_do_not_depend_on_room(
-    async_scheduling: bool, budget: int, caching: bool, limits: dict[str, int]
+    async_scheduling: bool, budget: int, caching: bool, limits: dict[str, Any]
 ) -> None:
     driver = Driver(async_scheduling, max_num_batched_tokens=budget, enable_prefix_caching=caching, **limits)
     for length in (1, 8, 14):

@@ -233,10 +233,10 @@ def test_adding_again_tells_again_what_is_missing() -> None:
     (_, tokens) = driver.prompt_logprobs.pop("a"), driver.tokens["a"]
     assert tokens
     params = SamplingParams(temperature=0, max_tokens=8, prompt_logprobs=1).to_dict()
-    driver.scheduler.add(AddRequest("c", "a", PROMPT, params, 0, 0.0, 0, [tokens[:1]], num_prompt_logprobs=12))
+    driver.scheduler.add(AddRequest("c", "a", PROMPT, params, 0, 0.0, 0, [[]], num_prompt_logprobs=12))
     prompt, output = [item.delta for item in driver.scheduler.take_deltas()]
     assert prompt.prompt_logprobs == packed(12, ENTRIES[12:])
-    assert (prompt.token_ids, output.start, output.token_ids) == ([], 1, tokens[1:])
+    assert (prompt.start, prompt.token_ids, output.start, output.token_ids) == (0, [], 0, tokens)
 
 
 # --- the front end ---
