@@ -11,6 +11,7 @@ import enum
 import time
 from typing import TYPE_CHECKING, Any
 
+from nanoengine.prompt_log import PromptLog
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.step import TokenLogprobs
 
@@ -71,6 +72,7 @@ class Sequence:
         "num_preemptions",
         "num_prompt_tokens",
         "num_sent_blocks",
+        "prompt_log",
         "request",
         "seq_id",
         "status",
@@ -99,6 +101,10 @@ class Sequence:
         # One entry an output token, where they are asked for. Those of the journal are with the front end.
         asked = request.sampling_params.logprobs is not None
         self.logprobs: list[TokenLogprobs | None] | None = [None] * len(journal) if asked else None
+        # Those of the prompt are told once, by the first sequence.
+        self.prompt_log: PromptLog | None = None
+        if index == 0 and request.sampling_params.prompt_logprobs is not None:
+            self.prompt_log = PromptLog(request.num_prompt_logprobs, self.num_prompt_tokens - 1)
 
     @property
     def num_tokens(self) -> int:
@@ -157,6 +163,16 @@ class Sequence:
         return 1 if self.steady is not None else len(self.token_ids) + self._num_pending - self._num_computed
 
     @property
+    def num_hittable_tokens(self) -> int:
+        """How many tokens a prefix hit may cover: what has an output to give must be computed, the last token for one.
+
+        So must every prompt token whose logits somebody waits for.
+        """
+        if self.prompt_log is None or self.prompt_log.is_complete:
+            return len(self.token_ids) - 1
+        return self.prompt_log.end
+
+    @property
     def is_finished(self) -> bool:
         """Whether no token will follow."""
         return self.status.is_finished
@@ -194,7 +210,8 @@ class Sequence:
 class Request:
     """One client request and its sequences. `prompt` is the text it came from, where that is known here.
 
-    Only requests of the same `cache_salt` share cached prefixes.
+    Only requests of the same `cache_salt` share cached prefixes. `num_prompt_logprobs` entries of the prompt's
+    log-probabilities are with the front end already.
     """
 
     __slots__ = (
@@ -203,6 +220,7 @@ class Request:
         "client_id",
         "first_scheduled_time",
         "num_cached_tokens",
+        "num_prompt_logprobs",
         "priority",
         "prompt",
         "prompt_token_ids",
@@ -224,6 +242,7 @@ class Request:
         priority: int = 0,
         seed: int = 0,
         cache_salt: str = "",
+        num_prompt_logprobs: int = 0,
     ) -> None:
         self.request_id = request_id
         self.client_id = client_id
@@ -234,6 +253,7 @@ class Request:
         self.priority = priority
         self.seed = seed
         self.cache_salt = cache_salt
+        self.num_prompt_logprobs = num_prompt_logprobs
         self.first_scheduled_time: float | None = None
         self.num_cached_tokens = 0  # of the prompt, when the first of its sequences was scheduled first
         self.seqs: list[Sequence] = []
