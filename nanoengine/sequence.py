@@ -53,6 +53,7 @@ class Sequence:
     `num_pending_tokens` counts the tokens that steps in flight sample: they follow `token_ids`, their ids unknown.
     `num_sent_blocks` counts the entries of `block_table` that the workers know; None: they know nothing of this
     sequence, and its full state travels with its next row.
+    `host_blocks` holds what is computed of a swapped sequence, block by block, in the place of `block_table`.
 
     While it is a steady decode (`steady` is the set it is in) both counters follow from the set's clock, and whoever
     wants to change them makes it leave the set first.
@@ -64,6 +65,7 @@ class Sequence:
         "block_hashes",
         "block_table",
         "error",
+        "host_blocks",
         "index",
         "logprobs",
         "num_preemptions",
@@ -90,6 +92,7 @@ class Sequence:
         self.num_sent_blocks: int | None = None
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []
+        self.host_blocks: list[int] = []
         self.status = SequenceStatus.WAITING
         self.stop_reason: int | None = None
         self.error: dict[str, Any] | None = None
@@ -168,6 +171,8 @@ class Sequence:
         """Go back to nothing computed (its blocks are freed by whoever calls): after preemption or a new epoch."""
         self.num_computed_tokens = 0
         self.num_sent_blocks = None
+        if self.status is SequenceStatus.SWAPPED:
+            self.status, self.host_blocks = SequenceStatus.WAITING, []
 
     def fork(self, seq_id: int, index: int) -> Sequence:
         """A copy that goes its own way from here; it shares nothing that may change with its parent."""

@@ -9,7 +9,8 @@ import pytest
 
 from launch.bench import __main__ as bench
 from launch.bench.decode_gap import Gaps, figures
-from launch.bench.sampling import HISTORY, KINDS, QWEN3_0_6B, measure, render
+from launch.bench.sampling import QWEN3_0_6B, measure, render
+from launch.bench.sampling_steps import HISTORY, KINDS
 
 SMALL = QWEN3_0_6B | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 8}
 
