@@ -260,6 +260,9 @@ class DecodeSet:
         for at, seq in enumerate(rows.seqs):
             assert seq.steady is self, f"{seq} does not know where it is"
             assert seq.num_sent_blocks == len(seq.block_table), f"{seq} is not what the workers know"
+            assert len(seq.block_table) == -(-seq.num_computed_tokens // self._block_size), (
+                f"{seq} has a block too many"
+            )
             start = seq.num_computed_tokens - self.age
             assert self._phases[start % self._block_size][seq] <= self.age, f"{seq} comes to the wrong boundaries"
             last_age = seq.max_num_tokens(self._max_model_len) - 1 - start

@@ -205,8 +205,13 @@ class Scheduler:
 
     def _grow_steady(self, batch: _Batch) -> list[Sequence]:
         """Give each steady decode that comes to a block's boundary a new block; returns who got one."""
-        grown = []
-        for seq in self.steady.at_boundary() if self.steady else ():
+        due, grown = self.steady.at_boundary(), []
+        if self.blocks.can_allocate(len(due)):
+            self.blocks.extend(due)
+            for seq in due:
+                seq.num_sent_blocks = len(seq.block_table)
+            return due
+        for seq in due:
             if seq.steady is None:
                 continue  # it had to give way to an older one
             if self._make_room(seq, 1, batch):
