@@ -112,9 +112,11 @@ class StepInFlight:
     steady: SteadyRows = dataclasses.field(default_factory=SteadyRows)
     records: list[ScheduledRow] = dataclasses.field(default_factory=list)
 
-    def steady_record(self, row: int) -> ScheduledRow:
-        """One of the steady decodes like any other row."""
+    def record(self, row: int) -> ScheduledRow:
+        """Any row of the step, a steady decode like the others."""
         rows = self.steady
+        if row >= len(rows):
+            return self.records[row - len(rows)]
         return ScheduledRow(rows.seqs[row], rows.starts[row] + self.age, 1, True, rows.lives[row])
 
     def sampled(self) -> list[Sequence]:

@@ -371,7 +371,7 @@ class Scheduler:
         if token_ids:
             self._outbox.emit_columns(rows, flight.age, token_ids)
         for row in odd:
-            self._commit_row(flight.steady_record(row), output, row)
+            self._commit_row(flight.record(row), output, row)
 
     def _commit_row(self, record: ScheduledRow, output: StepOutput, row: int) -> None:
         seq = record.seq
