@@ -66,7 +66,6 @@ class Sequence:
         "error",
         "index",
         "logprobs",
-        "num_cached_tokens",
         "num_preemptions",
         "num_prompt_tokens",
         "num_sent_blocks",
@@ -87,7 +86,6 @@ class Sequence:
         self.steady: DecodeSet | None = None
         self._num_computed = 0
         self._num_pending = 0
-        self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.num_sent_blocks: int | None = None
         self.block_table: list[int] = []
@@ -175,7 +173,6 @@ class Sequence:
         """A copy that goes its own way from here; it shares nothing that may change with its parent."""
         child = Sequence(seq_id, self.request, index, self.completion_token_ids)
         child.num_computed_tokens = self.num_computed_tokens
-        child.num_cached_tokens = self.num_cached_tokens
         child.block_table = list(self.block_table)
         child.block_hashes = list(self.block_hashes)
         child.status = self.status
@@ -200,6 +197,7 @@ class Request:
         "cache_salt",
         "client_id",
         "first_scheduled_time",
+        "num_cached_tokens",
         "priority",
         "prompt",
         "prompt_token_ids",
@@ -232,12 +230,18 @@ class Request:
         self.seed = seed
         self.cache_salt = cache_salt
         self.first_scheduled_time: float | None = None
+        self.num_cached_tokens = 0  # of the prompt, when the first of its sequences was scheduled first
         self.seqs: list[Sequence] = []
 
     @property
     def key(self) -> tuple[str, str]:
         """What names a request to the scheduler: request ids are unique within a client only."""
         return (self.client_id, self.request_id)
+
+    @property
+    def best_of(self) -> int:
+        """How many sequences are generated; `sampling_params.n` of them are shown, the best ones."""
+        return self.sampling_params.num_sequences
 
     def get_seqs(self, status: SequenceStatus | None = None) -> list[Sequence]:
         """Its sequences, or those of one status."""

@@ -31,6 +31,7 @@ class _Rows:
         block_tables: (num_lines, max_blocks) int64; behind `num_blocks` entries stands what a former owner left.
         num_blocks, num_computed: (num_lines,) int64.
         sampling: (num_lines,) each; its `position` is not used.
+        only_argmax: (num_lines,) bool: greedy, and nothing but the likeliest id is asked for.
     """
 
     def __init__(self, max_blocks: int, num_lines: int = 8) -> None:
@@ -46,13 +47,14 @@ class _Rows:
             index=np.zeros(num_lines, dtype=np.uint64),
             position=np.zeros(num_lines, dtype=np.uint64),
         )
+        self.only_argmax: npt.NDArray[np.bool_] = np.zeros(num_lines, dtype=np.bool_)
         self._free = list(range(num_lines))
 
     def take_line(self) -> int:
         if not self._free:
             size = len(self.num_blocks)
             self._free = list(range(size, 2 * size))
-            for name in ("block_tables", "num_blocks", "num_computed"):
+            for name in ("block_tables", "num_blocks", "num_computed", "only_argmax"):
                 setattr(self, name, _doubled(getattr(self, name)))
             fields = dataclasses.fields(self.sampling)
             self.sampling = SamplingRows(*(_doubled(getattr(self.sampling, field.name)) for field in fields))
@@ -61,8 +63,9 @@ class _Rows:
     def give_back(self, line: int) -> None:
         self._free.append(line)
 
-    def begin(self, line: int, num_computed: int, params: RowParams) -> None:
+    def begin(self, line: int, num_computed: int, params: RowParams, only_argmax: bool) -> None:
         """A sequence starts, or starts afresh, without blocks."""
+        self.only_argmax[line] = only_argmax
         self.num_blocks[line], self.num_computed[line] = 0, num_computed
         rows = self.sampling
         rows.temperature[line], rows.top_p[line], rows.min_p[line] = params.temperature, params.top_p, params.min_p
@@ -102,9 +105,11 @@ class Batch:
         metadata: for the attention layers.
         logits_rows: (num_sampled,) int64, tokens whose logits are sampled.
         sampled: which rows they belong to.
-        sampling: their parameters.
+        num_logits: how many of these, from the first, need all their logits; the others are `only_argmax`.
+        sampling: parameters of those that need logits.
         previous: (token, seq_id) of each token that the step before sampled, in the order of the rows.
         processors: (row of the logits, position of the sampled token, processor) of the rows that have extras.
+        argmax_ids: what came of the rows that need no logits, once computed, on rank 0.
     """
 
     seq_ids: list[int]
@@ -113,9 +118,11 @@ class Batch:
     metadata: AttentionMetadata
     logits_rows: torch.Tensor
     sampled: list[int]
+    num_logits: int
     sampling: SamplingRows
     previous: list[tuple[int, int]]
     processors: list[tuple[int, int, RowProcessor]]
+    argmax_ids: torch.Tensor | None = None
 
 
 class InputBatch:
@@ -156,8 +163,10 @@ class InputBatch:
     def __contains__(self, seq_id: int) -> bool:
         return seq_id in self._line_of
 
-    def apply(self, step: StepInput) -> Batch | None:
+    def apply(self, step: StepInput, all_logits: bool = True) -> Batch | None:
         """Update the rows and build the step's tensors; None when no row is scheduled.
+
+        Unless `all_logits`, rows that only need an argmax come last among those that sample.
 
         Raises:
             EngineError: the step is malformed or does not continue a row; the message names the sequence.
@@ -169,7 +178,7 @@ class InputBatch:
             raise EngineError(f"step {step.step_id} schedules a sequence twice")
         self._advance(step.decodes)
         lines = [self._update(state) for state in step.states]
-        return self._build(step, seq_ids, lines) if seq_ids else None
+        return self._build(step, seq_ids, lines, all_logits) if seq_ids else None
 
     def observe_previous(self, seq_id: int, token: int) -> None:
         """Tell a row, after `apply`, which token its PREVIOUS_SAMPLE stood for."""
@@ -235,7 +244,8 @@ class InputBatch:
             processor = self._make_processor(state)
             if line is None:
                 line = self._line_of[seq_id] = rows.take_line()
-            rows.begin(line, computed, state.params)
+            # Read from the step alone: every rank must take the same rows for it.
+            rows.begin(line, computed, state.params, state.params.temperature == 0 and state.extras is None)
             self._processors.pop(seq_id, None)
             if processor is not None:
                 self._processors[seq_id] = processor
@@ -284,7 +294,7 @@ class InputBatch:
 
     # -- tensors ------------------------------------------------------------------------------------------------
 
-    def _build(self, step: StepInput, seq_ids: list[int], state_lines: list[int]) -> Batch:
+    def _build(self, step: StepInput, seq_ids: list[int], state_lines: list[int], all_logits: bool) -> Batch:
         rows, steady, states = self._rows, self._steady, step.states
         num_decodes = len(steady.lines)
         lines = np.concatenate((steady.lines, np.array(state_lines, dtype=np.int64)))  # (num_seqs,)
@@ -306,6 +316,11 @@ class InputBatch:
             tokens[:num_decodes] = step.decodes.token_ids
         tokens[num_decodes:] = [token for state in states for token in state.token_ids]
         sampled = [*range(num_decodes), *(num_decodes + i for i, state in enumerate(states) if state.sample)]
+        num_logits = len(sampled)
+        if not all_logits:
+            only_argmax = rows.only_argmax[lines].tolist()
+            sampled.sort(key=only_argmax.__getitem__)
+            num_logits -= sum(only_argmax[row] for row in sampled)
         input_ids, at, slots, which, block_tables = self._to_device(
             tokens, positions, blocks * self._block_size + positions % self._block_size, ends[sampled] - 1, tables
         )
@@ -322,19 +337,20 @@ class InputBatch:
             ),
             logits_rows=which,
             sampled=sampled,
-            sampling=self._sampling(lines, sampled),
+            num_logits=num_logits,
+            sampling=self._sampling(lines, sampled, num_logits),
             previous=[
                 (end, seq_ids[row]) for row, end in enumerate((ends - 1).tolist()) if tokens[end] == PREVIOUS_SAMPLE
             ],
             processors=self._sampling_processors(seq_ids, sampled, seq_lens),
         )
 
-    def _sampling(self, lines: Int64Array, sampled: list[int]) -> SamplingRows:
-        """The parameters of the rows that sample."""
-        if len(sampled) == len(self._steady.lines):
+    def _sampling(self, lines: Int64Array, sampled: list[int], num_logits: int) -> SamplingRows:
+        """The parameters of the rows that sample from all their logits."""
+        if num_logits == len(sampled) == len(self._steady.lines):
             found, lines = self._steady.sampling, self._steady.lines  # none but the decodes
         else:
-            lines = lines[sampled]
+            lines = lines[sampled[:num_logits]]
             found = self._rows.sampling.take(lines)
         # The token that these logits choose comes right after all that is computed.
         return dataclasses.replace(found, position=self._rows.num_computed[lines].astype(np.uint64))
