@@ -208,13 +208,15 @@ class Scheduler:
 
     def _grow_steady(self, batch: _Batch) -> list[Sequence]:
         """Give each steady decode that comes to a block's boundary a new block; returns who got one."""
-        grown = []
-        for seq in self.steady.at_boundary() if self.steady else ():
+        due, grown = self.steady.at_boundary(), []
+        if self.blocks.can_allocate(len(due)):
+            self.blocks.extend(due)
+            return due
+        for seq in due:
             if seq.steady is None:
                 continue  # it had to give way to an older one
             if self._make_room(seq, 1, batch):
                 self.blocks.allocate(seq, seq.num_computed_tokens + 1)
-                seq.num_sent_blocks = len(seq.block_table)
                 grown.append(seq)
             elif seq.steady is not None:
                 self.steady.leave(seq)  # it cannot take this step
@@ -383,7 +385,7 @@ class Scheduler:
         if token_ids:
             self._outbox.emit_columns(rows, flight.age, token_ids)
         for row in odd:
-            self._commit_row(flight.steady_record(row), output, row)
+            self._commit_row(flight.record(row), output, row)
 
     def _commit_row(self, record: ScheduledRow, output: StepOutput, row: int) -> None:
         seq = record.seq
