@@ -187,6 +187,7 @@ class RequestJournal:
         tokenizer: Tokenizer | None,
         cache_salt: str = "",
         timeout: float | None = None,
+        grammar: str = "",
     ) -> None:
         self.request_id = request_id
         self.wire_id = wire_id
@@ -198,6 +199,7 @@ class RequestJournal:
         self.priority = priority
         self.cache_salt = cache_salt
         self.timeout = timeout
+        self.grammar = grammar
         self.metrics = RequestMetrics(arrival_time)
         self.sequences = [SequenceJournal(i, prompt_token_ids, params, tokenizer) for i in range(params.n)]
         self.failure: NanoEngineError | None = None
@@ -257,7 +259,7 @@ class RequestJournal:
         params: dict[str, Any] = self.params.to_dict()
         params["max_tokens"] = self.max_tokens
         params["min_tokens"] = min(self.params.min_tokens, self.max_tokens)
-        for name in ("stop", "bad_words"):  # text is this side's business
+        for name in ("stop", "bad_words", "structured_outputs"):  # text is this side's business
             del params[name]
         add = AddRequest(
             client_id=client_id,
@@ -270,6 +272,7 @@ class RequestJournal:
             journal=[list(sequence.token_ids) for sequence in self.sequences],
             cache_salt=self.cache_salt,
             timeout=self.timeout,
+            grammar=self.grammar,
         )
         # A sequence that a stop string ended looks unfinished to a scheduler that knows its tokens only.
         ended = [sequence for sequence in self.sequences if sequence.is_finished]

@@ -30,7 +30,8 @@ class AddRequest:
     `journal[i]` holds the tokens already journalled for sequence `i`: after a restart they are computed again as
     if they had just been sampled, and the answer goes on behind them. `seed` was drawn by the front end.
     `params` is `SamplingParams.to_dict()`. Only requests of the same `cache_salt` share cached prefixes.
-    `timeout` seconds after its arrival the request ends with an error, complete or not.
+    `timeout` seconds after its arrival the request ends with an error, complete or not. `grammar` is what the
+    outputs must match, in llguidance's form; the front end has compiled it.
     """
 
     client_id: str
@@ -43,6 +44,7 @@ class AddRequest:
     journal: list[list[int]]
     cache_salt: str = ""
     timeout: float | None = None
+    grammar: str = ""
 
 
 @dataclasses.dataclass(slots=True)

@@ -24,7 +24,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from configs.errors import RequestError, RequestTimeoutError, to_wire
+from configs.errors import RequestError, RequestTimeoutError, from_wire, to_wire
 from nanoengine.admission import SchedulerLimits, check_admissible, serving_order
 from nanoengine.block_manager import BlockManager
 from nanoengine.invariants import check_invariants
@@ -96,6 +96,7 @@ class Scheduler:
             priority=message.priority,
             seed=message.seed,
             cache_salt=message.cache_salt,
+            grammar=message.grammar,
         )
         self.requests[request.key] = request
         if message.timeout is not None:
@@ -325,6 +326,8 @@ class Scheduler:
         decodes = sum(record.is_decode for record in records)
         prefill_tokens = sum(record.num_tokens for record in records if not record.is_decode)
         self._costs.observe(decodes, prefill_tokens, output.compute_seconds)
+        for row, error in output.errors.items():
+            self._fail(records[row].seq.request, from_wire(error))
         for row, (record, token_ids) in enumerate(zip(records, output.token_ids, strict=True)):
             seq = record.seq
             seq.num_pending_tokens -= record.sample
@@ -348,7 +351,7 @@ class Scheduler:
     def _stop_status(self, seq: Sequence) -> SequenceStatus | None:
         """Whether the newest token ends the sequence, and how."""
         params, token_id = seq.request.sampling_params, seq.token_ids[-1]
-        if token_id in self.limits.eos_token_ids and not params.ignore_eos:
+        if token_id in self.limits.eos_token_ids and not seq.request.ignores_eos:
             return SequenceStatus.FINISHED_STOPPED
         if token_id in (params.stop_token_ids or ()):
             seq.stop_reason = token_id

@@ -148,7 +148,8 @@ class Sequence:
 class Request:
     """One client request and its sequences. `prompt` is the text it came from, where that is known here.
 
-    Only requests of the same `cache_salt` share cached prefixes.
+    Only requests of the same `cache_salt` share cached prefixes. An eos ends an output that matches a `grammar`
+    even under ignore_eos: the workers let it come only where nothing else can.
     """
 
     __slots__ = (
@@ -156,6 +157,8 @@ class Request:
         "cache_salt",
         "client_id",
         "first_scheduled_time",
+        "grammar",
+        "ignores_eos",
         "priority",
         "prompt",
         "prompt_token_ids",
@@ -177,6 +180,7 @@ class Request:
         priority: int = 0,
         seed: int = 0,
         cache_salt: str = "",
+        grammar: str = "",
     ) -> None:
         self.request_id = request_id
         self.client_id = client_id
@@ -187,6 +191,8 @@ class Request:
         self.priority = priority
         self.seed = seed
         self.cache_salt = cache_salt
+        self.grammar = grammar
+        self.ignores_eos = sampling_params.ignore_eos and not grammar
         self.first_scheduled_time: float | None = None
         self.seqs: list[Sequence] = []
 

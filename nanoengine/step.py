@@ -82,6 +82,8 @@ class RowExtras(NamedTuple):
     Primitives only. `allowed_token_ids` empty allows all; `stop_token_ids` (eos among them) are masked while fewer
     than `min_tokens` tokens are generated; each of `bad_words` is a sequence of ids whose last is masked where the
     others were just generated. `num_logprobs` of the likeliest tokens' log-probabilities are told, none if it is -1.
+    `grammar`, in llguidance's form, is what the output must match; under `ignore_eos` eos then waits until the
+    grammar allows nothing else.
     """
 
     presence_penalty: float = 0.0
@@ -93,11 +95,14 @@ class RowExtras(NamedTuple):
     min_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
     num_logprobs: int = -1
+    grammar: str = ""
+    ignore_eos: bool = False
 
     @property
     def looks_back(self) -> bool:
         """Whether the row's tokens so far matter: they travel with its state then, cached ones included."""
-        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0 or self.bad_words)
+        penalised = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
+        return bool(penalised or self.bad_words or self.grammar)
 
 
 @dataclasses.dataclass(slots=True)
@@ -221,6 +226,7 @@ class StepOutput:
         token_ids: one list a row; empty for a row that did not sample, several under speculation.
         compute_seconds: wall time of the step on rank 0.
         logprobs: for each row (by its number) that asked for them, one entry a sampled token.
+        errors: `configs.errors.to_wire` of what ended a row, by its number; such a row has no token.
     """
 
     epoch: Epoch
@@ -229,26 +235,30 @@ class StepOutput:
     token_ids: list[list[int]]
     compute_seconds: float = 0.0
     logprobs: dict[int, list[TokenLogprobs]] = dataclasses.field(default_factory=dict)
+    errors: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     def pack(self) -> bytes:
         """Columnar pickle of primitives."""
         counts = _pack_ints([len(ids) for ids in self.token_ids])
         flat = _pack_ints([token for ids in self.token_ids for token in ids])
         seq_ids = _pack_ints(self.seq_ids)
-        columns = (tuple(self.epoch), self.step_id, seq_ids, counts, flat, self.compute_seconds, self.logprobs)
+        facts = (self.compute_seconds, self.logprobs, self.errors)
+        columns = (tuple(self.epoch), self.step_id, seq_ids, counts, flat, *facts)
         return pickle.dumps(columns, protocol=5)
 
     @classmethod
     def unpack(cls, columns: Any) -> StepOutput:
         """Rebuild from what the channel's restricted unpickler read. Raises ChannelError when malformed."""
         try:
-            epoch, step_id, packed_seq_ids, counts, flat, seconds, logprobs = columns
+            epoch, step_id, packed_seq_ids, counts, flat, seconds, logprobs, errors = columns
             seq_ids = _unpack_ints(packed_seq_ids)
             token_ids = _split(_unpack_ints(flat), _unpack_ints(counts))
             if len(token_ids) != len(seq_ids):
                 raise ValueError("columns of different lengths")
             if any(len(entries) != len(token_ids[row]) for row, entries in logprobs.items()):
                 raise ValueError("a sampled token lacks its log-probabilities")
-            return cls(Epoch(*epoch), step_id, seq_ids, token_ids, seconds, logprobs)
+            if any(token_ids[row] for row in errors):
+                raise ValueError("a row that failed has a token")
+            return cls(Epoch(*epoch), step_id, seq_ids, token_ids, seconds, logprobs, errors)
         except (TypeError, ValueError, IndexError, AttributeError) as error:
             raise ChannelError(f"malformed step output: {error}") from error

@@ -18,6 +18,7 @@ from nanoengine.step import PREVIOUS_SAMPLE, RowParams, SequenceState, StepInput
 from workers.forward_context import AttentionMetadata
 from workers.logits_processors import RowProcessor
 from workers.sampler import SamplingRows
+from workers.structured import GrammarMatchers
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -70,6 +71,7 @@ class InputBatch:
         vocab_size: every token id is below it.
         device: where the tensors of a step go.
         samples: whether this rank samples; others need nothing of a row's past.
+        grammars: makes the matchers of rows that have a grammar; not needed where nothing is sampled.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class InputBatch:
         vocab_size: int,
         device: torch.device,
         samples: bool = True,
+        grammars: GrammarMatchers | None = None,
     ) -> None:
         self._num_blocks = num_blocks
         self._block_size = block_size
@@ -87,6 +90,7 @@ class InputBatch:
         self._vocab_size = vocab_size
         self._device = device
         self._samples = samples
+        self._grammars = grammars
         self._rows: dict[int, _Row] = {}
         self._block_tables = np.zeros((8, -(-max_model_len // block_size)), dtype=np.int64)
         self._free_slots = list(range(len(self._block_tables)))
@@ -146,7 +150,11 @@ class InputBatch:
             return None
         if state.extras.looks_back and len(state.past_token_ids) < state.num_computed_tokens + len(state.token_ids):
             raise EngineError(f"sequence {state.seq_id} came with parameters that look at its past, and without it")
-        return RowProcessor(state.extras, state.num_prompt_tokens, state.past_token_ids)
+        matcher = None
+        if state.extras.grammar:
+            assert self._grammars is not None, "a rank that samples has them"
+            matcher = self._grammars.row(state.extras.grammar, state.past_token_ids[state.num_prompt_tokens :])
+        return RowProcessor(state.extras, state.num_prompt_tokens, state.past_token_ids, matcher)
 
     def observe_previous(self, seq_id: int, token: int) -> None:
         """Tell a row, after `apply`, which token its PREVIOUS_SAMPLE stood for."""

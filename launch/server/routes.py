@@ -77,9 +77,10 @@ async def create_completion(request: Request, body: Annotated[CompletionRequest,
     answer = CompletionFormat(
         answer_id, engine.config.served_model_name, len(prompts), bool(body.return_token_ids), body.include_usage
     )
-    return await respond(
-        request, engine, body.salted(prompts), params, answer_id, answer, bool(body.stream), body.scheduling()
-    )
+    with body.own_words():
+        return await respond(
+            request, engine, body.salted(prompts), params, answer_id, answer, bool(body.stream), body.scheduling()
+        )
 
 
 @router.post("/v1/chat/completions")
@@ -100,9 +101,10 @@ async def create_chat_completion(request: Request, body: Annotated[ChatCompletio
         None if engine.tokenizer is None else engine.tokenizer.token_bytes,
         body.top_logprobs or 0,
     )
-    return await respond(
-        request, engine, body.salted([prompt]), params, answer_id, answer, bool(body.stream), body.scheduling()
-    )
+    with body.own_words():
+        return await respond(
+            request, engine, body.salted([prompt]), params, answer_id, answer, bool(body.stream), body.scheduling()
+        )
 
 
 # -- models -----------------------------------------------------------------------------------------------------
