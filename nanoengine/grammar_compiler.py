@@ -33,8 +33,10 @@ from nanoengine.structured_outputs import FIELD, StructuredOutputsParams
 logger = logging.getLogger(__name__)
 
 MODULE = "nanoengine.grammar_process"
-# What one grammar may take, by the clock; a busy machine included, hence twice the CPU time that it may take.
+# What one grammar may take, by the clock; a busy machine included, hence three times the CPU time that it may take.
 COMPILE_SECONDS = 1.5
+# A process that ends so soon was as good as dead before it was asked, and another one is.
+DEAD_SECONDS = 0.1
 # Until the process has read its tokenizer, which takes 0.7 s for a vocabulary of 120,000.
 START_SECONDS = 30.0
 # Whoever has waited this long for a turn is told to come again.
@@ -155,13 +157,16 @@ class GrammarCompiler:
             with contextlib.suppress(Exception):  # the next request finds out
                 self._ready_process()  # so that it does not wait for the start of another one
 
-    def _ask(self, line: bytes, form: str) -> _Answer:
-        process = self._ready_process()
+    def _ask(self, line: bytes, form: str, again: bool = True) -> _Answer:
+        process, began = self._ready_process(), time.monotonic()
         try:
             data = process.ask(line, COMPILE_SECONDS)
         except TimeoutError:
             why = f"it did not compile within {COMPILE_SECONDS} s"
         except EOFError:
+            if again and time.monotonic() - began < DEAD_SECONDS and not self._closed:
+                process.stop()
+                return self._ask(line, form, again=False)
             why = "compiling it took more memory than it may"
         else:
             return _Answer(error=from_wire(data["error"])) if "error" in data else _Answer(data["grammar"])

@@ -33,8 +33,10 @@ MEMORY_BYTES = 2**30
 # The same of the stack: less than any thread that will run the matcher has, so that too deep a grammar ends here.
 STACK_BYTES = 2**20
 # CPU time of compiling and of the walk together. Nothing that is slower is let through to the workers.
-CPU_SECONDS = 0.75
+CPU_SECONDS = 0.5
 WALK_TOKENS = 16
+# On a machine whose cores are all taken, the streams that are served come before this.
+NICENESS = 5
 
 
 def compile_grammar(tokenizer: llguidance.LLTokenizer, params: StructuredOutputsParams) -> str:
@@ -113,6 +115,7 @@ def main() -> None:
     args = parser.parse_args()
     processes.ignore_interrupts()
     processes.name_process("nano-grammar")
+    os.nice(NICENESS)
     if not processes.set_death_signal(signal.SIGKILL, args.owner_pid):
         return
     connection = socket.socket(fileno=args.socket_fd)

@@ -116,7 +116,7 @@ class GrammarMatchers:
         if known is None or known.num_copies >= MAX_COPIES:
             known = self._compiled[grammar] = _Compiled(self._compiling.submit(self._new, grammar))
         self._compiled.move_to_end(grammar)
-        if len(self._compiled) > MAX_COMPILED:
+        while len(self._compiled) > MAX_COMPILED:
             self._compiled.popitem(last=False)
         known.num_copies += 1
         # In the thread that compiles, hence after it.
