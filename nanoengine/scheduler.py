@@ -27,13 +27,15 @@ from collections.abc import Callable
 from configs.errors import RequestError, RequestTimeoutError, from_wire, to_wire
 from nanoengine.admission import SchedulerLimits, check_admissible, serving_order
 from nanoengine.block_manager import BlockManager
+from nanoengine.decode_set import DecodeSet, StepInFlight
+from nanoengine.forking import Start, after_siblings, chunk_before_fork, find_start
 from nanoengine.invariants import check_invariants
 from nanoengine.messages import AddRequest
-from nanoengine.outbox import ClientDelta, Outbox
+from nanoengine.outbox import ClientDeltas, Outbox
 from nanoengine.row_params import row_extras, row_params
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.sequence import Request, ScheduledRow, Sequence, SequenceStatus
-from nanoengine.step import PREVIOUS_SAMPLE, Epoch, SequenceState, StepInput, StepOutput, TokenLogprobs
+from nanoengine.step import PREVIOUS_SAMPLE, DecodeRows, Epoch, SequenceState, StepInput, StepOutput, TokenLogprobs
 from nanoengine.step_costs import StepCosts
 
 __all__ = ["Scheduler", "SchedulerLimits"]
@@ -43,7 +45,7 @@ logger = logging.getLogger(__name__)
 # Share of the blocks that admission leaves free, so that the sequences which run already can grow a little before
 # somebody must be preempted.
 WATERMARK = 0.01
-# How many waiting sequences that wait for a prefix are passed over in search of one that does not.
+# How many requests that wait for a prefix are passed over in search of one that does not.
 MAX_PASSED = 16
 
 
@@ -63,7 +65,10 @@ class Scheduler:
         self.num_preemptions = 0
         self._seq_ids = itertools.count(1)
         self._step_id = 0
-        self.in_flight: deque[tuple[int, list[ScheduledRow]]] = deque()
+        self.in_flight: deque[StepInFlight] = deque()
+        self.steady = DecodeSet(limits.block_size, limits.max_model_len, self._order)  # part of `running`
+        # Members take every step together, so there must be budget for all of them, always.
+        self._may_be_steady = limits.max_num_batched_tokens >= limits.max_num_seqs
         self._costs = StepCosts(limits.max_decode_gap if limits.enable_chunked_prefill else 0)
         self._deadlines: list[tuple[float, tuple[str, str]]] = []  # a heap of (time, request key)
         self._dropped: list[int] = []  # seq_ids that the workers need not keep any longer
@@ -101,12 +106,12 @@ class Scheduler:
         self.requests[request.key] = request
         if message.timeout is not None:
             heapq.heappush(self._deadlines, (message.arrival_time + message.timeout, request.key))
-        for index in range(params.n):
+        for index in range(request.best_of):
             journal = message.journal[index] if index < len(message.journal) else []
-            seq = Sequence(next(self._seq_ids), request, index, journal)
-            request.seqs.append(seq)
-            self._queue(seq)
-            if journal and self._stop_status(seq):
+            request.seqs.append(Sequence(next(self._seq_ids), request, index, journal))
+            self._queue(request.seqs[-1])
+        for seq in request.seqs:
+            if seq.num_completion_tokens and self._stop_status(seq):
                 # The journal was complete already; only the last word got lost.
                 self._finish(seq, self._stop_status(seq), start=seq.num_completion_tokens)
 
@@ -171,30 +176,55 @@ class Scheduler:
         With a step in flight None may also mean that its outcome must be known first. At most one may be.
         """
         assert len(self.in_flight) <= 1, "commit() comes before a third schedule()"
-        scheduled = _Batch(self.limits.max_num_batched_tokens)
-        self._schedule_running(scheduled)
-        self._bound_gap(scheduled)
-        if not scheduled.preempted:
-            self._schedule_waiting(scheduled)
+        batch = _Batch(self.limits.max_num_batched_tokens - len(self.steady))
+        grown = self._grow_steady(batch)
+        if len(self.running) > len(self.steady):
+            self._schedule_running(batch)
+        self._bound_gap(batch)
+        if not batch.preempted:
+            self._schedule_waiting(batch)
         copies = self.blocks.take_copies()
-        if not scheduled.rows and not self._dropped and not copies:
+        if not batch.rows and not self.steady and not self._dropped and not copies:
             return None
         self._step_id += 1
-        rows = [self._row(seq, num_tokens) for seq, num_tokens in scheduled.rows.items()]
-        records = [
-            ScheduledRow(seq, row.num_computed_tokens, len(row.token_ids), row.sample, seq.num_preemptions)
-            for seq, row in zip(scheduled.rows, rows, strict=True)
-        ]
-        for record in records:
-            record.seq.num_computed_tokens += record.num_tokens
-            record.seq.num_pending_tokens += record.sample
-        self.in_flight.append((self._step_id, records))
+        flight = StepInFlight(self._step_id, self.steady.age, self.steady.num_left)
+        decodes = DecodeRows()
+        if self.steady:
+            previous = self.in_flight[-1].steady if self.in_flight else None
+            flight.steady, decodes = self.steady.step(previous, grown)
+        states = [self._row(seq, num_tokens) for seq, num_tokens in batch.rows.items()]
+        for seq, row in zip(batch.rows, states, strict=True):
+            flight.records.append(
+                ScheduledRow(seq, row.num_computed_tokens, len(row.token_ids), row.sample, seq.num_preemptions)
+            )
+            seq.num_computed_tokens += len(row.token_ids)
+            seq.num_pending_tokens += row.sample
+            if row.sample and self._may_be_steady:
+                self.steady.join(seq)
+        self.in_flight.append(flight)
         finished, self._dropped = self._dropped, []
-        return StepInput(self.epoch, self._step_id, copies, rows, finished)
+        return StepInput(self.epoch, self._step_id, copies, states, finished, decodes)
+
+    def _grow_steady(self, batch: _Batch) -> list[Sequence]:
+        """Give each steady decode that comes to a block's boundary a new block; returns who got one."""
+        grown = []
+        for seq in self.steady.at_boundary() if self.steady else ():
+            if seq.steady is None:
+                continue  # it had to give way to an older one
+            if self._make_room(seq, 1, batch):
+                self.blocks.allocate(seq, seq.num_computed_tokens + 1)
+                seq.num_sent_blocks = len(seq.block_table)
+                grown.append(seq)
+            elif seq.steady is not None:
+                self.steady.leave(seq)  # it cannot take this step
+                batch.budget += 1
+        return grown
 
     def _schedule_running(self, batch: _Batch) -> None:
-        """Give each running sequence its next tokens, decodes before prefill chunks."""
-        left = [(seq, seq.num_uncomputed_tokens) for seq in self.running if not self._reaches_length(seq)]
+        """Give each running sequence that is no steady decode its next tokens, decodes before prefill chunks."""
+        running = [seq for seq in self.running if seq.steady is None]
+        left = [(seq, seq.num_uncomputed_tokens) for seq in running if not self._reaches_length(seq)]
+        sharers = self.blocks.tail_sharers
         decodes = [pair for pair in left if pair[1] == 1]
         for seq, num_tokens in itertools.chain(decodes, (pair for pair in left if pair[1] > 1)):  # each oldest first
             if batch.budget == 0:
@@ -205,9 +235,9 @@ class Scheduler:
                 self._bound_gap(batch)
                 if batch.budget == 0:
                     break
-            num_tokens = min(num_tokens, batch.budget)
+                num_tokens = min(chunk_before_fork(seq, num_tokens), batch.budget)
             end = seq.num_computed_tokens + num_tokens
-            if end > len(seq.block_table) * self.limits.block_size:
+            if end > len(seq.block_table) * self.limits.block_size or seq in sharers:
                 if not self._make_room(seq, num_tokens, batch):
                     continue
                 self.blocks.allocate(seq, end)
@@ -215,15 +245,15 @@ class Scheduler:
 
     def _bound_gap(self, batch: _Batch) -> None:
         """Before the first prefill chunk goes beside decodes: leave so many tokens that they are not held up."""
-        if not batch.bounded and batch.rows:
+        if not batch.bounded and (batch.rows or self.steady):
             limit = self._costs.max_prefill_tokens()
             batch.budget = batch.budget if limit is None else min(batch.budget, limit)
         batch.bounded = True
 
     def _make_room(self, seq: Sequence, num_tokens: int, batch: _Batch) -> bool:
         """Preempt the newest sequences until `seq` can grow; it may be the one to go. Says whether it can grow now."""
-        needed = self.blocks.blocks_for(seq.num_computed_tokens + num_tokens) - len(seq.block_table)
-        while not self.blocks.can_allocate(needed):
+        end = seq.num_computed_tokens + num_tokens
+        while not self.blocks.can_allocate(self.blocks.num_new_blocks(seq, end)):
             batch.preempted = True
             victim = self.running[-1]
             if len(self.running) == 1:
@@ -233,6 +263,7 @@ class Scheduler:
                 logger.warning("request %s ends early: the K/V cache holds no more of it", seq.request.request_id)
                 self._finish(seq, SequenceStatus.FINISHED_LENGTH_CAPPED, start=seq.num_completion_tokens)
                 return False
+            batch.budget += victim.steady is not None
             batch.remove(victim)
             self._preempt(victim)
             if victim is seq:
@@ -246,6 +277,7 @@ class Scheduler:
         return self._is_full(seq, seq.num_pending_tokens)
 
     def _preempt(self, seq: Sequence) -> None:
+        self.steady.leave(seq)
         self.running.remove(seq)
         self.blocks.free(seq)
         seq.forget_computation()
@@ -260,39 +292,45 @@ class Scheduler:
         One whose prefix a running sequence is computing just now is passed over until the blocks are there. That
         takes as long as the other's prefill at most, since it leaves the running ones only by giving its blocks back.
         """
-        passed = 0
-        while passed < min(len(self.waiting), MAX_PASSED) and batch.budget > 0:
+        position = num_passed = 0
+        while position < len(self.waiting) and num_passed < MAX_PASSED and batch.budget > 0:
             if len(self.running) >= self.limits.max_num_seqs:
                 break
-            seq = self.waiting[passed]
+            seq = self.waiting[position]
             if seq.num_pending_tokens:
                 break  # preempted while a step samples it: that token comes first
-            hits = self.blocks.match_prefix(seq)
-            if self.blocks.is_coming(seq, len(hits)):
-                passed += 1
+            start = find_start(seq, self.blocks)
+            if start is None:
+                position, num_passed = after_siblings(self.waiting, position), num_passed + 1
                 continue
-            uncomputed = seq.num_tokens - len(hits) * self.limits.block_size
+            uncomputed = seq.num_tokens - start.num_tokens
             if uncomputed > batch.budget and not self.limits.enable_chunked_prefill:
                 break
             # All blocks of its tokens are taken at once: several half-prefilled prompts could block each other.
-            num_new = self.blocks.blocks_for(seq.num_tokens) - len(hits)
-            if not self.blocks.can_allocate(num_new, hits, self._watermark if self.running else 0):
+            num_new = self.blocks.blocks_for(seq.num_tokens) - start.num_tokens // self.limits.block_size
+            if not self.blocks.can_allocate(num_new, start.hits, self._watermark if self.running else 0):
                 if self.running:
                     break
                 # Every block is free and still it does not fit: a new worker group may have fewer than the last.
                 self._finish(seq, SequenceStatus.FINISHED_LENGTH_CAPPED, start=seq.num_completion_tokens)
                 continue
-            self.waiting.remove(seq)
-            self.blocks.allocate(seq, seq.num_tokens, hits)
-            self.blocks.announce(seq)
-            self.blocks.count_query(seq, len(hits))
-            if seq.num_preemptions == 0:
-                seq.num_cached_tokens = seq.num_computed_tokens
-            if seq.request.first_scheduled_time is None:
-                seq.request.first_scheduled_time = self._clock()
-            seq.status = SequenceStatus.RUNNING
-            bisect.insort(self.running, seq, key=self._order)
-            batch.add(seq, min(seq.num_uncomputed_tokens, batch.budget))
+            del self.waiting[position]
+            self._admit(seq, start)
+            batch.add(seq, min(chunk_before_fork(seq, uncomputed), batch.budget))
+
+    def _admit(self, seq: Sequence, start: Start) -> None:
+        """Let a sequence run that waited, on the blocks that it starts with and on new ones."""
+        if start.parent is not None:
+            self.blocks.fork(start.parent, seq, start.num_tokens)
+        else:
+            self.blocks.count_query(seq, len(start.hits))
+        self.blocks.allocate(seq, seq.num_tokens, start.hits)
+        self.blocks.announce(seq)
+        request = seq.request
+        if request.first_scheduled_time is None:
+            request.first_scheduled_time, request.num_cached_tokens = self._clock(), seq.num_computed_tokens
+        seq.status = SequenceStatus.RUNNING
+        bisect.insort(self.running, seq, key=self._order)
 
     def _row(self, seq: Sequence, num_tokens: int) -> SequenceState:
         """The row of `seq`: its full state when the workers know nothing of it, else what is new."""
@@ -321,22 +359,36 @@ class Scheduler:
         """
         if output.epoch != self.epoch:
             return
-        step_id, records = self.in_flight.popleft()
-        assert step_id == output.step_id, f"step {output.step_id} was collected where {step_id} was due"
-        decodes = sum(record.is_decode for record in records)
-        prefill_tokens = sum(record.num_tokens for record in records if not record.is_decode)
-        self._costs.observe(decodes, prefill_tokens, output.compute_seconds)
+        flight = self.in_flight.popleft()
+        assert flight.step_id == output.step_id, f"step {output.step_id} was collected where {flight.step_id} was due"
+        self._costs.observe(flight.num_decodes, flight.num_prefill_tokens, output.compute_seconds)
         for row, error in output.errors.items():
-            self._fail(records[row].seq.request, from_wire(error))
-        for row, (record, token_ids) in enumerate(zip(records, output.token_ids, strict=True)):
-            seq = record.seq
-            seq.num_pending_tokens -= record.sample
-            if seq.is_finished:
-                continue
-            if seq.num_preemptions == record.num_preemptions:
-                self.blocks.publish(seq, record.start, record.start + record.num_tokens)
-            if record.sample:
-                self._append(seq, token_ids, output.logprobs.get(row, []))
+            self._fail(flight.seq_of(row).request, from_wire(error))
+        if flight.steady:
+            self._commit_steady(flight, output)
+        for row, record in enumerate(flight.records, start=len(flight.steady)):
+            self._commit_row(record, output, row)
+
+    def _commit_steady(self, flight: StepInFlight, output: StepOutput) -> None:
+        """Append a token to each steady decode, all at once but for those that need a look of their own."""
+        odd, rows, token_ids = self.steady.take_tokens(flight, output, self.limits.eos_token_ids)
+        for seq, num_computed in self.steady.filled(flight.age):
+            self.blocks.publish(seq, num_computed - 1, num_computed)
+        if token_ids:
+            self._outbox.emit_columns(rows, flight.age, token_ids)
+        for row in odd:
+            self._commit_row(flight.steady_record(row), output, row)
+
+    def _commit_row(self, record: ScheduledRow, output: StepOutput, row: int) -> None:
+        seq = record.seq
+        if record.sample and seq.steady is None:
+            seq.num_pending_tokens -= 1
+        if seq.is_finished:
+            return
+        if seq.num_preemptions == record.num_preemptions:
+            self.blocks.publish(seq, record.start, record.start + record.num_tokens)
+        if record.sample:
+            self._append(seq, output.tokens[row], output.logprobs.get(row, []))
 
     def _append(self, seq: Sequence, token_ids: list[int], logprobs: list[TokenLogprobs]) -> None:
         start = seq.num_completion_tokens
@@ -360,16 +412,14 @@ class Scheduler:
 
     def _is_full(self, seq: Sequence, num_more: int = 0) -> bool:
         """Whether `num_more` further tokens bring the sequence to max_tokens or max_model_len."""
-        max_tokens = seq.request.sampling_params.max_tokens
-        return (max_tokens is not None and seq.num_completion_tokens + num_more >= max_tokens) or (
-            seq.num_tokens + num_more >= self.limits.max_model_len
-        )
+        return seq.num_tokens + num_more >= seq.max_num_tokens(self.limits.max_model_len)
 
     def _finish(self, seq: Sequence, status: SequenceStatus | None, start: int) -> None:
         """End a sequence in whatever queue it stands, free its blocks and tell its client."""
         assert status is not None
         assert status.is_finished
         if seq.status is SequenceStatus.RUNNING:
+            self.steady.leave(seq)
             self.running.remove(seq)
         else:
             self.waiting.remove(seq)
@@ -381,7 +431,7 @@ class Scheduler:
         if seq.request.is_finished():
             del self.requests[seq.request.key]
 
-    def take_deltas(self) -> list[ClientDelta]:
+    def take_deltas(self) -> ClientDeltas:
         """What the front ends have to be told since the last call, in order."""
         return self._outbox.take()
 
@@ -395,6 +445,7 @@ class Scheduler:
         self.epoch = epoch
         self._step_id = 0
         self.in_flight.clear()
+        self.steady.clear()
         self._dropped.clear()
         for seq in self.running:
             seq.num_preemptions += 1

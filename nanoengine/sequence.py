@@ -9,10 +9,13 @@ from __future__ import annotations
 import dataclasses
 import enum
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.step import TokenLogprobs
+
+if TYPE_CHECKING:
+    from nanoengine.decode_set import DecodeSet
 
 
 class SequenceStatus(enum.Enum):
@@ -50,23 +53,26 @@ class Sequence:
     `num_pending_tokens` counts the tokens that steps in flight sample: they follow `token_ids`, their ids unknown.
     `num_sent_blocks` counts the entries of `block_table` that the workers know; None: they know nothing of this
     sequence, and its full state travels with its next row.
+
+    While it is a steady decode (`steady` is the set it is in) both counters follow from the set's clock, and whoever
+    wants to change them makes it leave the set first.
     """
 
     __slots__ = (
+        "_num_computed",
+        "_num_pending",
         "block_hashes",
         "block_table",
         "error",
         "index",
         "logprobs",
-        "num_cached_tokens",
-        "num_computed_tokens",
-        "num_pending_tokens",
         "num_preemptions",
         "num_prompt_tokens",
         "num_sent_blocks",
         "request",
         "seq_id",
         "status",
+        "steady",
         "stop_reason",
         "token_ids",
     )
@@ -77,9 +83,9 @@ class Sequence:
         self.index = index
         self.token_ids = [*request.prompt_token_ids, *journal]
         self.num_prompt_tokens = len(request.prompt_token_ids)
-        self.num_computed_tokens = 0
-        self.num_pending_tokens = 0
-        self.num_cached_tokens = 0
+        self.steady: DecodeSet | None = None
+        self._num_computed = 0
+        self._num_pending = 0
         self.num_preemptions = 0
         self.num_sent_blocks: int | None = None
         self.block_table: list[int] = []
@@ -107,9 +113,45 @@ class Sequence:
         return self.token_ids[self.num_prompt_tokens :]
 
     @property
+    def num_computed_tokens(self) -> int:
+        """Tokens whose K/V is computed or being computed."""
+        return self._num_computed if self.steady is None else self._num_computed + self.steady.age
+
+    @num_computed_tokens.setter
+    def num_computed_tokens(self, number: int) -> None:
+        assert self.steady is None, f"{self} is a steady decode"
+        self._num_computed = number
+
+    @property
+    def num_pending_tokens(self) -> int:
+        """Tokens that steps in flight sample."""
+        if self.steady is None:
+            return self._num_pending
+        return self.num_computed_tokens + 1 - len(self.token_ids)  # a steady decode lacks one token, ever
+
+    @num_pending_tokens.setter
+    def num_pending_tokens(self, number: int) -> None:
+        assert self.steady is None, f"{self} is a steady decode"
+        self._num_pending = number
+
+    def ride(self, steady: DecodeSet) -> None:
+        """Let the clock of `steady` count from here on."""
+        self._num_computed -= steady.age
+        self.steady = steady
+
+    def alight(self) -> None:
+        """Count for oneself again."""
+        self._num_computed, self._num_pending, self.steady = self.num_computed_tokens, self.num_pending_tokens, None
+
+    def max_num_tokens(self, max_model_len: int) -> int:
+        """The number of tokens, those of the prompt included, that ends it."""
+        max_tokens = self.request.sampling_params.max_tokens
+        return max_model_len if max_tokens is None else min(max_model_len, self.num_prompt_tokens + max_tokens)
+
+    @property
     def num_uncomputed_tokens(self) -> int:
         """Tokens that no step has been given yet, a pending one included: 1 for a steady decode."""
-        return len(self.token_ids) + self.num_pending_tokens - self.num_computed_tokens
+        return 1 if self.steady is not None else len(self.token_ids) + self._num_pending - self._num_computed
 
     @property
     def is_finished(self) -> bool:
@@ -131,7 +173,6 @@ class Sequence:
         """A copy that goes its own way from here; it shares nothing that may change with its parent."""
         child = Sequence(seq_id, self.request, index, self.completion_token_ids)
         child.num_computed_tokens = self.num_computed_tokens
-        child.num_cached_tokens = self.num_cached_tokens
         child.block_table = list(self.block_table)
         child.block_hashes = list(self.block_hashes)
         child.status = self.status
@@ -159,6 +200,7 @@ class Request:
         "first_scheduled_time",
         "grammar",
         "ignores_eos",
+        "num_cached_tokens",
         "priority",
         "prompt",
         "prompt_token_ids",
@@ -194,12 +236,18 @@ class Request:
         self.grammar = grammar
         self.ignores_eos = sampling_params.ignore_eos and not grammar
         self.first_scheduled_time: float | None = None
+        self.num_cached_tokens = 0  # of the prompt, when the first of its sequences was scheduled first
         self.seqs: list[Sequence] = []
 
     @property
     def key(self) -> tuple[str, str]:
         """What names a request to the scheduler: request ids are unique within a client only."""
         return (self.client_id, self.request_id)
+
+    @property
+    def best_of(self) -> int:
+        """How many sequences are generated; `sampling_params.n` of them are shown, the best ones."""
+        return self.sampling_params.num_sequences
 
     def get_seqs(self, status: SequenceStatus | None = None) -> list[Sequence]:
         """Its sequences, or those of one status."""

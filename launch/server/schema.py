@@ -18,13 +18,14 @@ from nanoengine.prompts import PromptInput, check_cache_salt
 from nanoengine.sampling_params import SamplingParams
 
 MAX_PROMPTS = 1024
+# What one request may generate at once, over all of its prompts.
+MAX_SEQUENCES = 16384
 _ANYTHING = object()
 
 # Values that leave the answer as it is, for each field that is known but not supported (yet). null always is one.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
     "audio": (),
-    "best_of": (1,),
     "chat_template": (),
     "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
@@ -70,6 +71,7 @@ _NEUTRAL_IN_STREAM_OPTIONS: dict[str, tuple[Any, ...]] = {
 
 _SAMPLING_FIELDS = (
     "n",
+    "best_of",
     "temperature",
     "top_p",
     "top_k",
@@ -132,6 +134,7 @@ class SamplingFields(Body):
 
     model: str | None = None
     n: int | None = None
+    best_of: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -200,7 +203,13 @@ class SamplingFields(Body):
         form = self.asked_form()
         if form is not None:
             given["structured_outputs"] = form.params
-        return SamplingParams(**{**defaults, **given, **self.own_params()})
+        params = SamplingParams(**{**defaults, **given, **self.own_params()})
+        if self.stream and params.ranks_candidates:
+            raise RequestError(
+                f"best_of must be n ({params.n}) in a stream, since the best are known only at the end, "
+                f"got {params.best_of}", "best_of",
+            )  # fmt: skip
+        return params
 
     def asked_form(self) -> AskedForm | None:
         """The structured output that is asked for, in whichever way. Raises RequestError for a malformed one."""
@@ -295,6 +304,16 @@ class DetokenizeRequest(Body):
 
     model: str | None = None
     tokens: list[int]
+
+
+def check_num_sequences(num_prompts: int, params: SamplingParams) -> None:
+    """Raise RequestError when prompts and their outputs are too many together."""
+    if num_prompts * params.num_sequences > MAX_SEQUENCES:
+        name = "n" if params.best_of is None else "best_of"
+        raise RequestError(
+            f"{name} must be at most {MAX_SEQUENCES // num_prompts} with {num_prompts} prompts, "
+            f"got {params.num_sequences}", name,
+        )  # fmt: skip
 
 
 def chat_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

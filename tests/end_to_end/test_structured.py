@@ -124,6 +124,18 @@ def test_a_journal_is_continued(engine: InProcessEngine, undisturbed: list[list[
         assert whole[len(whole) // 2 :] == [token for delta in rest[str(i)] for token in delta.token_ids]
 
 
+def test_each_of_n_sequences_has_a_matcher_of_its_own(engine: InProcessEngine, tokenizer: Tokenizer) -> None:
+    """They fork from one prompt and go their own ways."""
+    form = {"regex": "[0-9]{2,4}(ab|cd)[A-Z]{3}"}
+    engine.add("0", PROMPTS[0], SamplingParams(n=6, max_tokens=30, structured_outputs=form), 3)
+    outputs: dict[int, list[int]] = collections.defaultdict(list)
+    for delta in run(engine)["0"]:
+        outputs[delta.index] += delta.token_ids
+    texts = [tokenizer.decode(outputs[index]) for index in range(6)]
+    assert all(re.fullmatch(form["regex"], text) for text in texts), texts
+    assert len(set(texts)) > 1
+
+
 def test_logprobs_are_of_the_raw_logits(engine: InProcessEngine) -> None:
     params = SamplingParams(temperature=0, max_tokens=3, logprobs=1, structured_outputs={"choice": ["zzz"]})
     (deltas,) = engine.generate_deltas([PROMPTS[0]], params)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 from typing import Any
 
@@ -23,13 +24,14 @@ class FailingDriver(Driver):
 
         def failing(step: StepInput) -> StepOutput:
             output = run(step)
+            token_ids, errors = list(output.token_ids), {}
             for row, seq_id in enumerate(output.seq_ids):
                 seqs = [seq for request in self.scheduler.requests.values() for seq in request.seqs]
                 (seq,) = [seq for seq in seqs if seq.seq_id == seq_id] or [None]
                 if seq is not None and seq.request.request_id == "x" and seq.num_completion_tokens >= after:
-                    output.token_ids[row] = []
-                    output.errors[row] = to_wire(RequestError("no token fits", "structured_outputs"))
-            return StepOutput.unpack(_columns(output))
+                    token_ids[row] = []
+                    errors[row] = to_wire(RequestError("no token fits", "structured_outputs"))
+            return StepOutput.unpack(_columns(dataclasses.replace(output, token_ids=token_ids, errors=errors)))
 
         self.workers.run = failing  # type: ignore[method-assign]
 
