@@ -39,8 +39,10 @@ COMPILE_SECONDS = 1.5
 DEAD_SECONDS = 0.1
 # Until the process has read its tokenizer, which takes 0.7 s for a vocabulary of 120,000.
 START_SECONDS = 30.0
-# Whoever has waited this long for a turn is told to come again.
+# Whoever has waited this long for a turn is told to come again, and so is who comes behind so many.
 MAX_WAIT_SECONDS = 10.0
+MAX_WAITING = 1024
+_BUSY = "too many structured outputs wait to be compiled; try again later"
 # Answers that are kept: at most so many, of so many characters together.
 MAX_CACHED = 256
 MAX_CACHED_CHARS = 4 * 2**20
@@ -82,11 +84,12 @@ class GrammarCompiler:
     def compile(self, params: StructuredOutputsParams) -> Future[str]:
         """The grammar for the workers, as soon as it is there.
 
-        The result raises RequestError where there is none, and QueueFullError when too many wait. Callers of the
-        same grammar share a future: shield it from their cancellation.
+        The result raises RequestError where there is none, and QueueFullError when its turn did not come in time.
+        Callers of the same grammar share a future: shield it from their cancellation.
 
         Raises:
             RequestError: this engine gives no structured outputs at all.
+            QueueFullError: too many wait.
             EngineDeadError: `close` was called.
         """
         self._check_usable()
@@ -101,6 +104,8 @@ class GrammarCompiler:
                 return future
             if key in self._pending:
                 return self._pending[key]
+            if len(self._pending) >= MAX_WAITING:
+                raise QueueFullError(_BUSY)
             self._pending[key] = future
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "grammar")
@@ -141,7 +146,7 @@ class GrammarCompiler:
         kept = False
         try:
             if time.monotonic() - since > MAX_WAIT_SECONDS:
-                raise QueueFullError("too many structured outputs wait to be compiled; try again later")
+                raise QueueFullError(_BUSY)
             answer, kept = self._ask(line, form), True
         except NanoEngineError as error:
             answer = _Answer(error=error)

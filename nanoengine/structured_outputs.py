@@ -4,9 +4,9 @@ Everything becomes one string in llguidance's own form, whatever it was asked fo
 (`StructuredOutputsParams`). Building the string may be slow for a hostile input (`to_grammar` is quadratic in the
 rules of a GBNF grammar), so that is done where it can be killed: `nanoengine.grammar_process`.
 
-Why llguidance and not xgrammar: its automata are built lazily under budgets, so a pathological expression is an
-error and not minutes of compiling; a grammar is ready in about a millisecond; it is one wheel without torch, which
-a front end must not load, and it reads a tokenizer.json by itself.
+Why llguidance and not xgrammar: it builds its automata lazily and within budgets, so a hostile expression is an error
+and not a long compilation; an ordinary schema is ready in a few milliseconds; it is one wheel without torch, which a
+front end must not load, and it reads a tokenizer.json by itself.
 """
 
 from __future__ import annotations

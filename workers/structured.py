@@ -84,7 +84,10 @@ class _Compiled:
 
 
 class GrammarMatchers:
-    """Every grammar of rank 0, compiled; and the threads in which that, and the masks, are computed."""
+    """Every grammar of rank 0, compiled; and the threads in which that, and the masks, are computed.
+
+    The threads end when this is forgotten.
+    """
 
     def __init__(self, config: EngineConfig, num_threads: int = 1) -> None:
         """`num_threads` may compute masks at a time."""
@@ -152,9 +155,10 @@ class GrammarMatchers:
                 self._fill(bits, [(alone, i)])
                 if alone is not None and alone.is_error():
                     row.fail(error_of(alone) or "it allows nothing more")
-        allowed = np.zeros((len(rows), self._vocab_size), dtype=np.bool_)  # what pads the vocabulary is no token
-        count = min(num_tokens, self._vocab_size)
-        allowed[:, :count] = np.unpackbits(bits.view(np.uint8), axis=1, count=count, bitorder="little")
+        packed = np.zeros((len(rows), -(-max(num_tokens, self._vocab_size) // 32) * 4), dtype=np.uint8)
+        packed[:, : 4 * bits.shape[1]] = bits.view(np.uint8)
+        allowed = np.unpackbits(packed, axis=1, count=self._vocab_size, bitorder="little").view(np.bool_)
+        allowed[:, num_tokens:] = False  # what pads the vocabulary is no token
         allowed[[row.error is not None for row in rows]] = True
         return allowed
 
@@ -164,11 +168,6 @@ class GrammarMatchers:
             if self._executor is None:
                 self._executor = llguidance.LLExecutor(self._num_threads)
             llguidance.numpy.fill_next_token_bitmask_par(self._executor, usable, bits)
-
-    def close(self) -> None:
-        """End the threads."""
-        self._masking.shutdown(wait=False, cancel_futures=True)
-        self._compiling.shutdown(wait=False, cancel_futures=True)
 
 
 def constrain(

@@ -182,6 +182,9 @@ def test_whoever_waits_too_long_is_told_to_come_again(
     monkeypatch.setattr(grammar_compiler, "MAX_WAIT_SECONDS", -1)
     with pytest.raises(QueueFullError):
         compiler.compile(form(regex="a")).result(30)
+    monkeypatch.setattr(grammar_compiler, "MAX_WAITING", 0)
+    with pytest.raises(QueueFullError):
+        compiler.compile(form(regex="b"))
 
 
 def test_callers_of_the_same_form_share_the_answer(compiler: GrammarCompiler) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +60,8 @@ class Model:
 
 
 @pytest.fixture(scope="module", params=[write_byte_level, write_byte_fallback], ids=["byte-level", "byte-fallback"])
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
-    model = Model(tmp_path_factory.mktemp("model"), request.param)
-    yield model
-    model.matchers.close()
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return Model(tmp_path_factory.mktemp("model"), request.param)
 
 
 def test_only_tokens_that_fit_are_allowed(model: Model) -> None:
