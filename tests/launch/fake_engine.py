@@ -23,6 +23,7 @@ from nanoengine.engine_client import EngineClient
 from nanoengine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from nanoengine.prompts import PromptInput, parse_prompt
 from nanoengine.sampling_params import SamplingParams
+from nanoengine.structured_outputs import StructuredOutputsParams
 from nanoengine.tokenizer import Tokenizer
 from tests.nanoengine.tokenizers_for_tests import write_byte_level
 
@@ -63,7 +64,9 @@ class FakeEngine:
         request_id: str | None = None,
         **scheduling: Any,
     ) -> AsyncGenerator[RequestOutput, None]:
-        request = EngineClient(self.config, self.tokenizer).check(parse_prompt(prompt), sampling_params)
+        form = None if sampling_params is None else sampling_params.structured_outputs
+        grammar = form.to_grammar() if isinstance(form, StructuredOutputsParams) else ""
+        request = EngineClient(self.config, self.tokenizer).check(parse_prompt(prompt), sampling_params, grammar)
         prompt = request.prompt_token_ids
         self.salts.append(request.cache_salt)
         self.scheduling.append(scheduling)
@@ -75,7 +78,7 @@ class FakeEngine:
         self.open.add(request_id)
         finished = False
         try:
-            for output in self._outputs(request_id, prompt, request.params, request.max_tokens):
+            for output in self._told(prompt, request.params, request_id, request.max_tokens):
                 await asyncio.sleep(self.delay)
                 finished = output.finished
                 yield output
@@ -90,6 +93,22 @@ class FakeEngine:
 
     async def reset_prefix_cache(self) -> None:
         self.num_resets += 1
+
+    def _told(
+        self, prompt: list[int], params: SamplingParams, request_id: str, max_tokens: int
+    ) -> Iterator[RequestOutput]:
+        """All outputs; where the prompt is told of, half of it comes before the first token."""
+        if params.prompt_logprobs is None:
+            yield from self._outputs(request_id, prompt, params, max_tokens)
+            return
+        number = params.prompt_logprobs
+        entries = [None, *(self._logprobs(token, number) for token in prompt[1:])]
+        nothing = [CompletionOutput(index, "", []) for index in range(params.n)]
+        half = entries[: 1 + len(entries) // 2]
+        yield RequestOutput(request_id, None, prompt, nothing, False, RequestMetrics(time.time()), half)
+        for output in self._outputs(request_id, prompt, params, max_tokens):
+            output.prompt_logprobs = entries
+            yield output
 
     def _outputs(
         self, request_id: str, prompt: list[int], params: SamplingParams, max_tokens: int
