@@ -25,6 +25,7 @@ from launch.server.schema import (
     check_num_sequences,
     repeated_message,
 )
+from launch.server.tokens import AbortRequest, GenerateRequest, TokensFormat
 from nanoengine.tokenizer import Tokenizer
 from nanoengine.version import __version__
 
@@ -140,6 +141,27 @@ async def create_chat_completion(request: Request, body: Annotated[ChatCompletio
         )
 
 
+@router.post("/generate")
+async def generate(request: Request, body: Annotated[GenerateRequest, Body()]) -> Response:
+    """Continue one prompt of token ids, with token ids."""
+    engine = _serving(request, body.model)
+    params, prompt = body.params(engine.config.default_sampling), body.prompt()
+    engine.check_queue()
+    answer_id = f"gen-{request.state.request_id}"
+    answer = TokensFormat(answer_id, engine.config.served_model_name, 1, params.n, True, False)
+    return await respond(request, engine, [prompt], params, answer_id, answer, bool(body.stream), body.scheduling())
+
+
+@router.post("/abort")
+async def abort(request: Request, body: Annotated[AbortRequest, Body()]) -> dict[str, list[str]]:
+    """End requests: they answer what they have, with finish_reason "abort". Tells which of them were open here.
+
+    Ids that are unknown, or ended meanwhile, are no error. Under --api-server-count those of other front ends end too.
+    """
+    names = body.names()
+    return {"aborted": await _engine(request).abort_named(names)}
+
+
 # -- models -----------------------------------------------------------------------------------------------------
 
 
@@ -192,6 +214,14 @@ async def health(request: Request) -> JSONResponse:
 async def live() -> dict[str, str]:
     """200 as long as this process answers."""
     return {"status": "alive"}
+
+
+@router.get("/load")
+async def load(request: Request) -> dict[str, int]:
+    """Requests that this front end has in the engine: all, those with a token already, those that wait for one."""
+    engine = _engine(request)
+    total, waiting = engine.num_unfinished, engine.num_queued
+    return {"server_load": total, "running": total - waiting, "waiting": waiting}
 
 
 @router.get("/version")

@@ -87,6 +87,14 @@ class FakeEngine:
             if not finished:
                 self.aborted.append(request_id)
 
+    @property
+    def num_unfinished(self) -> int:
+        return len(self.open)
+
+    @property
+    def num_queued(self) -> int:
+        return 0
+
     def check_queue(self, num_requests: int = 1) -> None:
         if self.queue_is_full:
             raise QueueFullError(f"no room for {num_requests}")
