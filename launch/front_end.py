@@ -10,7 +10,8 @@ import contextlib
 import logging
 import resource
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, TypeVar
 
 import uvicorn
 
@@ -22,6 +23,8 @@ from launch.server.protocol import BoundedProtocol
 from nanoengine import AsyncLLM
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # How long after the engine's end the server still answers, so that each client is told.
 LAST_WORDS_SECONDS = 1
@@ -131,6 +134,16 @@ class FrontEnd:
     def _num_open(self) -> int:
         # The engine's own count has those whose client may come back for the rest.
         return max(self._lifecycle.num_open, self._engine.num_unfinished)
+
+
+def run_loop(main: Coroutine[Any, Any, T]) -> T:
+    """Like asyncio.run, on uvloop's event loop where that is installed."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(main)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(main)
 
 
 def max_connections() -> int:

@@ -16,7 +16,7 @@ from typing import Any
 
 from configs.engine import EngineConfig
 from configs.errors import EngineError, NanoEngineError, to_wire
-from launch.front_end import FrontEnd
+from launch.front_end import FrontEnd, run_loop
 from launch.keys import ApiKeys
 from launch.supervisor import configure_server_logging
 from nanoengine import AsyncLLM, processes
@@ -37,7 +37,7 @@ def main() -> None:
     config = EngineConfig.from_dict(message["config"])
     configure_server_logging(config)
     try:
-        failure = asyncio.run(_run(config, message))
+        failure = run_loop(_run(config, message))
     except NanoEngineError as error:
         failure = error
     except Exception as error:

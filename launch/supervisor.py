@@ -18,7 +18,7 @@ from types import FrameType
 
 from configs.engine import EngineConfig
 from configs.errors import NanoEngineError
-from launch.front_end import FrontEnd
+from launch.front_end import FrontEnd, run_loop
 from launch.front_group import FrontGroup
 from launch.keys import ApiKeys, load_keys
 from launch.listener import listening, url_of
@@ -44,7 +44,7 @@ def serve(config: EngineConfig) -> int:
     config = dataclasses.replace(config, server=dataclasses.replace(config.server, api_key=()))
     with listening(config.server, bool(keys), count) as listeners, Signals() as signals:
         configure_server_logging(config)
-        return asyncio.run(_serve(with_server_defaults(config), listeners, keys, signals))
+        return run_loop(_serve(with_server_defaults(config), listeners, keys, signals))
 
 
 def configure_server_logging(config: EngineConfig) -> None:

@@ -7,9 +7,11 @@ import json
 import signal
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -24,21 +26,42 @@ from tests.launch.server_process import ServerProcess
 KEY = "open-sesame"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
 ASKED = {"prompt": "中国的首都是", "temperature": 0, "max_tokens": 8}
+LONG = {"prompt_token_ids": [5, 6, 7], "sampling_params": {"ignore_eos": True, "max_tokens": 3000}, "stream": True}
 ENDLESS = {"prompt": "Once", "ignore_eos": True, "max_tokens": 3000, "stream": True}
 
 
-@pytest.fixture
-def run_base() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="nano-test-") as name:  # short: sockets lie in there
-        yield Path(name)
+@contextlib.contextmanager
+def started() -> Iterator[tuple[ServerProcess, Path]]:
+    """A server with two front ends, and where its run directory is made."""
+    with tempfile.TemporaryDirectory(prefix="nano-test-") as name, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOENGINE_API_KEY", KEY)
+        with ServerProcess("--api-server-count", "2", "--shutdown-timeout", "20", run_base=Path(name)) as server:
+            server.wait_ready()
+            yield server, Path(name)
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[tuple[ServerProcess, Path]]:
+    """For the tests that leave it as it was; the last of them kills it."""
+    with started() as both:
+        yield both
 
 
 @pytest.fixture
-def server(run_base: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ServerProcess]:
-    monkeypatch.setenv("NANOENGINE_API_KEY", KEY)
-    with ServerProcess("--api-server-count", "2", "--shutdown-timeout", "20", run_base=run_base) as server:
-        server.wait_ready()
-        yield server
+def server(shared: tuple[ServerProcess, Path]) -> ServerProcess:
+    return shared[0]
+
+
+@pytest.fixture
+def url(server: ServerProcess) -> str:
+    return server.wait_ready()
+
+
+@pytest.fixture
+def own() -> Iterator[tuple[ServerProcess, Path]]:
+    """For a test that ends it."""
+    with started() as both:
+        yield both
 
 
 def family(server: ServerProcess) -> list[psutil.Process]:
@@ -103,7 +126,95 @@ def test_front_ends_share_the_port_and_one_that_dies_is_replaced(server: ServerP
     assert any("it is started again" in line for line in server.err)
 
 
-def test_a_stop_reaches_every_front_end_and_leaves_nothing(server: ServerProcess, run_base: Path) -> None:
+class Open:
+    """A stream that is read in a thread; `events` are what came so far."""
+
+    def __init__(self, url: str, path: str, asked: dict[str, Any], request_id: str) -> None:
+        self.events: list[str] = []
+        self._thread = threading.Thread(target=self._read, args=(url + path, asked, request_id))
+        self._thread.start()
+        self.until(1)
+
+    def _read(self, url: str, asked: dict[str, Any], request_id: str) -> None:
+        headers = HEADERS | {"X-Request-Id": request_id}
+        with httpx.stream("POST", url, json=asked, headers=headers, timeout=30) as response:
+            self.events.extend(line for line in response.iter_lines() if line)
+
+    def until(self, count: int) -> None:
+        deadline = time.monotonic() + 15
+        while len(self.events) < count:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+
+    def end(self) -> str:
+        """How it ended, soon."""
+        self._thread.join(5)
+        assert not self._thread.is_alive(), "it was not ended"
+        assert self.events[-1] == "data: [DONE]"
+        last = json.loads(self.events[-2].removeprefix("data: "))
+        reason: str = (last.get("choices") or last.get("outputs"))[0]["finish_reason"]
+        return reason
+
+
+def load(url: str) -> dict[str, int]:
+    found: dict[str, int] = httpx.get(f"{url}/load", headers=HEADERS).json()
+    assert found["server_load"] == found["running"] + found["waiting"]
+    return found
+
+
+def test_requests_are_ended_by_their_ids_wherever_they_are(url: str) -> None:
+    """Each connection goes to one of two front ends, and so does the abort."""
+
+    def abort(ids: str | list[str]) -> int:
+        return httpx.post(f"{url}/abort", headers=HEADERS, json={"request_id": ids}).status_code
+
+    chat = {"messages": [{"role": "user", "content": "a"}], "ignore_eos": True, "max_tokens": 3000, "stream": True}
+    texts = {"prompt": ["a", "b"], "ignore_eos": True, "max_tokens": 3000, "stream": True}
+    opened = {f"id-{number}": Open(url, "/generate", LONG, f"id-{number}") for number in range(6)}
+    opened["chat"], opened["texts"] = (
+        Open(url, "/v1/chat/completions", chat, "chat"),
+        Open(url, "/v1/completions", texts, "texts"),
+    )
+    assert {load(url)["running"] for _ in range(20)} != {0}
+    assert httpx.post(f"{url}/abort", headers=HEADERS, json={"request_id": "nobody"}).json() == {"aborted": []}
+    assert abort("gen-id-0") == 200
+    assert opened.pop("id-0").end() == "abort"
+    assert abort(["id-1", "chat", "texts"]) == 200
+    assert [opened.pop(name).end() for name in ("id-1", "chat", "texts")] == ["abort"] * 3
+    for stream in opened.values():  # the others go on
+        stream.until(len(stream.events) + 5)
+    assert httpx.post(f"{url}/abort", headers=HEADERS, json={"abort_all": True}).status_code == 200
+    assert [stream.end() for stream in opened.values()] == ["abort"] * 4
+    assert all(load(url)["server_load"] == 0 for _ in range(10))
+    asked = {"input_ids": [5], "sampling_params": {"max_tokens": 2, "ignore_eos": True}}
+    answer = httpx.post(f"{url}/generate", headers=HEADERS, json=asked)
+    assert len(answer.json()["outputs"][0]["token_ids"]) == 2
+
+
+def test_an_id_that_is_in_use_is_refused(url: str) -> None:
+    with httpx.stream("POST", f"{url}/generate", json=LONG, headers=HEADERS | {"X-Request-Id": "twice"}) as first:
+        lines = first.iter_lines()
+        next(lines)
+        asked = {"json": {"input_ids": [1]}, "headers": HEADERS | {"X-Request-Id": "twice"}}
+        # Each connection goes to one of two front ends, and one of them has it open.
+        answers = [httpx.post(f"{url}/generate", **asked) for _ in range(20)]
+        refused = [answer.json()["error"] for answer in answers if answer.status_code != 200]
+    assert refused
+    assert all((error["param"], "still runs" in error["message"]) == ("request_id", True) for error in refused)
+
+
+def test_nothing_outlives_a_supervisor_that_is_killed(shared: tuple[ServerProcess, Path]) -> None:
+    """Runs last of those that share a server: it is gone afterwards."""
+    server, run_base = shared
+    before = family(server)
+    server.process.kill()
+    _, alive = psutil.wait_procs(before, timeout=8)
+    assert not alive
+    until(lambda: not list(run_base.iterdir()))
+
+
+def test_a_stop_reaches_every_front_end_and_leaves_nothing(own: tuple[ServerProcess, Path]) -> None:
+    server, run_base = own
     url, before = server.wait_ready(), family(server)
     with streams(url, 6, ENDLESS | {"max_tokens": 300}) as lines:
         # Also to the front ends themselves, as a service manager does that signals the whole group.
@@ -123,7 +234,8 @@ def test_a_stop_reaches_every_front_end_and_leaves_nothing(server: ServerProcess
     assert "Traceback" not in "".join(server.err)
 
 
-def test_the_engines_end_is_told_to_every_client(server: ServerProcess, run_base: Path) -> None:
+def test_the_engines_end_is_told_to_every_client(own: tuple[ServerProcess, Path]) -> None:
+    server, run_base = own
     url, before = server.wait_ready(), family(server)
     with streams(url, 6) as lines:
         next(child for child in before if "nanoengine.engine" in child.cmdline()).kill()
@@ -136,15 +248,6 @@ def test_the_engines_end_is_told_to_every_client(server: ServerProcess, run_base
     _, alive = psutil.wait_procs(before, timeout=5)
     assert not alive
     assert not list(run_base.iterdir())
-
-
-def test_nothing_outlives_a_supervisor_that_is_killed(server: ServerProcess, run_base: Path) -> None:
-    server.wait_ready()
-    before = family(server)
-    server.process.kill()
-    _, alive = psutil.wait_procs(before, timeout=8)
-    assert not alive
-    until(lambda: not list(run_base.iterdir()))
 
 
 # --- parts ---

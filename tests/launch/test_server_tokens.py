@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import threading
-import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +12,6 @@ import pytest
 
 from launch.server.app import create_app
 from tests.launch.fake_engine import ANSWER, FakeEngine
-from tests.launch.server_process import ServerProcess
-
-LONG = {"prompt_token_ids": [5, 6, 7], "sampling_params": {"ignore_eos": True, "max_tokens": 3000}, "stream": True}
 
 
 @pytest.fixture
@@ -98,86 +93,3 @@ async def test_what_cannot_be_is_a_400_that_names_the_field(
 )
 async def test_an_abort_says_what_to_end(client: httpx.AsyncClient, asked: dict[str, object]) -> None:
     assert (await client.post("/abort", json=asked)).status_code == 400
-
-
-# --- over the demo model, with two front ends ---
-
-
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with ServerProcess("--api-server-count", "2") as server:
-        yield server.wait_ready()
-
-
-class Open:
-    """A stream that is read in a thread; `events` are what came so far."""
-
-    def __init__(self, url: str, path: str, asked: dict[str, Any], request_id: str) -> None:
-        self.events: list[str] = []
-        self._thread = threading.Thread(target=self._read, args=(url + path, asked, request_id))
-        self._thread.start()
-        self.until(1)
-
-    def _read(self, url: str, asked: dict[str, Any], request_id: str) -> None:
-        headers = {"X-Request-Id": request_id}
-        with httpx.stream("POST", url, json=asked, headers=headers, timeout=30) as response:
-            self.events.extend(line for line in response.iter_lines() if line)
-
-    def until(self, count: int) -> None:
-        deadline = time.monotonic() + 15
-        while len(self.events) < count:
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-
-    def end(self) -> str:
-        """How it ended, soon."""
-        self._thread.join(5)
-        assert not self._thread.is_alive(), "it was not ended"
-        assert self.events[-1] == "data: [DONE]"
-        last = json.loads(self.events[-2].removeprefix("data: "))
-        reason: str = (last.get("choices") or last.get("outputs"))[0]["finish_reason"]
-        return reason
-
-
-def load(url: str) -> dict[str, int]:
-    found: dict[str, int] = httpx.get(f"{url}/load").json()
-    assert found["server_load"] == found["running"] + found["waiting"]
-    return found
-
-
-def test_requests_are_ended_by_their_ids_wherever_they_are(url: str) -> None:
-    """Each connection goes to one of two front ends, and so does the abort."""
-    chat = {"messages": [{"role": "user", "content": "a"}], "ignore_eos": True, "max_tokens": 3000, "stream": True}
-    texts = {"prompt": ["a", "b"], "ignore_eos": True, "max_tokens": 3000, "stream": True}
-    opened = {f"id-{number}": Open(url, "/generate", LONG, f"id-{number}") for number in range(6)}
-    opened["chat"], opened["texts"] = (
-        Open(url, "/v1/chat/completions", chat, "chat"),
-        Open(url, "/v1/completions", texts, "texts"),
-    )
-    assert {load(url)["running"] for _ in range(20)} != {0}
-    assert httpx.post(f"{url}/abort", json={"request_id": "nobody"}).json() == {"aborted": []}
-    assert httpx.post(f"{url}/abort", json={"request_id": "gen-id-0"}).status_code == 200
-    assert opened.pop("id-0").end() == "abort"
-    assert httpx.post(f"{url}/abort", json={"request_id": ["id-1", "chat", "texts"]}).status_code == 200
-    assert [opened.pop(name).end() for name in ("id-1", "chat", "texts")] == ["abort"] * 3
-    for stream in opened.values():  # the others go on
-        stream.until(len(stream.events) + 5)
-    assert httpx.post(f"{url}/abort", json={"abort_all": True}).status_code == 200
-    assert [stream.end() for stream in opened.values()] == ["abort"] * 4
-    assert all(load(url)["server_load"] == 0 for _ in range(10))
-    answer = httpx.post(
-        f"{url}/generate", json={"input_ids": [5], "sampling_params": {"max_tokens": 2, "ignore_eos": True}}
-    )
-    assert len(answer.json()["outputs"][0]["token_ids"]) == 2
-
-
-def test_an_id_that_is_in_use_is_refused(url: str) -> None:
-    with httpx.stream("POST", f"{url}/generate", json=LONG, headers={"X-Request-Id": "twice"}) as first:
-        lines = first.iter_lines()
-        next(lines)
-        asked = {"json": {"input_ids": [1]}, "headers": {"X-Request-Id": "twice"}}
-        # Each connection goes to one of two front ends, and one of them has it open.
-        answers = [httpx.post(f"{url}/generate", **asked) for _ in range(20)]
-        refused = [answer.json()["error"] for answer in answers if answer.status_code != 200]
-    assert refused
-    assert all((error["param"], "still runs" in error["message"]) == ("request_id", True) for error in refused)
