@@ -18,6 +18,7 @@ from nanoengine.prompts import PromptInput, check_cache_salt
 from nanoengine.sampling_params import SamplingParams
 
 MAX_PROMPTS = 1024
+DEFAULT_MAX_TOKENS = 16
 # What one request may generate at once, over all of its prompts.
 MAX_SEQUENCES = 16384
 _ANYTHING = object()
@@ -31,7 +32,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "continue_final_message": (False,),
     "documents": ([],),
     "early_stopping": (False,),
-    "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
     "include_reasoning": (_ANYTHING,),
@@ -41,7 +41,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (_ANYTHING,),
     "prediction": (),
     "prompt_cache_key": (_ANYTHING,),
-    "prompt_logprobs": (),
     "reasoning_effort": (),
     "safety_identifier": (_ANYTHING,),
     "service_tier": ("auto", "default"),
@@ -78,6 +77,7 @@ _SAMPLING_FIELDS = (
     "min_p",
     "seed",
     "min_tokens",
+    "prompt_logprobs",
     "ignore_eos",
     "presence_penalty",
     "frequency_penalty",
@@ -142,6 +142,8 @@ class SamplingFields(Body):
     seed: int | None = None
     max_tokens: int | None = None
     min_tokens: int | None = None
+    prompt_logprobs: int | None = None
+    echo: bool | None = None
     ignore_eos: bool | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
@@ -225,7 +227,7 @@ class SamplingFields(Body):
             raise error if form is None else form.in_its_words(error) from None
 
     def own_params(self) -> dict[str, int | None]:
-        """`max_tokens` and `logprobs`, which the routes spell differently, where they are not left out."""
+        """What the routes spell or default differently: `max_tokens`, `logprobs` and what follows from them."""
         raise NotImplementedError
 
 
@@ -235,10 +237,19 @@ class CompletionRequest(SamplingFields):
     prompt: Prompt
     logprobs: int | None = None
 
+    @property
+    def echo_alone(self) -> bool:
+        """Whether the prompt is all that is asked for."""
+        return bool(self.echo) and self.max_tokens == 0
+
     def own_params(self) -> dict[str, int | None]:
-        # Left out, max_tokens is OpenAI's 16; null says "as many as fit", as in SamplingParams.
-        length = {"max_tokens": self.max_tokens} if "max_tokens" in self.model_fields_set else {}
-        return length | {"logprobs": self.logprobs}
+        # Left out, max_tokens is OpenAI's 16 whatever the checkpoint says; null says "as many as fit", as in
+        # SamplingParams. An engine that is asked for the prompt alone generates one token that nobody sees.
+        length = self.max_tokens if "max_tokens" in self.model_fields_set else DEFAULT_MAX_TOKENS
+        own = {"max_tokens": 1 if self.echo_alone else length, "logprobs": self.logprobs}
+        if self.echo and self.prompt_logprobs is None:
+            own["prompt_logprobs"] = self.logprobs
+        return own
 
     def prompts(self) -> list[str] | list[list[int]]:
         """The prompts, all text or all token ids. Raises RequestError for any other form."""
@@ -270,14 +281,14 @@ class ChatCompletionRequest(SamplingFields):
             raise RequestError(f"top_logprobs needs logprobs: true, got {self.top_logprobs}", "top_logprobs")
 
     def own_params(self) -> dict[str, int | None]:
-        return {
-            "max_tokens": self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens,
-            "logprobs": (self.top_logprobs or 0) if self.logprobs else None,
-        }
+        length = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        own = {"logprobs": (self.top_logprobs or 0) if self.logprobs else None}
+        # Left out or null, it is what the checkpoint says, or as many as fit.
+        return own if length is None else own | {"max_tokens": length}
 
     def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         try:
-            return super().sampling_params(defaults)
+            return super().sampling_params({"max_tokens": None, **defaults})
         except RequestError as error:
             renamed = {"logprobs": "top_logprobs"}
             if self.max_completion_tokens is not None:
@@ -304,6 +315,11 @@ class DetokenizeRequest(Body):
 
     model: str | None = None
     tokens: list[int]
+
+
+def repeated_message(messages: list[dict[str, Any]], echo: bool | None) -> str:
+    """What `echo` puts in front of the answer to a conversation: a last message of the assistant's, as in vLLM."""
+    return str(messages[-1]["content"]) if echo and messages[-1]["role"] == "assistant" else ""
 
 
 def check_num_sequences(num_prompts: int, params: SamplingParams) -> None:
