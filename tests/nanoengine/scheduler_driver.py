@@ -198,6 +198,7 @@ class Driver:
         timeout: float | None = None,
         journals: list[list[int]] | None = None,
         num_prompt_logprobs: int = 0,
+        grammar: str = "",
         **params: Any,
     ) -> None:
         """`journal` is that of the first sequence, `journals` those of all."""
@@ -215,6 +216,7 @@ class Driver:
             cache_salt=cache_salt,
             timeout=timeout,
             num_prompt_logprobs=num_prompt_logprobs,
+            grammar=grammar,
         )
         for index, known in enumerate(journals):
             self.tokens[output_name(request_id, index)] = list(known)
