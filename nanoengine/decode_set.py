@@ -119,6 +119,11 @@ class StepInFlight:
             return self.records[row - len(rows)]
         return ScheduledRow(rows.seqs[row], rows.starts[row] + self.age, 1, True, rows.lives[row])
 
+    def seq_of(self, row: int) -> Sequence:
+        """Whose row it is."""
+        num_steady = len(self.steady)
+        return self.steady.seqs[row] if row < num_steady else self.records[row - num_steady].seq
+
     def sampled(self) -> list[Sequence]:
         """Whose next token it samples."""
         return [*self.steady.seqs, *(record.seq for record in self.records if record.sample)]

@@ -62,13 +62,17 @@ _LONGEST_WATCH_GAP = 2.0
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class CheckedRequest:
-    """A request that was checked and may be added; `max_tokens` is what fits into max_model_len."""
+    """A request that was checked and may be added.
+
+    `max_tokens` is what fits into max_model_len, `grammar` what its structured_outputs were compiled to.
+    """
 
     prompt: str | None
     prompt_token_ids: list[int]
     params: SamplingParams
     max_tokens: int
     cache_salt: str = ""
+    grammar: str = ""
 
 
 class EngineClient:
@@ -132,17 +136,19 @@ class EngineClient:
             )
         return dataclasses.replace(prompt, token_ids=self.tokenizer.encode(prompt.text))
 
-    def check(self, prompt: Prompt, params: SamplingParams | None = None) -> CheckedRequest:
+    def check(self, prompt: Prompt, params: SamplingParams | None = None, grammar: str = "") -> CheckedRequest:
         """Check a request against model and settings; nothing is sent.
 
         A prompt must leave room for one token within max_model_len. More tokens than fit are not refused: the
         output ends there with finish reason `length`, as vLLM's engine does it, and so does max_tokens None.
-        Parameters that are given are taken as they are; the checkpoint's defaults stand in for None.
+        Parameters that are given are taken as they are; the checkpoint's defaults stand in for None. Whoever calls
+        has compiled their structured_outputs to `grammar`.
 
         Raises:
             RequestError: it cannot be served as it stands; `param` names the field at fault.
         """
         params = check_params(params) or SamplingParams(**self.config.default_sampling)
+        assert bool(grammar) == (params.structured_outputs is not None), "compile structured_outputs first"
         encoded = self.encode(prompt)
         token_ids = encoded.token_ids or []
         self._check_prompt(token_ids)
@@ -151,7 +157,7 @@ class EngineClient:
             params = self._tokenise_bad_words(params)
         room = self.config.max_model_len - len(token_ids)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
-        return CheckedRequest(encoded.text, token_ids, params, max_tokens, encoded.cache_salt)
+        return CheckedRequest(encoded.text, token_ids, params, max_tokens, encoded.cache_salt, grammar)
 
     def _check_prompt(self, token_ids: list[int]) -> None:
         if not token_ids:
@@ -267,6 +273,7 @@ class EngineClient:
             self.tokenizer,
             request.cache_salt,
             self._timeout(timeout),
+            request.grammar,
         )
         self._queued[journal.wire_id] = len(request.prompt_token_ids)
         self._live[journal.wire_id] = self._by_request_id[request_id] = journal

@@ -192,6 +192,7 @@ class RequestJournal:
         tokenizer: Tokenizer | None,
         cache_salt: str = "",
         timeout: float | None = None,
+        grammar: str = "",
     ) -> None:
         self.request_id = request_id
         self.wire_id = wire_id
@@ -203,6 +204,7 @@ class RequestJournal:
         self.priority = priority
         self.cache_salt = cache_salt
         self.timeout = timeout
+        self.grammar = grammar
         self.metrics = RequestMetrics(arrival_time)
         self.sequences = [SequenceJournal(i, prompt_token_ids, params, tokenizer) for i in range(params.num_sequences)]
         self.failure: NanoEngineError | None = None
@@ -316,7 +318,7 @@ class RequestJournal:
         params["min_tokens"] = min(self.params.min_tokens, self.max_tokens)
         if self.params.ranks_candidates and self.params.logprobs is None:
             params["logprobs"] = 0  # of the sampled tokens, to rank by
-        for name in ("stop", "bad_words"):  # text is this side's business
+        for name in ("stop", "bad_words", "structured_outputs"):  # text is this side's business
             del params[name]
         add = AddRequest(
             client_id=client_id,
@@ -330,6 +332,7 @@ class RequestJournal:
             cache_salt=self.cache_salt,
             timeout=self.timeout,
             num_prompt_logprobs=self.num_prompt_logprobs,
+            grammar=self.grammar,
         )
         # A sequence that a stop string ended looks unfinished to a scheduler that knows its tokens only.
         ended = [sequence for sequence in self.sequences if sequence.is_finished]

@@ -25,7 +25,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from configs.errors import RequestError, RequestTimeoutError, to_wire
+from configs.errors import RequestError, RequestTimeoutError, from_wire, to_wire
 from nanoengine.admission import SchedulerLimits, check_admissible, reserved_blocks, serving_order
 from nanoengine.block_manager import BlockManager
 from nanoengine.decode_set import DecodeSet, StepInFlight
@@ -101,6 +101,7 @@ class Scheduler:
             seed=message.seed,
             cache_salt=message.cache_salt,
             num_prompt_logprobs=message.num_prompt_logprobs,
+            grammar=message.grammar,
         )
         self.requests[request.key] = request
         if message.timeout is not None:
@@ -369,9 +370,11 @@ class Scheduler:
         assert flight.step_id == output.step_id, f"step {output.step_id} was collected where {flight.step_id} was due"
         self._costs.observe(flight.num_decodes, flight.num_prefill_tokens, output.compute_seconds)
         for row, chunk in output.prompt_logprobs.items():
-            seq = flight.record(row).seq
+            seq = flight.seq_of(row)
             if seq.prompt_log is not None and not seq.is_finished:
                 self._outbox.emit_prompt(seq, seq.prompt_log.add(chunk))
+        for row, error in output.errors.items():
+            self._fail(flight.seq_of(row).request, from_wire(error))
         if flight.steady:
             self._commit_steady(flight, output)
         for row, record in enumerate(flight.records, start=len(flight.steady)):
@@ -411,7 +414,7 @@ class Scheduler:
     def _stop_status(self, seq: Sequence) -> SequenceStatus | None:
         """Whether the newest token ends the sequence, and how."""
         params, token_id = seq.request.sampling_params, seq.token_ids[-1]
-        if token_id in self.limits.eos_token_ids and not params.ignore_eos:
+        if token_id in self.limits.eos_token_ids and not seq.request.ignores_eos:
             return SequenceStatus.FINISHED_STOPPED
         if token_id in (params.stop_token_ids or ()):
             seq.stop_reason = token_id

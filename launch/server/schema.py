@@ -6,12 +6,14 @@ of fields that they do not use.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from configs.errors import RequestError
+from launch.server.response_format import FIELDS, AskedForm, asked_form
 from nanoengine.prompts import PromptInput, check_cache_salt
 from nanoengine.sampling_params import SamplingParams
 
@@ -40,7 +42,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "prediction": (),
     "prompt_cache_key": (_ANYTHING,),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
     "safety_identifier": (_ANYTHING,),
     "service_tier": ("auto", "default"),
     "spaces_between_special_tokens": (True,),
@@ -155,6 +156,13 @@ class SamplingFields(Body):
     logit_bias: dict[str, float] | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
@@ -194,6 +202,9 @@ class SamplingFields(Body):
         Raises RequestError for an impossible value.
         """
         given: dict[str, Any] = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
+        form = self.asked_form()
+        if form is not None:
+            given["structured_outputs"] = form.params
         params = SamplingParams(**{**defaults, **given, **self.own_params()})
         if self.stream and params.ranks_candidates:
             raise RequestError(
@@ -201,6 +212,19 @@ class SamplingFields(Body):
                 f"got {params.best_of}", "best_of",
             )  # fmt: skip
         return params
+
+    def asked_form(self) -> AskedForm | None:
+        """The structured output that is asked for, in whichever way. Raises RequestError for a malformed one."""
+        return asked_form({name: getattr(self, name) for name in FIELDS})
+
+    @contextlib.contextmanager
+    def own_words(self) -> Iterator[None]:
+        """Where the engine refuses the structured output, name the field that asked for it."""
+        try:
+            yield
+        except RequestError as error:
+            form = self.asked_form()
+            raise error if form is None else form.in_its_words(error) from None
 
     def own_params(self) -> dict[str, int | None]:
         """What the routes spell or default differently: `max_tokens`, `logprobs` and what follows from them."""

@@ -117,7 +117,7 @@ def test_prompt_log_probabilities_survive_their_trip_and_malformed_ones_are_refu
     assert StepOutput.unpack(columns) == output
     for broken in ({2: told}, {0: told[:4]}, {0: told._replace(ranks=b"01234567")}):
         with pytest.raises(ChannelError):
-            StepOutput.unpack((*columns[:-1], broken))
+            StepOutput.unpack((*columns[:-2], broken, columns[-1]))
 
 
 @pytest.mark.parametrize("columns", [None, (), (1, 2), ((1, 1), 1, [], [1], [5], [1], [0], [0], [], b"", [], [])])
