@@ -370,7 +370,7 @@ class Scheduler:
         assert flight.step_id == output.step_id, f"step {output.step_id} was collected where {flight.step_id} was due"
         self._costs.observe(flight.num_decodes, flight.num_prefill_tokens, output.compute_seconds)
         for row, chunk in output.prompt_logprobs.items():
-            seq = flight.record(row).seq
+            seq = flight.seq_of(row)
             if seq.prompt_log is not None and not seq.is_finished:
                 self._outbox.emit_prompt(seq, seq.prompt_log.add(chunk))
         for row, error in output.errors.items():
