@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from configs.engine import EngineConfig
 from configs.errors import ConfigError, EngineDeadError, EngineError, RequestError
 from nanoengine.async_llm import AsyncLLM
+from nanoengine.beam_params import BeamSearchParams
 from nanoengine.llm_engine import LLMEngine
 from nanoengine.outputs import RequestOutput
 from nanoengine.progress import Counted, Progress
@@ -27,7 +28,7 @@ from nanoengine.prompts import (
     parse_prompts,
 )
 from nanoengine.remote import RemoteEngine
-from nanoengine.sampling_params import BeamSearchParams, SamplingParams
+from nanoengine.sampling_params import SamplingParams
 from nanoengine.tokenizer import Tokenizer
 
 __all__ = ["LLM", "AsyncLLM"]

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from configs.errors import RequestError
-from nanoengine.sampling_params import BeamSearchParams, SamplingParams
+from nanoengine.beam_params import BeamSearchParams
+from nanoengine.sampling_params import SamplingParams
 
 Message: TypeAlias = Mapping[str, Any]
 PromptInput: TypeAlias = "str | Sequence[int] | Mapping[str, Any]"

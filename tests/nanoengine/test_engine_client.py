@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 from configs.engine import EngineConfig
 from configs.errors import ChannelError, EngineDeadError, RequestError, WorkerError, to_wire
+from nanoengine.beam_params import BeamSearchParams
 from nanoengine.engine_client import MAX_REPLAYS, PING_INTERVAL, REPLAY_INTERVAL, EngineClient
 from nanoengine.journal import RequestJournal
 from nanoengine.messages import Abort, AddRequest, Deltas, EngineFailure, Hello, Message, Ready, TokenDelta
 from nanoengine.prompts import Prompt
-from nanoengine.sampling_params import BeamSearchParams, SamplingParams
+from nanoengine.sampling_params import SamplingParams
 from nanoengine.tokenizer import Tokenizer
 from tests.nanoengine.fake_engine import EOS, MAX_MODEL_LEN, VOCAB_SIZE, write_model
 

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from configs.errors import CapacityError, ConfigError, EngineDeadError, RequestError, UnknownModelError, to_wire
+from nanoengine.beam_params import BeamSearchParams
 from nanoengine.llm import LLM
 from nanoengine.messages import Abort, AddRequest, Deltas, EngineFailure, Message, TokenDelta
 from nanoengine.progress import Progress
-from nanoengine.sampling_params import BeamSearchParams, SamplingParams
+from nanoengine.sampling_params import SamplingParams
 from tests.nanoengine import fake_engine
 from tests.nanoengine.fake_engine import (
     ENDLESS,
