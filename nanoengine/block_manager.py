@@ -7,6 +7,9 @@ then from the cached ones, least recently used first.
 A full block's hash covers its tokens and, through its parent's hash, everything before them and the request's salt. It
 is published only after the step that filled the block has returned, so no sequence can hit what is not computed yet.
 Until then the hash is announced: a sequence that needs the same block may wait for it instead of computing it too.
+
+A forked sequence shares its parent's blocks, the last of them perhaps partly filled (a shared tail). Whoever is about
+to write into a block that is not its own alone copies it first; prefix hits are full blocks and never written.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from collections.abc import Iterable
 from hashlib import blake2b
 
 from nanoengine.sequence import Sequence
-from nanoengine.step import BlockCopy
+from nanoengine.step import DEVICE_TO_DEVICE, BlockCopy
 
 
 class BlockManager:
@@ -43,6 +46,8 @@ class BlockManager:
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._announced: dict[bytes, Sequence] = {}  # who computes it
         self._copies: list[BlockCopy] = []
+        # Sequences that may be about to write into a block that is not theirs alone; looked up, never iterated over.
+        self.tail_sharers: set[Sequence] = set()
 
     def take_copies(self) -> list[BlockCopy]:
         """The copies that every rank has to perform before it computes the next step, in order."""
@@ -62,6 +67,18 @@ class BlockManager:
     def blocks_for(self, num_tokens: int) -> int:
         """How many blocks hold `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
+
+    def _must_copy(self, seq: Sequence) -> bool:
+        """Whether the next token of `seq` goes into a block that others share, or that is published."""
+        index, offset = divmod(seq.num_computed_tokens, self.block_size)
+        if not offset or index >= len(seq.block_table):
+            return False  # it opens a new block
+        block = seq.block_table[index]
+        return self._ref_counts[block] > 1 or self._hash_of[block] is not None
+
+    def num_new_blocks(self, seq: Sequence, num_tokens: int) -> int:
+        """How many blocks `allocate` would take for `seq` to hold `num_tokens`, a copied one included."""
+        return max(0, self.blocks_for(num_tokens) - len(seq.block_table)) + self._must_copy(seq)
 
     def match_prefix(self, seq: Sequence) -> list[int]:
         """The blocks that already hold a prefix of `seq`, from its first on; takes nothing yet.
@@ -106,7 +123,7 @@ class BlockManager:
     def allocate(self, seq: Sequence, num_tokens: int, hits: Iterable[int] = ()) -> None:
         """Give `seq` the `hits` (for a sequence without blocks), then new blocks until it can hold `num_tokens`.
 
-        `can_allocate` comes first; what it granted cannot fail here.
+        A tail that it shares becomes its own by a copy. `can_allocate` comes first; what it granted cannot fail here.
         """
         hits = list(hits)
         if hits:
@@ -115,8 +132,44 @@ class BlockManager:
                 self._take(block)
             seq.block_table.extend(hits)
             seq.num_computed_tokens = len(hits) * self.block_size
+        elif seq in self.tail_sharers:
+            if self._must_copy(seq):
+                self._copy_tail(seq)
+            self.tail_sharers.discard(seq)
         for _ in range(self.blocks_for(num_tokens) - len(seq.block_table)):
             seq.block_table.append(self._new_block())
+
+    def fork(self, parent: Sequence, child: Sequence, num_tokens: int | None = None) -> None:
+        """Let `child` share the blocks of the first `num_tokens` tokens of `parent`, by default all it has computed.
+
+        The tokens are the same in both, and the child holds no blocks yet (those that `Sequence.fork` listed are the
+        parent's still). Takes no block and copies nothing, so it cannot fail: a partly filled last block is copied
+        by `allocate` when one of them is about to write into it. A step in flight may still be computing the
+        parent's tokens, since copies are performed in the order of the steps.
+        """
+        num_tokens = parent.num_computed_tokens if num_tokens is None else num_tokens
+        assert num_tokens <= parent.num_computed_tokens, f"{parent} has not computed {num_tokens} tokens to share"
+        assert child.num_sent_blocks is None, f"{child} runs already"
+        num_full, rest = divmod(num_tokens, self.block_size)
+        child.block_table = parent.block_table[: num_full + (rest > 0)]
+        for block in child.block_table:
+            self._ref_counts[block] += 1
+        if rest:
+            self.tail_sharers.update((parent, child))
+        child.num_computed_tokens = num_tokens
+        if len(child.block_hashes) < num_full:
+            child.block_hashes = parent.block_hashes[:num_full]
+
+    def _copy_tail(self, seq: Sequence) -> None:
+        """Replace the block that `seq` writes next by a copy of its own."""
+        assert not seq.num_pending_tokens, f"{seq} is scheduled ahead and shares a block that it writes"
+        index = seq.num_computed_tokens // self.block_size
+        shared, own = seq.block_table[index], self._new_block()
+        self._copies.append((DEVICE_TO_DEVICE, shared, own))
+        seq.block_table[index] = own
+        self._release(shared)
+        # The workers only ever append to a table that they know: the whole of it travels with the next row.
+        seq.num_sent_blocks = None
 
     def count_query(self, seq: Sequence, num_hit_blocks: int) -> None:
         """Count one admission for the hit rate."""
@@ -128,15 +181,20 @@ class BlockManager:
         for block_hash in seq.block_hashes:
             self._withdraw(seq, block_hash)
         for block in reversed(seq.block_table):
-            self._ref_counts[block] -= 1
-            assert self._ref_counts[block] >= 0, f"block {block} of {seq} was freed twice"
-            if self._ref_counts[block]:
-                continue
-            if self._hash_of[block] is None:
-                self._free.append(block)
-            else:
-                self._cached[block] = None
+            self._release(block)
         seq.block_table.clear()
+        self.tail_sharers.discard(seq)
+
+    def _release(self, block: int) -> None:
+        """Count one holder less; without any, the block is cached or free."""
+        self._ref_counts[block] -= 1
+        assert self._ref_counts[block] >= 0, f"block {block} was freed twice"
+        if self._ref_counts[block]:
+            return
+        if self._hash_of[block] is None:
+            self._free.append(block)
+        else:
+            self._cached[block] = None
 
     def publish(self, seq: Sequence, start: int, end: int) -> None:
         """Make the blocks of `seq` that the tokens from `start` to `end` filled up available to prefix hits.
@@ -204,6 +262,8 @@ class BlockManager:
             assert len(set(seq.block_table)) == len(seq.block_table), f"{seq} holds a block twice"
             for block in seq.block_table:
                 held[block] += 1
+            assert not self._must_copy(seq) or seq in self.tail_sharers, f"{seq} would write into a shared block"
+        assert self.tail_sharers <= set(live), "a sequence that ended shares a block"
         assert held == self._ref_counts, "reference counts differ from what the sequences hold"
         free, cached = set(self._free), set(self._cached)
         assert len(free) == len(self._free), "a block is free twice"

@@ -199,7 +199,7 @@ class RequestJournal:
         self.cache_salt = cache_salt
         self.timeout = timeout
         self.metrics = RequestMetrics(arrival_time)
-        self.sequences = [SequenceJournal(i, prompt_token_ids, params, tokenizer) for i in range(params.n)]
+        self.sequences = [SequenceJournal(i, prompt_token_ids, params, tokenizer) for i in range(params.num_sequences)]
         self.failure: NanoEngineError | None = None
         # Shared by all outputs, since copying a long prompt for each token would cost more than the token.
         self._shown_prompt = list(prompt_token_ids)

@@ -25,9 +25,10 @@ class Outbox:
         self._deltas: list[ClientDelta] = []
 
     def refuse(self, message: AddRequest, error: RequestError) -> None:
-        """Queue the answer to a request that will not be served."""
-        delta = TokenDelta(message.request_id, 0, 0, [], finish_reason="error", error=to_wire(error))
-        self._deltas.append(ClientDelta(message.client_id, delta))
+        """Queue the answer to a request that will not be served, to each of the sequences that its client expects."""
+        for index in range(max(1, len(message.journal))):
+            delta = TokenDelta(message.request_id, index, 0, [], finish_reason="error", error=to_wire(error))
+            self._deltas.append(ClientDelta(message.client_id, delta))
 
     def emit(self, seq: Sequence, start: int) -> None:
         """Queue the tokens of `seq` from output position `start` on, and how it ended if it did."""
@@ -47,8 +48,8 @@ class Outbox:
         request = seq.request
         scheduled = self._clock() if request.first_scheduled_time is None else request.first_scheduled_time
         return {
-            "num_cached_tokens": seq.num_cached_tokens,
-            "num_preemptions": seq.num_preemptions,
+            "num_cached_tokens": request.num_cached_tokens,
+            "num_preemptions": sum(each.num_preemptions for each in request.seqs),
             "queue_seconds": max(0.0, scheduled - request.arrival_time),
         }
 

@@ -20,6 +20,7 @@ from configs.fields import setting, validate
 
 logger = logging.getLogger(__name__)
 
+MAX_SEQUENCES = 64
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 256
@@ -47,7 +48,10 @@ class SamplingParams:
         RequestError: on construction, naming the field, its value and the allowed range.
     """
 
-    n: int = setting(1, "outputs of one prompt (only 1 until forking is built)", minimum=1, maximum=1)
+    n: int = setting(1, "outputs of one prompt", minimum=1, maximum=MAX_SEQUENCES)
+    best_of: int | None = setting(
+        None, "generate so many, show the n of the highest log-probability; None: n", minimum=1, maximum=MAX_SEQUENCES
+    )
     temperature: float = setting(1.0, "0 is greedy; otherwise the logits are divided by it", minimum=0)
     top_p: float = setting(1.0, "keep the likeliest tokens that together reach this probability", above=0, maximum=1)
     top_k: int = setting(-1, "keep this many of the likeliest tokens; -1 or 0 keeps all", minimum=-1)
@@ -81,6 +85,8 @@ class SamplingParams:
             validate(self)
         except ConfigError as error:
             raise RequestError(error.message, error.field) from None
+        if self.best_of is not None and self.best_of < self.n:
+            raise RequestError(f"best_of must be from n ({self.n}) to {MAX_SEQUENCES}, got {self.best_of}", "best_of")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(
                 f"min_tokens must be at most max_tokens ({self.max_tokens}), got {self.min_tokens}", "min_tokens"
@@ -119,6 +125,16 @@ class SamplingParams:
     def sampling_type(self) -> SamplingType:
         """GREEDY when nothing is left to chance, RANDOM otherwise."""
         return SamplingType.GREEDY if self.temperature == 0 else SamplingType.RANDOM
+
+    @property
+    def num_sequences(self) -> int:
+        """How many sequences are generated for a prompt."""
+        return self.n if self.best_of is None else self.best_of
+
+    @property
+    def ranks_candidates(self) -> bool:
+        """Whether more sequences are generated than are shown."""
+        return self.num_sequences > self.n
 
     def to_dict(self) -> dict[str, Any]:
         """Primitives only, for a message."""

@@ -27,6 +27,7 @@ from collections.abc import Callable
 from configs.errors import RequestError, RequestTimeoutError, to_wire
 from nanoengine.admission import SchedulerLimits, check_admissible, serving_order
 from nanoengine.block_manager import BlockManager
+from nanoengine.forking import Start, after_siblings, chunk_before_fork, find_start
 from nanoengine.invariants import check_invariants
 from nanoengine.messages import AddRequest
 from nanoengine.outbox import ClientDelta, Outbox
@@ -43,7 +44,7 @@ logger = logging.getLogger(__name__)
 # Share of the blocks that admission leaves free, so that the sequences which run already can grow a little before
 # somebody must be preempted.
 WATERMARK = 0.01
-# How many waiting sequences that wait for a prefix are passed over in search of one that does not.
+# How many requests that wait for a prefix are passed over in search of one that does not.
 MAX_PASSED = 16
 
 
@@ -100,12 +101,12 @@ class Scheduler:
         self.requests[request.key] = request
         if message.timeout is not None:
             heapq.heappush(self._deadlines, (message.arrival_time + message.timeout, request.key))
-        for index in range(params.n):
+        for index in range(request.best_of):
             journal = message.journal[index] if index < len(message.journal) else []
-            seq = Sequence(next(self._seq_ids), request, index, journal)
-            request.seqs.append(seq)
-            self._queue(seq)
-            if journal and self._stop_status(seq):
+            request.seqs.append(Sequence(next(self._seq_ids), request, index, journal))
+            self._queue(request.seqs[-1])
+        for seq in request.seqs:
+            if seq.num_completion_tokens and self._stop_status(seq):
                 # The journal was complete already; only the last word got lost.
                 self._finish(seq, self._stop_status(seq), start=seq.num_completion_tokens)
 
@@ -194,6 +195,7 @@ class Scheduler:
     def _schedule_running(self, batch: _Batch) -> None:
         """Give each running sequence its next tokens, decodes before prefill chunks."""
         left = [(seq, seq.num_uncomputed_tokens) for seq in self.running if not self._reaches_length(seq)]
+        sharers = self.blocks.tail_sharers
         decodes = [pair for pair in left if pair[1] == 1]
         for seq, num_tokens in itertools.chain(decodes, (pair for pair in left if pair[1] > 1)):  # each oldest first
             if batch.budget == 0:
@@ -204,9 +206,9 @@ class Scheduler:
                 self._bound_gap(batch)
                 if batch.budget == 0:
                     break
-            num_tokens = min(num_tokens, batch.budget)
+                num_tokens = min(chunk_before_fork(seq, num_tokens), batch.budget)
             end = seq.num_computed_tokens + num_tokens
-            if end > len(seq.block_table) * self.limits.block_size:
+            if end > len(seq.block_table) * self.limits.block_size or seq in sharers:
                 if not self._make_room(seq, num_tokens, batch):
                     continue
                 self.blocks.allocate(seq, end)
@@ -221,8 +223,8 @@ class Scheduler:
 
     def _make_room(self, seq: Sequence, num_tokens: int, batch: _Batch) -> bool:
         """Preempt the newest sequences until `seq` can grow; it may be the one to go. Says whether it can grow now."""
-        needed = self.blocks.blocks_for(seq.num_computed_tokens + num_tokens) - len(seq.block_table)
-        while not self.blocks.can_allocate(needed):
+        end = seq.num_computed_tokens + num_tokens
+        while not self.blocks.can_allocate(self.blocks.num_new_blocks(seq, end)):
             batch.preempted = True
             victim = self.running[-1]
             if len(self.running) == 1:
@@ -259,39 +261,45 @@ class Scheduler:
         One whose prefix a running sequence is computing just now is passed over until the blocks are there. That
         takes as long as the other's prefill at most, since it leaves the running ones only by giving its blocks back.
         """
-        passed = 0
-        while passed < min(len(self.waiting), MAX_PASSED) and batch.budget > 0:
+        position = num_passed = 0
+        while position < len(self.waiting) and num_passed < MAX_PASSED and batch.budget > 0:
             if len(self.running) >= self.limits.max_num_seqs:
                 break
-            seq = self.waiting[passed]
+            seq = self.waiting[position]
             if seq.num_pending_tokens:
                 break  # preempted while a step samples it: that token comes first
-            hits = self.blocks.match_prefix(seq)
-            if self.blocks.is_coming(seq, len(hits)):
-                passed += 1
+            start = find_start(seq, self.blocks)
+            if start is None:
+                position, num_passed = after_siblings(self.waiting, position), num_passed + 1
                 continue
-            uncomputed = seq.num_tokens - len(hits) * self.limits.block_size
+            uncomputed = seq.num_tokens - start.num_tokens
             if uncomputed > batch.budget and not self.limits.enable_chunked_prefill:
                 break
             # All blocks of its tokens are taken at once: several half-prefilled prompts could block each other.
-            num_new = self.blocks.blocks_for(seq.num_tokens) - len(hits)
-            if not self.blocks.can_allocate(num_new, hits, self._watermark if self.running else 0):
+            num_new = self.blocks.blocks_for(seq.num_tokens) - start.num_tokens // self.limits.block_size
+            if not self.blocks.can_allocate(num_new, start.hits, self._watermark if self.running else 0):
                 if self.running:
                     break
                 # Every block is free and still it does not fit: a new worker group may have fewer than the last.
                 self._finish(seq, SequenceStatus.FINISHED_LENGTH_CAPPED, start=seq.num_completion_tokens)
                 continue
-            self.waiting.remove(seq)
-            self.blocks.allocate(seq, seq.num_tokens, hits)
-            self.blocks.announce(seq)
-            self.blocks.count_query(seq, len(hits))
-            if seq.num_preemptions == 0:
-                seq.num_cached_tokens = seq.num_computed_tokens
-            if seq.request.first_scheduled_time is None:
-                seq.request.first_scheduled_time = self._clock()
-            seq.status = SequenceStatus.RUNNING
-            bisect.insort(self.running, seq, key=self._order)
-            batch.add(seq, min(seq.num_uncomputed_tokens, batch.budget))
+            del self.waiting[position]
+            self._admit(seq, start)
+            batch.add(seq, min(chunk_before_fork(seq, uncomputed), batch.budget))
+
+    def _admit(self, seq: Sequence, start: Start) -> None:
+        """Let a sequence run that waited, on the blocks that it starts with and on new ones."""
+        if start.parent is not None:
+            self.blocks.fork(start.parent, seq, start.num_tokens)
+        else:
+            self.blocks.count_query(seq, len(start.hits))
+        self.blocks.allocate(seq, seq.num_tokens, start.hits)
+        self.blocks.announce(seq)
+        request = seq.request
+        if request.first_scheduled_time is None:
+            request.first_scheduled_time, request.num_cached_tokens = self._clock(), seq.num_computed_tokens
+        seq.status = SequenceStatus.RUNNING
+        bisect.insort(self.running, seq, key=self._order)
 
     def _row(self, seq: Sequence, num_tokens: int) -> SequenceState:
         """The row of `seq`: its full state when the workers know nothing of it, else what is new."""

@@ -58,7 +58,6 @@ class Sequence:
         "error",
         "index",
         "logprobs",
-        "num_cached_tokens",
         "num_computed_tokens",
         "num_pending_tokens",
         "num_preemptions",
@@ -79,7 +78,6 @@ class Sequence:
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.num_computed_tokens = 0
         self.num_pending_tokens = 0
-        self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.num_sent_blocks: int | None = None
         self.block_table: list[int] = []
@@ -131,7 +129,6 @@ class Sequence:
         """A copy that goes its own way from here; it shares nothing that may change with its parent."""
         child = Sequence(seq_id, self.request, index, self.completion_token_ids)
         child.num_computed_tokens = self.num_computed_tokens
-        child.num_cached_tokens = self.num_cached_tokens
         child.block_table = list(self.block_table)
         child.block_hashes = list(self.block_hashes)
         child.status = self.status
@@ -156,6 +153,7 @@ class Request:
         "cache_salt",
         "client_id",
         "first_scheduled_time",
+        "num_cached_tokens",
         "priority",
         "prompt",
         "prompt_token_ids",
@@ -188,12 +186,18 @@ class Request:
         self.seed = seed
         self.cache_salt = cache_salt
         self.first_scheduled_time: float | None = None
+        self.num_cached_tokens = 0  # of the prompt, when the first of its sequences was scheduled first
         self.seqs: list[Sequence] = []
 
     @property
     def key(self) -> tuple[str, str]:
         """What names a request to the scheduler: request ids are unique within a client only."""
         return (self.client_id, self.request_id)
+
+    @property
+    def best_of(self) -> int:
+        """How many sequences are generated; `sampling_params.n` of them are shown, the best ones."""
+        return self.sampling_params.num_sequences
 
     def get_seqs(self, status: SequenceStatus | None = None) -> list[Sequence]:
         """Its sequences, or those of one status."""

@@ -175,6 +175,8 @@ class SamplingFields(Body):
     def check(self) -> None:
         """Raise RequestError for what no type can say."""
         self.refuse_unsupported()
+        if self.n not in (None, 1):  # the answers' formats follow
+            raise RequestError(f"n must be 1, got {self.n}", "n")
         if self.stream_options is not None:
             refuse_unsupported(
                 self.stream_options.model_extra or {}, _NEUTRAL_IN_STREAM_OPTIONS, prefix="stream_options."

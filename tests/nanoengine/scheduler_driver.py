@@ -10,24 +10,24 @@ from typing import Any
 from nanoengine.messages import AddRequest, TokenDelta
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.scheduler import Scheduler, SchedulerLimits
-from nanoengine.step import PREVIOUS_SAMPLE, Epoch, StepInput, StepOutput
+from nanoengine.step import DEVICE_TO_DEVICE, PREVIOUS_SAMPLE, Epoch, StepInput, StepOutput
 
 VOCAB = 1000
 EOS = 2
 EPOCH = Epoch(1, 1)
 
 
-def invented_token(context: list[int]) -> int:
-    """The token that the invented model samples after `context`: a function of all of it, never eos."""
-    digest = hashlib.blake2b(repr(context).encode(), digest_size=4).digest()
+def invented_token(context: list[int], index: int = 0) -> int:
+    """The token that sequence `index` samples after `context`: a function of all of it, never eos."""
+    digest = hashlib.blake2b(repr(context).encode() + b"%d" % index, digest_size=4).digest()
     return 3 + int.from_bytes(digest, "big") % (VOCAB - 3)
 
 
-def expected_output(prompt: list[int], num_tokens: int) -> list[int]:
-    """What an undisturbed run generates."""
+def expected_output(prompt: list[int], num_tokens: int, index: int = 0) -> list[int]:
+    """What an undisturbed run generates as sequence `index` of its request."""
     context = list(prompt)
     for _ in range(num_tokens):
-        context.append(invented_token(context))
+        context.append(invented_token(context, index))
     return context[len(prompt) :]
 
 
@@ -41,16 +41,22 @@ class FakeWorkers:
         self.block_size = block_size
         self.slots: dict[tuple[int, int], int] = {}
         self.tables: dict[int, list[int]] = {}
+        self.indexes: dict[int, int] = {}
         self.previous: dict[int, int] = {}
 
     def run(self, step: StepInput) -> StepOutput:
         step = StepInput.unpack(_through_pickle(step.pack()))
         for seq_id in step.finished:
             self.tables.pop(seq_id, None)
+        for direction, source, destination in step.copies:
+            assert direction == DEVICE_TO_DEVICE
+            for offset in range(self.block_size):
+                self._copy_slot((source, offset), (destination, offset))
         sampled = []
         for row in step.rows:
             if row.params is not None:
                 self.tables[row.seq_id] = []
+                self.indexes[row.seq_id] = row.params.sequence_index
             table = self.tables[row.seq_id]
             table.extend(row.new_block_ids)
             token_ids = [self.previous[row.seq_id]] if row.token_ids == [PREVIOUS_SAMPLE] else row.token_ids
@@ -59,9 +65,14 @@ class FakeWorkers:
         for row in step.rows:
             table, end = self.tables[row.seq_id], row.num_computed_tokens + len(row.token_ids)
             context = [self.slots[table[p // self.block_size], p % self.block_size] for p in range(end)]
-            sampled.append([invented_token(context)] if row.sample else [])
+            sampled.append([invented_token(context, self.indexes[row.seq_id])] if row.sample else [])
         self.previous = {row.seq_id: ids[0] for row, ids in zip(step.rows, sampled, strict=True) if ids}
         return StepOutput(step.epoch, step.step_id, [row.seq_id for row in step.rows], sampled)
+
+    def _copy_slot(self, source: tuple[int, int], destination: tuple[int, int]) -> None:
+        self.slots.pop(destination, None)  # reading it later without a write would show
+        if source in self.slots:
+            self.slots[destination] = self.slots[source]
 
     def lose_everything(self) -> None:
         """What a new worker group knows."""
@@ -74,6 +85,11 @@ def _through_pickle(frame: bytes) -> Any:
     import pickle
 
     return pickle.loads(frame)  # noqa: S301 - our own bytes, a moment old
+
+
+def output_name(request_id: str, index: int) -> str:
+    """Under which name the driver keeps a sequence: the request's id, for further ones with their index."""
+    return f"{request_id}[{index}]" if index else request_id
 
 
 class Driver:
@@ -113,26 +129,31 @@ class Driver:
         cache_salt: str = "",
         priority: int = 0,
         timeout: float | None = None,
+        journals: list[list[int]] | None = None,
         **params: Any,
     ) -> None:
+        """`journal` is that of the first sequence, `journals` those of all."""
+        sampling = SamplingParams(**({"temperature": 0, "max_tokens": 8} | params))
+        journals = journals or [journal or [], *([] for _ in range(1, sampling.num_sequences))]
         message = AddRequest(
             client,
             request_id,
             prompt,
-            SamplingParams(**({"temperature": 0, "max_tokens": 8} | params)).to_dict(),
+            sampling.to_dict(),
             seed=0,
             arrival_time=self.now,
             priority=priority,
-            journal=[journal or []],
+            journal=journals,
             cache_salt=cache_salt,
             timeout=timeout,
         )
-        self.tokens[request_id] = list(journal or [])
+        for index, known in enumerate(journals):
+            self.tokens[output_name(request_id, index)] = list(known)
         self.scheduler.add(message)
         self.receive()
 
-    def abort(self, request_id: str, client: str = "c") -> None:
-        self.scheduler.abort(client, request_id)
+    def abort(self, request_id: str, client: str = "c", index: int | None = None) -> None:
+        self.scheduler.abort(client, request_id, index)
         self.receive()
 
     def step(self) -> StepInput | None:
@@ -165,13 +186,14 @@ class Driver:
     def receive(self) -> None:
         for item in self.scheduler.take_deltas():
             delta = item.delta
-            assert delta.request_id not in self.finished, "a delta after the end"
-            tokens = self.tokens[delta.request_id]
+            name = output_name(delta.request_id, delta.index)
+            assert name not in self.finished, "a delta after the end"
+            tokens = self.tokens[name]
             assert delta.start == len(tokens), "a stream lost or repeated a token"
             tokens.extend(delta.token_ids)
-            self.last[delta.request_id] = delta
+            self.last[name] = delta
             if delta.finish_reason:
-                self.finished[delta.request_id] = delta.finish_reason
+                self.finished[name] = delta.finish_reason
 
     def run(self, max_steps: int = 10_000) -> None:
         for _ in range(max_steps):
