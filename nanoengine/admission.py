@@ -13,7 +13,7 @@ from nanoengine.sequence import Sequence
 # overtakes every later request of a better level in the end, so nobody starves.
 AGEING_SECONDS = 10.0
 
-ServingOrder = Callable[[Sequence], tuple[float, int]]
+ServingOrder = Callable[[Sequence], tuple[float, int, int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +41,12 @@ def serving_order(policy: str) -> ServingOrder:
     return _by_arrival
 
 
-def _by_arrival(seq: Sequence) -> tuple[float, int]:
-    return 0.0, seq.seq_id
+def _by_arrival(seq: Sequence) -> tuple[float, int, int]:
+    return 0.0, seq.first_seq_id, seq.seq_id
 
 
-def _by_priority(seq: Sequence) -> tuple[float, int]:
-    return seq.request.arrival_time + AGEING_SECONDS * seq.request.priority, seq.seq_id
+def _by_priority(seq: Sequence) -> tuple[float, int, int]:
+    return seq.request.arrival_time + AGEING_SECONDS * seq.request.priority, seq.first_seq_id, seq.seq_id
 
 
 def check_admissible(message: AddRequest, limits: SchedulerLimits) -> None:

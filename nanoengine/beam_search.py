@@ -24,6 +24,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from configs.errors import RequestError
 from nanoengine.beam_params import BeamSearchParams
 from nanoengine.step import TokenLogprobs
 
@@ -181,3 +182,13 @@ class BeamSearch:
 def num_candidates(beam_width: int, num_end_tokens: int) -> int:
     """How many candidates a step ranks, so that `beam_width` are left where every beam could end in every way."""
     return max(2, 1 + num_end_tokens) * beam_width
+
+
+def check_width(params: BeamSearchParams, eos_token_ids: frozenset[int], vocab_size: int) -> None:
+    """Raise RequestError for a search so wide that the tokens to choose from might not suffice."""
+    per_beam = num_candidates(1, 0 if params.ignore_eos else len(eos_token_ids))
+    if params.beam_width * per_beam > vocab_size:
+        raise RequestError(
+            f"beam_width must be at most {vocab_size // per_beam} for a vocabulary of {vocab_size} tokens, got "
+            f"{params.beam_width}", "beam_width",
+        )  # fmt: skip

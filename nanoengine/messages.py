@@ -31,6 +31,8 @@ class AddRequest:
     if they had just been sampled, and the answer goes on behind them. `seed` was drawn by the front end.
     `params` is `SamplingParams.to_dict()`. Only requests of the same `cache_salt` share cached prefixes.
     `timeout` seconds after its arrival the request ends with an error, complete or not.
+    `beam_search` is `BeamSearchParams.to_dict()`: the outputs, as many as its width, are told at the end, best first.
+    Such a request has no journal to go on from, and starts again.
     """
 
     client_id: str
@@ -43,6 +45,7 @@ class AddRequest:
     journal: list[list[int]]
     cache_salt: str = ""
     timeout: float | None = None
+    beam_search: dict[str, Any] | None = None
 
 
 @dataclasses.dataclass(slots=True)

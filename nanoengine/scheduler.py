@@ -26,6 +26,7 @@ from collections.abc import Callable
 
 from configs.errors import RequestError, RequestTimeoutError, to_wire
 from nanoengine.admission import SchedulerLimits, check_admissible, serving_order
+from nanoengine.beam_group import begin_search, end_search, is_parked, make_way, take_told
 from nanoengine.block_manager import BlockManager
 from nanoengine.forking import Start, after_siblings, chunk_before_fork, find_start
 from nanoengine.invariants import check_invariants
@@ -62,13 +63,14 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.requests: dict[tuple[str, str], Request] = {}
         self.num_preemptions = 0
-        self._seq_ids = itertools.count(1)
+        self.num_searches = 0  # beam searches among them
+        self.seq_ids = itertools.count(1)
         self._step_id = 0
         self.in_flight: deque[tuple[int, list[ScheduledRow]]] = deque()
         self._costs = StepCosts(limits.max_decode_gap if limits.enable_chunked_prefill else 0)
         self._deadlines: list[tuple[float, tuple[str, str]]] = []  # a heap of (time, request key)
         self._dropped: list[int] = []  # seq_ids that the workers need not keep any longer
-        self._outbox = Outbox(clock)
+        self.outbox = Outbox(clock)
         self._watermark = max(1, int(WATERMARK * limits.num_kv_blocks)) if limits.num_kv_blocks > 1 else 0
 
     # -- requests -----------------------------------------------------------------------------------------------
@@ -80,13 +82,15 @@ class Scheduler:
         """
         known = self.requests.get((message.client_id, message.request_id))
         if known is not None:
-            self._replay(known, message.journal)
+            if known.beams is None:  # nothing was told of a search yet
+                self._replay(known, message.journal)
             return
         try:
             params = SamplingParams.from_dict(message.params)
+            beams = begin_search(message, self.limits)
             check_admissible(message, self.limits)
         except RequestError as error:
-            self._outbox.refuse(message, error)
+            self.outbox.refuse(message, error)
             return
         request = Request(
             message.request_id,
@@ -98,32 +102,38 @@ class Scheduler:
             seed=message.seed,
             cache_salt=message.cache_salt,
         )
+        request.beams = beams
+        self.num_searches += beams is not None
         self.requests[request.key] = request
         if message.timeout is not None:
             heapq.heappush(self._deadlines, (message.arrival_time + message.timeout, request.key))
-        for index in range(request.best_of):
-            journal = message.journal[index] if index < len(message.journal) else []
-            request.seqs.append(Sequence(next(self._seq_ids), request, index, journal))
-            self._queue(request.seqs[-1])
+        for index in range(request.best_of if beams is None else 1):
+            journal = message.journal[index] if beams is None and index < len(message.journal) else []
+            request.seqs.append(Sequence(next(self.seq_ids), request, index, journal))
+            self.enqueue(request.seqs[-1])
         for seq in request.seqs:
             if seq.num_completion_tokens and self._stop_status(seq):
                 # The journal was complete already; only the last word got lost.
                 self._finish(seq, self._stop_status(seq), start=seq.num_completion_tokens)
 
-    def _queue(self, seq: Sequence) -> None:
+    def enqueue(self, seq: Sequence) -> None:
+        """Let a sequence wait for its turn."""
         seq.status = SequenceStatus.WAITING
-        bisect.insort(self.waiting, seq, key=self._order)
+        if not is_parked(seq):
+            bisect.insort(self.waiting, seq, key=self._order)
 
     def _replay(self, request: Request, journal: list[list[int]]) -> None:
         for seq in request.seqs:
             start = len(journal[seq.index]) if seq.index < len(journal) else 0
-            self._outbox.emit(seq, start)
+            self.outbox.emit(seq, start)
 
     def abort(self, client_id: str, request_id: str, index: int | None = None) -> None:
         """End one sequence of a request, or all (index None). An unknown or finished one is ignored."""
         request = self.requests.get((client_id, request_id))
         if request is None:
             return
+        if request.beams is not None:
+            index = request.beams.abandon(index)
         for seq in request.seqs:
             if not seq.is_finished and index in (None, seq.index):
                 self._finish(seq, SequenceStatus.FINISHED_ABORTED, start=seq.num_completion_tokens)
@@ -235,7 +245,7 @@ class Scheduler:
                 self._finish(seq, SequenceStatus.FINISHED_LENGTH_CAPPED, start=seq.num_completion_tokens)
                 return False
             batch.remove(victim)
-            self._preempt(victim)
+            self.preempt(victim)
             if victim is seq:
                 return False
         return True
@@ -244,16 +254,18 @@ class Scheduler:
         """Whether the tokens on their way are its last ones, whatever they will be."""
         if not seq.num_pending_tokens:
             return False
-        return self._is_full(seq, seq.num_pending_tokens)
+        # What follows a beam is decided when it is known.
+        return seq.request.beams is not None or self._is_full(seq, seq.num_pending_tokens)
 
-    def _preempt(self, seq: Sequence) -> None:
+    def preempt(self, seq: Sequence) -> None:
+        """Take its blocks from a running sequence, which is computed again later."""
         self.running.remove(seq)
         self.blocks.free(seq)
         seq.forget_computation()
         seq.num_preemptions += 1
         self.num_preemptions += 1
         self._dropped.append(seq.seq_id)
-        self._queue(seq)
+        self.enqueue(seq)
 
     def _schedule_waiting(self, batch: _Batch) -> None:
         """Admit waiting sequences in order while budget, rows and blocks last.
@@ -263,7 +275,7 @@ class Scheduler:
         """
         position = num_passed = 0
         while position < len(self.waiting) and num_passed < MAX_PASSED and batch.budget > 0:
-            if len(self.running) >= self.limits.max_num_seqs:
+            if len(self.running) >= self.limits.max_num_seqs and not make_way(self):
                 break
             seq = self.waiting[position]
             if seq.num_pending_tokens:
@@ -278,6 +290,8 @@ class Scheduler:
             # All blocks of its tokens are taken at once: several half-prefilled prompts could block each other.
             num_new = self.blocks.blocks_for(seq.num_tokens) - start.num_tokens // self.limits.block_size
             if not self.blocks.can_allocate(num_new, start.hits, self._watermark if self.running else 0):
+                if make_way(self):
+                    continue
                 if self.running:
                     break
                 # Every block is free and still it does not fit: a new worker group may have fewer than the last.
@@ -298,6 +312,10 @@ class Scheduler:
         request = seq.request
         if request.first_scheduled_time is None:
             request.first_scheduled_time, request.num_cached_tokens = self._clock(), seq.num_computed_tokens
+        self.run(seq)
+
+    def run(self, seq: Sequence) -> None:
+        """Let a sequence run that has its blocks and stands in no queue."""
         seq.status = SequenceStatus.RUNNING
         bisect.insort(self.running, seq, key=self._order)
 
@@ -344,6 +362,9 @@ class Scheduler:
                 self._append(seq, token_ids, output.logprobs.get(row, []))
 
     def _append(self, seq: Sequence, token_ids: list[int], logprobs: list[TokenLogprobs]) -> None:
+        if seq.request.beams is not None:
+            take_told(self, seq, logprobs[-1])
+            return
         start = seq.num_completion_tokens
         for token_id, token_logprobs in itertools.zip_longest(token_ids, logprobs):
             seq.append_token(token_id, token_logprobs)
@@ -351,7 +372,7 @@ class Scheduler:
             if status is not None:
                 self._finish(seq, status, start)
                 return
-        self._outbox.emit(seq, start)
+        self.outbox.emit(seq, start)
 
     def _stop_status(self, seq: Sequence) -> SequenceStatus | None:
         """Whether the newest token ends the sequence, and how."""
@@ -374,21 +395,28 @@ class Scheduler:
         """End a sequence in whatever queue it stands, free its blocks and tell its client."""
         assert status is not None
         assert status.is_finished
+        if seq.request.beams is not None:
+            end_search(self, seq.request, status)
+            return
+        self.leave(seq, status)
+        self.outbox.emit(seq, start)
+        if seq.request.is_finished():
+            del self.requests[seq.request.key]
+
+    def leave(self, seq: Sequence, status: SequenceStatus) -> None:
+        """Take a sequence out of whatever queue it stands in, for good, and free its blocks."""
         if seq.status is SequenceStatus.RUNNING:
             self.running.remove(seq)
-        else:
+        elif not is_parked(seq):
             self.waiting.remove(seq)
         if seq.num_sent_blocks is not None:
             self._dropped.append(seq.seq_id)
         self.blocks.free(seq)
         seq.status = status
-        self._outbox.emit(seq, start)
-        if seq.request.is_finished():
-            del self.requests[seq.request.key]
 
     def take_deltas(self) -> list[ClientDelta]:
         """What the front ends have to be told since the last call, in order."""
-        return self._outbox.take()
+        return self.outbox.take()
 
     # -- recovery and checks ------------------------------------------------------------------------------------
 
@@ -403,9 +431,9 @@ class Scheduler:
         self._dropped.clear()
         for seq in self.running:
             seq.num_preemptions += 1
-            self._queue(seq)
+            self.enqueue(seq)
         self.running.clear()
-        for seq in self.waiting:
+        for seq in itertools.chain.from_iterable(request.seqs for request in self.requests.values()):
             seq.block_table.clear()
             seq.forget_computation()
             seq.num_pending_tokens = 0

@@ -9,10 +9,13 @@ from __future__ import annotations
 import dataclasses
 import enum
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.step import TokenLogprobs
+
+if TYPE_CHECKING:
+    from nanoengine.beam_group import BeamGroup
 
 
 class SequenceStatus(enum.Enum):
@@ -50,12 +53,14 @@ class Sequence:
     `num_pending_tokens` counts the tokens that steps in flight sample: they follow `token_ids`, their ids unknown.
     `num_sent_blocks` counts the entries of `block_table` that the workers know; None: they know nothing of this
     sequence, and its full state travels with its next row.
+    `first_seq_id` is the seq_id of the sequence that it was forked off in the first place, whose turn it has.
     """
 
     __slots__ = (
         "block_hashes",
         "block_table",
         "error",
+        "first_seq_id",
         "index",
         "logprobs",
         "num_computed_tokens",
@@ -71,7 +76,7 @@ class Sequence:
     )
 
     def __init__(self, seq_id: int, request: Request, index: int, journal: list[int]) -> None:
-        self.seq_id = seq_id
+        self.seq_id = self.first_seq_id = seq_id
         self.request = request
         self.index = index
         self.token_ids = [*request.prompt_token_ids, *journal]
@@ -128,6 +133,7 @@ class Sequence:
     def fork(self, seq_id: int, index: int) -> Sequence:
         """A copy that goes its own way from here; it shares nothing that may change with its parent."""
         child = Sequence(seq_id, self.request, index, self.completion_token_ids)
+        child.first_seq_id = self.first_seq_id
         child.num_computed_tokens = self.num_computed_tokens
         child.block_table = list(self.block_table)
         child.block_hashes = list(self.block_hashes)
@@ -150,6 +156,7 @@ class Request:
 
     __slots__ = (
         "arrival_time",
+        "beams",
         "cache_salt",
         "client_id",
         "first_scheduled_time",
@@ -186,6 +193,7 @@ class Request:
         self.seed = seed
         self.cache_salt = cache_salt
         self.first_scheduled_time: float | None = None
+        self.beams: BeamGroup | None = None  # of a beam search; `seqs` are its beams then
         self.num_cached_tokens = 0  # of the prompt, when the first of its sequences was scheduled first
         self.seqs: list[Sequence] = []
 
