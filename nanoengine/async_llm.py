@@ -213,6 +213,9 @@ class AsyncLLM:
     ) -> AsyncGenerator[RequestOutput, None]:
         """Answer one prompt: yields everything generated so far whenever there is more, the last time with `finished`.
 
+        Under `n` above 1 an output holds all sequences, in the order of their indexes. Under `best_of` above `n` there
+        is one output only, the last: which candidates are the best is not known before.
+
         Leaving the iteration early, by `break`, by `aclose` or by cancellation, aborts the request. What fails
         before the first output is raised; what fails later ends the stream with finish_reason "error" and the
         reason in `outputs[0].error`.
@@ -243,9 +246,10 @@ class AsyncLLM:
                 if journal.failure is not None and is_first:
                     # A copy, because an exception gathers the traceback of everybody who raises it.
                     raise copy.copy(journal.failure) from journal.failure.__cause__
-                is_first = False
                 finished = journal.finished
-                yield journal.output()
+                if journal.has_output:
+                    is_first = False
+                    yield journal.output()
                 if finished:
                     return
         finally:

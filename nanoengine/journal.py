@@ -28,6 +28,7 @@ class SequenceJournal:
     """Tokens and text of one sequence. Without a tokenizer the text stays empty."""
 
     __slots__ = (
+        "_chosen",
         "_detokenizer",
         "_include_stop",
         "_min_tokens",
@@ -51,6 +52,7 @@ class SequenceJournal:
         self.stop_reason: int | str | None = None
         self.error: str | None = None
         self.logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
+        self._chosen: list[float] = []  # log-probabilities of the tokens, where they are known
         self._tokenizer = tokenizer
         self._parts: list[str] = []
         self._detokenizer = None
@@ -83,9 +85,10 @@ class SequenceJournal:
         """
         first = len(self.token_ids)
         matched = self._append_tokens(token_ids, hide_last and not self._include_stop)
+        known = (logprobs or ())[: len(self.token_ids) - first]
+        self._chosen += [entry[1][0] for entry in known if entry is not None]
         if self.logprobs is not None:
-            known = logprobs or ()
-            recorded = itertools.zip_longest(self.token_ids[first:], known[: len(self.token_ids) - first])
+            recorded = itertools.zip_longest(self.token_ids[first:], known)
             self.logprobs += [self._readable(entry) for _, entry in recorded]
         return matched
 
@@ -150,16 +153,17 @@ class SequenceJournal:
             self.index,
             self.text,
             list(self.token_ids),
-            None if self.logprobs is None else self._cumulative_logprob(),
+            None if self.logprobs is None else self.cumulative_logprob,
             None if self.logprobs is None else list(self.logprobs),
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
             error=self.error,
         )
 
-    def _cumulative_logprob(self) -> float:
-        chosen = zip(self.token_ids, self.logprobs or (), strict=False)
-        return math.fsum(entry[token_id].logprob for token_id, entry in chosen if token_id in entry)
+    @property
+    def cumulative_logprob(self) -> float:
+        """Sum over the tokens, under the model's own logits; 0 where log-probabilities did not come along."""
+        return math.fsum(self._chosen)
 
     def _show(self, text: str) -> None:
         if text:
@@ -213,6 +217,11 @@ class RequestJournal:
         return all(sequence.is_finished for sequence in self.sequences)
 
     @property
+    def has_output(self) -> bool:
+        """Whether `output` shows anything: the best of several candidates are known when all of them have ended."""
+        return self.finished or not self.params.ranks_candidates
+
+    @property
     def num_prompt_tokens(self) -> int:
         """Length of the prompt."""
         return len(self.prompt_token_ids)
@@ -237,8 +246,9 @@ class RequestJournal:
 
     def output(self) -> RequestOutput:
         """A snapshot for the client: all tokens so far; it does not change any more, nor does the journal with it."""
-        outputs = [sequence.output() for sequence in self.sequences]
-        for output in outputs:
+        outputs = [sequence.output() for sequence in self._shown()]
+        for index, output in enumerate(outputs):
+            output.index = index
             if output.finish_reason == "error" and self.failure is not None:
                 output.error_kind = type(self.failure).__name__
         return RequestOutput(
@@ -248,15 +258,28 @@ class RequestJournal:
             outputs,
             self.finished,
             dataclasses.replace(
-                self.metrics, num_generated_tokens=max(len(sequence.token_ids) for sequence in self.sequences)
+                self.metrics,
+                num_generated_tokens=max(len(sequence.token_ids) for sequence in self.sequences),
+                num_completion_tokens=self.num_generated_tokens,
             ),
         )
+
+    def _shown(self) -> list[SequenceJournal]:
+        """All sequences, or the `n` best candidates, the best first; one that failed comes first, to be seen."""
+        if not self.params.ranks_candidates:
+            return self.sequences
+        if not self.finished:
+            return []
+        ranked = sorted(self.sequences, key=lambda each: (each.finish_reason != "error", -each.cumulative_logprob))
+        return ranked[: self.params.n]
 
     def submission(self, client_id: str) -> list[AddRequest | Abort]:
         """What makes a scheduler serve this request from its last token on, whatever it knew of it before."""
         params: dict[str, Any] = self.params.to_dict()
         params["max_tokens"] = self.max_tokens
         params["min_tokens"] = min(self.params.min_tokens, self.max_tokens)
+        if self.params.ranks_candidates and self.params.logprobs is None:
+            params["logprobs"] = 0  # of the sampled tokens, to rank by
         for name in ("stop", "bad_words"):  # text is this side's business
             del params[name]
         add = AddRequest(

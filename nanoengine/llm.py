@@ -116,7 +116,7 @@ class LLM:
         priority: int | Sequence[int] = 0,
         timeout: float | None = None,
     ) -> list[RequestOutput]:
-        """Answer prompts; the outputs come in the order of the prompts.
+        """Answer prompts; the outputs come in the order of the prompts, each with `n` sequences.
 
         A prompt is text, a list of token ids, or a dict of either; a list of ints is one prompt. A request that
         fails while it runs comes back with finish_reason "error" and the reason in `outputs[0].error`, and does not
@@ -222,7 +222,8 @@ class LLM:
         """The outputs that arrived since the last call, one for each request that has news, with all its tokens so far.
 
         Waits for the first one, for up to `timeout` seconds (None: no limit); returns an empty list when there was
-        none or when no request is open. A request's last output has `finished` set.
+        none or when no request is open. A request's last output has `finished` set; under `best_of` above `n` there
+        is no other.
         """
         arrived, self._pending = self._pending, {}
         if self.has_unfinished_requests():

@@ -92,6 +92,7 @@ class LLMEngine:
     def wait(self, timeout: float | None = None) -> list[RequestJournal]:
         """Return the requests that have news, each once, as soon as there are any.
 
+        Candidates of which only the best will be shown (best_of) are no news until all have ended.
         Returns an empty list after `timeout` seconds (None: no limit), or when no request is open. When the engine
         dies, its open requests have news: they ended with an error.
         """
@@ -137,7 +138,7 @@ class LLMEngine:
             self._tell(self._connection.pump()[0])
 
     def _tell(self, journals: list[RequestJournal]) -> None:
-        self._news |= dict.fromkeys(journals)
+        self._news |= dict.fromkeys(journal for journal in journals if journal.has_output)
 
     def _notice_death(self) -> None:
         """When the process is gone, take its last words first, then end what is open."""

@@ -49,7 +49,7 @@ class RequestMetrics:
 
     A time is None until it has come. The counts and `queue_seconds` (from arrival until the first step that computed
     some of it) come from the scheduler with the request's last token. `num_generated_tokens` is the length of the
-    longest sequence.
+    longest sequence, `num_completion_tokens` that of all together, candidates that are not shown (best_of) included.
     """
 
     arrival_time: float
@@ -60,6 +60,7 @@ class RequestMetrics:
     num_preemptions: int = 0
     queue_seconds: float = 0.0
     num_generated_tokens: int = 0
+    num_completion_tokens: int = 0
 
     @property
     def ttft(self) -> float | None:

@@ -325,5 +325,7 @@ def _read_answer(remote: RemoteRequest, answer: dict[str, Any]) -> None:
     details = usage.get("prompt_tokens_details") or {}
     remote.metrics.num_cached_tokens = int(details.get("cached_tokens") or 0)
     remote.metrics.num_generated_tokens = max((len(output.token_ids) for output in outputs), default=0)
-    remote.num_generated_tokens = int(usage.get("completion_tokens", sum(len(output.token_ids) for output in outputs)))
+    remote.num_generated_tokens = remote.metrics.num_completion_tokens = int(
+        usage.get("completion_tokens", sum(len(output.token_ids) for output in outputs))
+    )
     remote.finish()

@@ -5,6 +5,7 @@ One object serves one request. It keeps what was sent of each choice, since the 
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,8 +16,20 @@ from nanoengine.outputs import CompletionOutput, Logprob, RequestOutput
 LEAST_LOGPROB = -9999.0
 
 
+@dataclasses.dataclass(slots=True)
+class _Sent:
+    """What was sent of a choice. `offset` counts the characters of its tokens whose log-probabilities were sent."""
+
+    begun: bool = False
+    ended: bool = False
+    chars: int = 0
+    ids: int = 0
+    logprobs: int = 0
+    offset: int = 0
+
+
 class AnswerFormat:
-    """What both shapes share. A request of several prompts has one choice for each, in their order."""
+    """What both shapes share. Each prompt has `num_outputs` choices; they follow each other in the prompts' order."""
 
     object_name = ""
     chunk_name = ""
@@ -26,6 +39,7 @@ class AnswerFormat:
         answer_id: str,
         model: str,
         num_prompts: int,
+        num_outputs: int,
         with_ids: bool,
         with_usage: bool,
         token_bytes: Callable[[int], bytes] | None = None,
@@ -33,10 +47,9 @@ class AnswerFormat:
     ) -> None:
         self._base: dict[str, Any] = {"id": answer_id, "created": int(time.time()), "model": model}
         self._with_ids, self._with_usage = with_ids, with_usage
+        self._num_outputs = num_outputs
         self._latest: list[RequestOutput | None] = [None] * num_prompts
-        self._sent_chars = [0] * num_prompts
-        self._sent_ids = [0] * num_prompts
-        self._sent_logprobs = [0] * num_prompts
+        self._sent = [_Sent() for _ in range(num_prompts * num_outputs)]
         self._token_bytes = token_bytes  # None without a tokenizer
         self._num_top = num_top_logprobs
 
@@ -46,20 +59,22 @@ class AnswerFormat:
         """The answer as one object."""
         self._latest = list(outputs)
         choices = []
-        for index, output in enumerate(outputs):
-            last = output.outputs[0]
-            choice = {"index": index, **self._whole_text(last.text), "logprobs": self._new_logprobs(index, last)}
-            choice |= {"finish_reason": last.finish_reason, "stop_reason": last.stop_reason}
-            if self._with_ids:
-                choice |= {"token_ids": last.token_ids, "prompt_token_ids": output.prompt_token_ids}
-            choices.append(choice)
+        for number, output in enumerate(outputs):
+            for each in output.outputs:
+                index = number * self._num_outputs + each.index
+                choice = {"index": index, **self._whole_text(each.text)}
+                choice["logprobs"] = self._new_logprobs(each, self._sent[index])
+                choice |= {"finish_reason": each.finish_reason, "stop_reason": each.stop_reason}
+                if self._with_ids:
+                    choice |= {"token_ids": each.token_ids, "prompt_token_ids": output.prompt_token_ids}
+                choices.append(choice)
         return {**self._base, "object": self.object_name, "choices": choices, "usage": self.usage()}
 
     def usage(self) -> dict[str, Any]:
-        """Token counts over all prompts."""
+        """Token counts over all prompts, each counted once, and all that was generated for them."""
         known = [output for output in self._latest if output is not None]
         prompt = sum(len(output.prompt_token_ids) for output in known)
-        completion = sum(len(output.outputs[0].token_ids) for output in known)
+        completion = sum(output.metrics.num_completion_tokens for output in known)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
@@ -69,27 +84,37 @@ class AnswerFormat:
 
     # -- in chunks ----------------------------------------------------------------------------------------------
 
-    def chunks(self, index: int, output: RequestOutput) -> Iterator[dict[str, Any]]:
-        """What an output adds to its choice: no chunk, or one or two."""
-        is_first = self._latest[index] is None
-        self._latest[index] = output
-        last = output.outputs[0]
-        text = last.text[self._sent_chars[index] :]
-        self._sent_chars[index] += len(text)
-        choice: dict[str, Any] = {"index": index, **self._new_text(text), "logprobs": self._new_logprobs(index, last)}
-        choice["finish_reason"] = last.finish_reason
-        if last.finish_reason is not None:
-            choice["stop_reason"] = last.stop_reason
-        ids: list[int] = []
+    def chunks(self, number: int, output: RequestOutput) -> Iterator[dict[str, Any]]:
+        """What an output of prompt `number` adds to its choices: for each no chunk, or one or two."""
+        self._latest[number] = output
+        for each in output.outputs:
+            index = number * self._num_outputs + each.index
+            yield from self._choice_chunks(index, each, output.prompt_token_ids)
+
+    def _choice_chunks(
+        self, index: int, output: CompletionOutput, prompt_token_ids: list[int]
+    ) -> Iterator[dict[str, Any]]:
+        sent = self._sent[index]
+        if sent.ended:
+            return
+        text, ids, is_first = output.text[sent.chars :], output.token_ids[sent.ids :], not sent.begun
+        if not text and not ids and output.finish_reason is None:
+            return  # one of the others has news
+        sent.begun, sent.ended = True, output.finish_reason is not None
+        sent.chars += len(text)
+        sent.ids += len(ids)
+        choice: dict[str, Any] = {"index": index, **self._new_text(text)}
+        choice["logprobs"] = self._new_logprobs(output, sent)
+        choice["finish_reason"] = output.finish_reason
+        if sent.ended:
+            choice["stop_reason"] = output.stop_reason
         if self._with_ids:
-            ids = last.token_ids[self._sent_ids[index] :]
-            self._sent_ids[index] += len(ids)
             choice["token_ids"] = ids
             if is_first:
-                choice["prompt_token_ids"] = output.prompt_token_ids
+                choice["prompt_token_ids"] = prompt_token_ids
         if is_first:
             yield from self._opening(index)
-        if text or ids or choice["logprobs"] or last.finish_reason is not None:
+        if text or (ids and self._with_ids) or choice["logprobs"] or sent.ended:
             yield self._chunk([choice])
 
     def usage_chunk(self) -> dict[str, Any] | None:
@@ -102,16 +127,16 @@ class AnswerFormat:
             chunk["usage"] = None
         return chunk
 
-    def _new_logprobs(self, index: int, output: CompletionOutput) -> dict[str, Any] | None:
+    def _new_logprobs(self, output: CompletionOutput, sent: _Sent) -> dict[str, Any] | None:
         """The log-probabilities that were not sent yet; None when there are none."""
         if output.logprobs is None:
             return None
-        first = self._sent_logprobs[index]
-        entries = list(zip(output.token_ids, output.logprobs, strict=True))[first:]
-        self._sent_logprobs[index] += len(entries)
-        return self._show_logprobs(index, entries) if entries or not first else None
+        first = sent.logprobs
+        entries = list(zip(output.token_ids[first:], output.logprobs[first:], strict=True))
+        sent.logprobs += len(entries)
+        return self._show_logprobs(entries, sent) if entries or not first else None
 
-    def _show_logprobs(self, index: int, entries: list[tuple[int, dict[int, Logprob]]]) -> dict[str, Any]:
+    def _show_logprobs(self, entries: list[tuple[int, dict[int, Logprob]]], sent: _Sent) -> dict[str, Any]:
         raise NotImplementedError
 
     def _opening(self, index: int) -> Iterator[dict[str, Any]]:
@@ -130,11 +155,7 @@ class CompletionFormat(AnswerFormat):
 
     object_name = chunk_name = "text_completion"
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self._offsets = [0] * len(self._latest)
-
-    def _show_logprobs(self, index: int, entries: list[tuple[int, dict[int, Logprob]]]) -> dict[str, Any]:
+    def _show_logprobs(self, entries: list[tuple[int, dict[int, Logprob]]], sent: _Sent) -> dict[str, Any]:
         """Parallel lists. A token's offset counts the characters of the tokens before it."""
         shown: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token_id, logprobs in entries:
@@ -145,8 +166,8 @@ class CompletionFormat(AnswerFormat):
             for each, logprob in sorted(logprobs.items(), key=lambda item: item[1].rank):
                 top.setdefault(_token_text(each, logprob), _finite(logprob))
             shown["top_logprobs"].append(top)
-            shown["text_offset"].append(self._offsets[index])
-            self._offsets[index] += len(text)
+            shown["text_offset"].append(sent.offset)
+            sent.offset += len(text)
         return shown
 
     def _whole_text(self, text: str) -> dict[str, Any]:
@@ -161,7 +182,7 @@ class ChatFormat(AnswerFormat):
 
     object_name = "chat.completion"
 
-    def _show_logprobs(self, index: int, entries: list[tuple[int, dict[int, Logprob]]]) -> dict[str, Any]:
+    def _show_logprobs(self, entries: list[tuple[int, dict[int, Logprob]]], sent: _Sent) -> dict[str, Any]:
         content = []
         for token_id, logprobs in entries:
             likeliest = sorted(logprobs.items(), key=lambda item: item[1].rank)[: self._num_top]

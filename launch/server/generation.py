@@ -104,9 +104,9 @@ async def _all_outputs(
 
 def _unless_failed(output: RequestOutput) -> RequestOutput:
     """Raise the error of a request that failed while it ran."""
-    last = output.outputs[0]
-    if last.finish_reason == "error":
-        raise from_wire({"kind": last.error_kind, "message": last.error or "the request failed"})
+    for each in output.outputs:
+        if each.finish_reason == "error":
+            raise from_wire({"kind": each.error_kind, "message": each.error or "the request failed"})
     return output
 
 

@@ -21,6 +21,7 @@ from launch.server.schema import (
     DetokenizeRequest,
     TokenizeRequest,
     chat_messages,
+    check_num_sequences,
 )
 from nanoengine.tokenizer import Tokenizer
 from nanoengine.version import __version__
@@ -69,13 +70,19 @@ async def create_completion(request: Request, body: Annotated[CompletionRequest,
     engine = _serving(request, body.model)
     body.check()
     params, prompts = body.sampling_params(engine.config.default_sampling), body.prompts()
+    check_num_sequences(len(prompts), params)
     engine.check_queue(len(prompts))
     if isinstance(prompts[0], str):
         # In a thread: a long text takes milliseconds, which every open stream would wait.
         prompts = await asyncio.to_thread(_tokenizer(engine, "prompt").encode_batch, prompts)
     answer_id = f"cmpl-{uuid.uuid4().hex}"
     answer = CompletionFormat(
-        answer_id, engine.config.served_model_name, len(prompts), bool(body.return_token_ids), body.include_usage
+        answer_id,
+        engine.config.served_model_name,
+        len(prompts),
+        params.n,
+        bool(body.return_token_ids),
+        body.include_usage,
     )
     return await respond(
         request, engine, body.salted(prompts), params, answer_id, answer, bool(body.stream), body.scheduling()
@@ -95,6 +102,7 @@ async def create_chat_completion(request: Request, body: Annotated[ChatCompletio
         answer_id,
         engine.config.served_model_name,
         1,
+        params.n,
         bool(body.return_token_ids),
         body.include_usage,
         None if engine.tokenizer is None else engine.tokenizer.token_bytes,

@@ -16,13 +16,14 @@ from nanoengine.prompts import PromptInput, check_cache_salt
 from nanoengine.sampling_params import SamplingParams
 
 MAX_PROMPTS = 1024
+# What one request may generate at once, over all of its prompts.
+MAX_SEQUENCES = 16384
 _ANYTHING = object()
 
 # Values that leave the answer as it is, for each field that is known but not supported (yet). null always is one.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
     "audio": (),
-    "best_of": (1,),
     "chat_template": (),
     "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
@@ -69,6 +70,7 @@ _NEUTRAL_IN_STREAM_OPTIONS: dict[str, tuple[Any, ...]] = {
 
 _SAMPLING_FIELDS = (
     "n",
+    "best_of",
     "temperature",
     "top_p",
     "top_k",
@@ -131,6 +133,7 @@ class SamplingFields(Body):
 
     model: str | None = None
     n: int | None = None
+    best_of: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -175,8 +178,6 @@ class SamplingFields(Body):
     def check(self) -> None:
         """Raise RequestError for what no type can say."""
         self.refuse_unsupported()
-        if self.n not in (None, 1):  # the answers' formats follow
-            raise RequestError(f"n must be 1, got {self.n}", "n")
         if self.stream_options is not None:
             refuse_unsupported(
                 self.stream_options.model_extra or {}, _NEUTRAL_IN_STREAM_OPTIONS, prefix="stream_options."
@@ -191,7 +192,13 @@ class SamplingFields(Body):
         Raises RequestError for an impossible value.
         """
         given: dict[str, Any] = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
-        return SamplingParams(**{**defaults, **given, **self.own_params()})
+        params = SamplingParams(**{**defaults, **given, **self.own_params()})
+        if self.stream and params.ranks_candidates:
+            raise RequestError(
+                f"best_of must be n ({params.n}) in a stream, since the best are known only at the end, "
+                f"got {params.best_of}", "best_of",
+            )  # fmt: skip
+        return params
 
     def own_params(self) -> dict[str, int | None]:
         """`max_tokens` and `logprobs`, which the routes spell differently, where they are not left out."""
@@ -273,6 +280,16 @@ class DetokenizeRequest(Body):
 
     model: str | None = None
     tokens: list[int]
+
+
+def check_num_sequences(num_prompts: int, params: SamplingParams) -> None:
+    """Raise RequestError when prompts and their outputs are too many together."""
+    if num_prompts * params.num_sequences > MAX_SEQUENCES:
+        name = "n" if params.best_of is None else "best_of"
+        raise RequestError(
+            f"{name} must be at most {MAX_SEQUENCES // num_prompts} with {num_prompts} prompts, "
+            f"got {params.num_sequences}", name,
+        )  # fmt: skip
 
 
 def chat_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

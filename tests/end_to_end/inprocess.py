@@ -47,6 +47,17 @@ class InProcessEngine:
         deltas = self.generate_deltas(prompts, params, seeds)
         return [[token for delta in each for token in delta.token_ids] for each in deltas]
 
+    def generate_all(
+        self, prompts: list[list[int]], params: SamplingParams, seeds: list[int] | None = None
+    ) -> list[list[list[int]]]:
+        """The output token ids of each sequence of each prompt, in their order."""
+        outputs: list[list[list[int]]] = []
+        for deltas in self.generate_deltas(prompts, params, seeds):
+            outputs.append([[] for _ in range(params.num_sequences)])
+            for delta in deltas:
+                outputs[-1][delta.index] += delta.token_ids
+        return outputs
+
     def step(self) -> None:
         """Submit as many steps as may be in flight, commit the oldest; the invariants are checked in between."""
         wanted = MAX_IN_FLIGHT if self.config.scheduler.async_scheduling else 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import socket
 import threading
 import time
@@ -92,24 +93,45 @@ class FakeEngine:
     def _outputs(
         self, request_id: str, prompt: list[int], params: SamplingParams, max_tokens: int
     ) -> Iterator[RequestOutput]:
+        """All sequences advance by a token at a time. The best of several candidates are those of the highest index."""
+        streams = [self._sequence(index, prompt, params, max_tokens) for index in range(params.num_sequences)]
+        latest = [CompletionOutput(index, "", []) for index in range(params.num_sequences)]
+        while not any(each.error for each in latest) and not all(each.finished for each in latest):
+            latest = [last if last.finished else next(streams[index]) for index, last in enumerate(latest)]
+            finished = all(each.finished for each in latest) or any(each.error for each in latest)
+            shown = latest
+            if params.ranks_candidates:
+                if not finished:
+                    continue
+                best = latest[::-1][: params.n]
+                shown = [dataclasses.replace(each, index=place) for place, each in enumerate(best)]
+            metrics = RequestMetrics(time.time(), num_cached_tokens=1)
+            metrics.num_completion_tokens = sum(len(each.token_ids) for each in latest)
+            yield RequestOutput(request_id, None, prompt, list(shown), finished, metrics)
+
+    def _sequence(
+        self, index: int, prompt: list[int], params: SamplingParams, max_tokens: int
+    ) -> Iterator[CompletionOutput]:
+        """What sequence `index` is after each token; its answer ends in its index, but for the first."""
         assert self.tokenizer is not None
-        answer = self.tokenizer.encode(self.answers.get(self.tokenizer.decode(prompt), ANSWER))
-        ids = [*answer, self.tokenizer.eos_token_id or 0]
+        text = self.answers.get(self.tokenizer.decode(prompt), ANSWER) + (f" {index}" if index else "")
+        ids = [*self.tokenizer.encode(text), self.tokenizer.eos_token_id or 0]
         stream, stops, text = IncrementalDetokenizer(self.tokenizer, prompt), StopChecker(params.stop), ""
         for count in range(1, len(ids) + 1):
             if count - 1 == self.fail_after:
-                failed = self._output(request_id, prompt, text, ids[: count - 1], "error", None)
-                failed.outputs[0].error_kind = self.failure_kind
-                yield failed
+                yield CompletionOutput(
+                    index, text, ids[: count - 1], finish_reason="error", error="rank 1 fell over",
+                    error_kind=self.failure_kind,
+                )  # fmt: skip
                 return
             new, matched = stops.feed(stream.append([ids[count - 1]]))
             text += new
             reason = "stop" if matched or count == len(ids) else "length" if count == max_tokens else None
             if reason and not matched:
                 text += stops.feed(stream.finish())[0] + stops.flush()
-            output = self._output(request_id, prompt, text, ids[:count], reason, matched)
+            output = CompletionOutput(index, text, ids[:count], finish_reason=reason, stop_reason=matched)
             if params.logprobs is not None:
-                output.outputs[0].logprobs = [self._logprobs(token, params.logprobs) for token in ids[:count]]
+                output.logprobs = [self._logprobs(token, params.logprobs) for token in ids[:count]]
             yield output
             if reason:
                 return
@@ -121,15 +143,6 @@ class FakeEngine:
         ranked = [*others[:2], token, *others[2:]]
         top = {each: Logprob(-float(rank), rank, text(each)) for rank, each in enumerate(ranked[:number], start=1)}
         return {token: Logprob(-3.0, 3, text(token))} | top
-
-    @staticmethod
-    def _output(
-        request_id: str, prompt: list[int], text: str, ids: list[int], reason: str | None, matched: str | None
-    ) -> RequestOutput:
-        error = "rank 1 fell over" if reason == "error" else None
-        last = CompletionOutput(0, text, ids, finish_reason=reason, stop_reason=matched, error=error)
-        metrics = RequestMetrics(time.time(), num_cached_tokens=1)
-        return RequestOutput(request_id, None, prompt, [last], reason is not None, metrics)
 
 
 @contextlib.contextmanager

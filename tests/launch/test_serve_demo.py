@@ -62,6 +62,31 @@ def test_the_openai_client_gets_the_capital_of_china(url: str) -> None:
         assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices[0].finish_reason] == ["stop"]
 
 
+def test_the_openai_client_gets_several_choices(url: str) -> None:
+    asked = [{"role": "user", "content": "Tell me something."}]
+    common = {"model": "demo", "temperature": 2.0, "seed": 5, "max_tokens": 16}
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        chat = client.chat.completions.create(messages=asked, n=4, **common)
+        assert [choice.index for choice in chat.choices] == [0, 1, 2, 3]
+        texts = [str(choice.message.content) for choice in chat.choices]
+        assert len(set(texts)) > 1, "the samples of one prompt are drawn independently"
+        assert chat.usage is not None
+        assert 4 < chat.usage.completion_tokens <= 64
+
+        streamed, ends = ["", "", "", ""], []
+        for chunk in client.chat.completions.create(messages=asked, n=4, stream=True, **common):
+            for choice in chunk.choices:
+                streamed[choice.index] += choice.delta.content or ""
+                ends += [choice.index] if choice.finish_reason else []
+        assert streamed == texts
+        assert sorted(ends) == [0, 1, 2, 3]
+
+        greedy = {"model": "demo", "prompt": [PROMPT, PROMPT], "temperature": 0, "max_tokens": 8}
+        both = client.completions.create(n=2, best_of=3, logprobs=0, **greedy)
+        assert [choice.index for choice in both.choices] == [0, 1, 2, 3]
+        assert all(choice.text.startswith("北京") for choice in both.choices)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     ("path", "asked"),

@@ -167,7 +167,8 @@ class FakeEngineProcess:
             tokens = self.tokens_of(request)
             end = min(len(tokens), start + self.tokens_per_step)
             reason = None if end < len(tokens) else "stop" if tokens[-1] == EOS else "length"
-            deltas.append(TokenDelta(name, 0, start, tokens[start:end], reason))
+            # All sequences alike, and at the same pace.
+            deltas += [TokenDelta(name, i, start, tokens[start:end], reason) for i in range(len(request.journal))]
             self._live[name] = (request, end)
             if reason is not None:
                 del self._live[name]
