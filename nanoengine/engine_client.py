@@ -27,6 +27,8 @@ from configs.errors import (
     RequestError,
     from_wire,
 )
+from nanoengine.beam_params import BeamSearchParams
+from nanoengine.beam_search import check_width
 from nanoengine.journal import RequestJournal, SequenceJournal
 from nanoengine.messages import (
     Abort,
@@ -68,6 +70,7 @@ class CheckedRequest:
     params: SamplingParams
     max_tokens: int
     cache_salt: str = ""
+    beams: BeamSearchParams | None = None
 
 
 class EngineClient:
@@ -131,7 +134,7 @@ class EngineClient:
             )
         return dataclasses.replace(prompt, token_ids=self.tokenizer.encode(prompt.text))
 
-    def check(self, prompt: Prompt, params: SamplingParams | None = None) -> CheckedRequest:
+    def check(self, prompt: Prompt, params: SamplingParams | BeamSearchParams | None = None) -> CheckedRequest:
         """Check a request against model and settings; nothing is sent.
 
         A prompt must leave room for one token within max_model_len. More tokens than fit are not refused: the
@@ -141,6 +144,11 @@ class EngineClient:
         Raises:
             RequestError: it cannot be served as it stands; `param` names the field at fault.
         """
+        beams = params if isinstance(params, BeamSearchParams) else None
+        if beams is not None:
+            checkpoint = self.config.resolved_checkpoint
+            check_width(beams, frozenset(checkpoint.eos_token_ids), checkpoint.vocab_size)
+            params = beams.sampling_params()
         params = check_params(params) or SamplingParams(**self.config.default_sampling)
         encoded = self.encode(prompt)
         token_ids = encoded.token_ids or []
@@ -150,7 +158,7 @@ class EngineClient:
             params = self._tokenise_bad_words(params)
         room = self.config.max_model_len - len(token_ids)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
-        return CheckedRequest(encoded.text, token_ids, params, max_tokens, encoded.cache_salt)
+        return CheckedRequest(encoded.text, token_ids, params, max_tokens, encoded.cache_salt, beams)
 
     def _check_prompt(self, token_ids: list[int]) -> None:
         if not token_ids:
@@ -266,6 +274,7 @@ class EngineClient:
             self.tokenizer,
             request.cache_salt,
             self._timeout(timeout),
+            request.beams,
         )
         self._queued[journal.wire_id] = len(request.prompt_token_ids)
         self._live[journal.wire_id] = self._by_request_id[request_id] = journal

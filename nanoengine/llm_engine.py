@@ -10,6 +10,7 @@ from typing import Any
 
 from configs.engine import EngineConfig
 from configs.errors import DeadlineError, EngineDeadError, RequestError
+from nanoengine.beam_params import BeamSearchParams
 from nanoengine.connection import SchedulerConnection
 from nanoengine.engine_client import CheckedRequest, EngineClient
 from nanoengine.engine_process import EngineProcess
@@ -61,7 +62,7 @@ class LLMEngine:
             self.close()
             raise
 
-    def check(self, prompt: Prompt, params: SamplingParams | None) -> CheckedRequest:
+    def check(self, prompt: Prompt, params: SamplingParams | BeamSearchParams | None) -> CheckedRequest:
         """Check a request and encode its prompt; nothing is sent. Raises RequestError."""
         return self.client.check(prompt, params)
 
@@ -92,7 +93,7 @@ class LLMEngine:
     def wait(self, timeout: float | None = None) -> list[RequestJournal]:
         """Return the requests that have news, each once, as soon as there are any.
 
-        Candidates of which only the best will be shown (best_of) are no news until all have ended.
+        Candidates of which only the best will be shown (best_of, beam search) are no news until all have ended.
         Returns an empty list after `timeout` seconds (None: no limit), or when no request is open. When the engine
         dies, its open requests have news: they ended with an error.
         """

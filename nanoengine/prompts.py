@@ -124,7 +124,7 @@ def check_params(params: object) -> SamplingParams | None:
 
 
 def check_beam_params(params: object) -> BeamSearchParams:
-    """The parameters of a beam search. Raises RequestError for another type."""
+    """The parameters of one beam search. Raises RequestError for another type."""
     if not isinstance(params, BeamSearchParams):
         raise RequestError(f"params must be a BeamSearchParams, got {type(params).__name__}", "params")
     return params

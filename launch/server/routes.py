@@ -22,6 +22,7 @@ from launch.server.schema import (
     TokenizeRequest,
     chat_messages,
     check_num_sequences,
+    num_outputs,
 )
 from nanoengine.tokenizer import Tokenizer
 from nanoengine.version import __version__
@@ -69,7 +70,7 @@ async def create_completion(request: Request, body: Annotated[CompletionRequest,
     """Continue one or several prompts."""
     engine = _serving(request, body.model)
     body.check()
-    params, prompts = body.sampling_params(engine.config.default_sampling), body.prompts()
+    params, prompts = body.params(engine.config.default_sampling), body.prompts()
     check_num_sequences(len(prompts), params)
     engine.check_queue(len(prompts))
     if isinstance(prompts[0], str):
@@ -80,7 +81,7 @@ async def create_completion(request: Request, body: Annotated[CompletionRequest,
         answer_id,
         engine.config.served_model_name,
         len(prompts),
-        params.n,
+        num_outputs(params),
         bool(body.return_token_ids),
         body.include_usage,
     )
@@ -94,7 +95,7 @@ async def create_chat_completion(request: Request, body: Annotated[ChatCompletio
     """Answer a conversation."""
     engine = _serving(request, body.model)
     body.check()
-    params, messages = body.sampling_params(engine.config.default_sampling), chat_messages(body.messages)
+    params, messages = body.params(engine.config.default_sampling), chat_messages(body.messages)
     engine.check_queue()
     prompt = await asyncio.to_thread(_tokenizer(engine, "messages").apply_chat_template, messages)
     answer_id = f"chatcmpl-{uuid.uuid4().hex}"
@@ -102,7 +103,7 @@ async def create_chat_completion(request: Request, body: Annotated[ChatCompletio
         answer_id,
         engine.config.served_model_name,
         1,
-        params.n,
+        num_outputs(params),
         bool(body.return_token_ids),
         body.include_usage,
         None if engine.tokenizer is None else engine.tokenizer.token_bytes,

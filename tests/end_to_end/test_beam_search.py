@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from configs.checkpoint import load_checkpoint_config
-from nanoengine.beam_params import BeamSearchParams
+from nanoengine import LLM, BeamSearchParams
 from nanoengine.messages import AddRequest, TokenDelta
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.tokenizer import Tokenizer
@@ -185,3 +185,16 @@ def test_beams_and_other_requests_do_not_change_each_other(cases: dict[str, Case
             assert [token for delta in found[f"g{place}"] for token in delta.token_ids] == alone[place]
             assert outcome(found[f"b{place}"], SEARCHES[1]).tokens == case.expected[1][place].tokens
         assert engine.scheduler.num_preemptions > 0
+
+
+def test_a_search_through_processes_equals_transformers(cases: dict[str, Case]) -> None:
+    case = cases["demo"]
+    with LLM("demo", device="cpu", dtype="float32", tensor_parallel_size=2, check_invariants=True) as llm:
+        outputs = llm.beam_search(list(PROMPTS), SEARCHES[2])
+        for output, expected in zip(outputs, case.expected[2], strict=True):
+            assert output.finished
+            assert [each.token_ids for each in output.outputs] == expected.tokens
+            assert [each.cumulative_logprob for each in output.outputs] == pytest.approx(expected.sums, abs=1e-4)
+            assert [each.index for each in output.outputs] == list(range(SEARCHES[2].beam_width))
+        assert outputs[0].outputs[0].text.startswith("北京")
+        assert outputs[0].outputs[0].finish_reason == "stop"

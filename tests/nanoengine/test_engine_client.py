@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from configs.engine import EngineConfig
 from configs.errors import ChannelError, EngineDeadError, RequestError, WorkerError, to_wire
-from nanoengine.beam_params import BeamSearchParams
 from nanoengine.engine_client import MAX_REPLAYS, PING_INTERVAL, REPLAY_INTERVAL, EngineClient
 from nanoengine.journal import RequestJournal
 from nanoengine.messages import Abort, AddRequest, Deltas, EngineFailure, Hello, Message, Ready, TokenDelta
@@ -145,7 +144,7 @@ def test_a_prompt_that_is_too_long_is_refused_with_the_code_of_the_api(client: E
     assert refused.value.code == "context_length_exceeded"
 
 
-@pytest.mark.parametrize("params", [{"temperature": 0}, "greedy", 3, BeamSearchParams()])
+@pytest.mark.parametrize("params", [{"temperature": 0}, "greedy", 3])
 def test_parameters_of_another_type_are_refused(client: EngineClient, params: Any) -> None:
     with pytest.raises(RequestError) as refused:
         client.check(IDS, params)
