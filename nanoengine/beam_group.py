@@ -63,7 +63,7 @@ def begin_search(message: AddRequest, limits: SchedulerLimits) -> BeamGroup | No
 def is_parked(seq: Sequence) -> bool:
     """Whether it is a beam that rests without blocks, hence stands in no queue."""
     group = seq.request.beams
-    return group is not None and seq.status is SequenceStatus.WAITING and seq in group.told
+    return group is not None and seq.status is not SequenceStatus.RUNNING and seq in group.told
 
 
 def take_told(scheduler: Scheduler, seq: Sequence, told: TokenLogprobs) -> None:
@@ -71,7 +71,7 @@ def take_told(scheduler: Scheduler, seq: Sequence, told: TokenLogprobs) -> None:
     request = seq.request
     group = request.beams
     assert group is not None
-    if seq.status is SequenceStatus.WAITING:  # preempted since it was computed, which is no matter now
+    if seq.status is not SequenceStatus.RUNNING:  # preempted since it was computed, which is no matter now
         scheduler.waiting.remove(seq)
     group.told[seq] = told
     if len(group.told) < len(request.seqs):
@@ -97,7 +97,7 @@ def take_told(scheduler: Scheduler, seq: Sequence, told: TokenLogprobs) -> None:
     request.seqs = children
     for child, (_, token_id) in zip(children, chosen, strict=True):
         child.append_token(token_id)
-        if child.status is SequenceStatus.WAITING:
+        if child.status is not SequenceStatus.RUNNING:
             scheduler.enqueue(child)
 
 
@@ -129,7 +129,7 @@ def make_way(scheduler: Scheduler) -> bool:
 
 
 def _is_queued(seq: Sequence) -> bool:
-    return seq.status is SequenceStatus.WAITING and not is_parked(seq)
+    return seq.status is not SequenceStatus.RUNNING and not is_parked(seq)
 
 
 def end_search(scheduler: Scheduler, request: Request, status: SequenceStatus | None = None) -> None:

@@ -68,14 +68,6 @@ class BlockManager:
         """How many blocks hold `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
 
-    def _must_copy(self, seq: Sequence) -> bool:
-        """Whether the next token of `seq` goes into a block that others share, or that is published."""
-        index, offset = divmod(seq.num_computed_tokens, self.block_size)
-        if not offset or index >= len(seq.block_table):
-            return False  # it opens a new block
-        block = seq.block_table[index]
-        return self._ref_counts[block] > 1 or self._hash_of[block] is not None
-
     def num_new_blocks(self, seq: Sequence, num_tokens: int) -> int:
         """How many blocks `allocate` would take for `seq` to hold `num_tokens`, a copied one included."""
         return max(0, self.blocks_for(num_tokens) - len(seq.block_table)) + self._must_copy(seq)
@@ -159,6 +151,14 @@ class BlockManager:
         child.num_computed_tokens = num_tokens
         if len(child.block_hashes) < num_full:
             child.block_hashes = parent.block_hashes[:num_full]
+
+    def _must_copy(self, seq: Sequence) -> bool:
+        """Whether the next token of `seq` goes into a block that others share, or that is published."""
+        index, offset = divmod(seq.num_computed_tokens, self.block_size)
+        if not offset or index >= len(seq.block_table):
+            return False  # it opens a new block
+        block = seq.block_table[index]
+        return self._ref_counts[block] > 1 or self._hash_of[block] is not None
 
     def _copy_tail(self, seq: Sequence) -> None:
         """Replace the block that `seq` writes next by a copy of its own."""

@@ -211,11 +211,19 @@ class FrameReader:
         mac.update(view[_TAG_BYTES:])
         if not hmac.compare_digest(mac.digest(), view[:_TAG_BYTES]):
             raise self._reject("authentication", "a frame that is not genuine")
+        payload = view[_TAG_BYTES + _HEADER.size :]
+        route = self._direction, self._rank, self._sequence + 1, len(payload)
+        if view[_TAG_BYTES : _TAG_BYTES + _HEADER.size] == _HEADER.pack(_MAGIC, *self._epoch, Channel.STEP, *route):
+            self._sequence += 1
+            return Channel.STEP, payload
+        return self._open_other(view, payload)
+
+    def _open_other(self, view: memoryview, payload: memoryview) -> tuple[Channel, memoryview]:
+        """What is not the next step: a control message, or a frame that does not belong here."""
         magic, incarnation, group, channel, direction, rank, sequence, length = _HEADER.unpack_from(view, _TAG_BYTES)
         epoch = Epoch(incarnation, group)
         if epoch != self._epoch:
             raise self._reject("epoch", f"a frame of epoch {tuple(epoch)} in epoch {tuple(self._epoch)}")
-        payload = view[_TAG_BYTES + _HEADER.size :]
         route = (magic, direction, rank, length)
         if route != (_MAGIC, self._direction, self._rank, len(payload)) or channel not in _CHANNELS:
             raise self._reject("route", f"a frame of direction {direction} and rank {rank}, made for another link")
@@ -251,6 +259,7 @@ class Link:
         self._reader = FrameReader(key, epoch, end, rank)
         self._peer = f"rank {rank}" if end is Direction.TO_SCHEDULER else "the scheduler"
         self._bound: Path | None = None
+        self._recv_timeout = -1  # milliseconds, as the socket has it
         self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
         for option, value in (
             (zmq.LINGER, 0),
@@ -310,15 +319,8 @@ class Link:
         Raises:
             ChannelError: a genuine frame is missing or malformed: the link is of no more use.
         """
-        deadline = time.monotonic() + timeout
-        while True:
-            try:
-                frame = self.socket.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                left = deadline - time.monotonic()
-                if left <= 0 or not self.socket.poll(math.ceil(left * 1000)):
-                    return None
-                continue
+        deadline = time.monotonic() + timeout if timeout else None
+        while (frame := self._next_frame(deadline)) is not None:
             try:
                 channel, payload = self._reader.open(frame)
             except ChannelError as error:
@@ -327,6 +329,20 @@ class Link:
                 logger.warning("%s", error)
                 continue
             return decode(channel, self._end, payload)
+        return None
+
+    def _next_frame(self, deadline: float | None) -> bytes | None:
+        if deadline is None:
+            # Asking costs a third of the exception that says there is nothing.
+            return self.socket.recv(zmq.NOBLOCK) if int(self.socket.get(zmq.EVENTS)) & zmq.POLLIN else None
+        milliseconds = max(0, math.ceil((deadline - time.monotonic()) * 1000))
+        if milliseconds != self._recv_timeout:
+            self.socket.setsockopt(zmq.RCVTIMEO, milliseconds)
+            self._recv_timeout = milliseconds
+        try:
+            return self.socket.recv()
+        except zmq.Again:
+            return None
 
     def close(self, linger: float = 0) -> None:
         """Close the socket, giving what was sent `linger` seconds to leave. Harmless twice."""

@@ -40,6 +40,7 @@ from nanoengine.messages import (
     Ready,
     ResetPrefixCache,
     TokenDelta,
+    spelt_out,
 )
 from nanoengine.prompts import Prompt, check_params
 from nanoengine.sampling_params import SamplingParams
@@ -362,7 +363,7 @@ class EngineClient:
             return []
         if isinstance(message, EngineFailure):
             return self.fail(from_wire(message.error))
-        updated = [journal for delta in message.deltas if (journal := self._take(delta)) is not None]
+        updated = [journal for delta in spelt_out(message.deltas) if (journal := self._take(delta)) is not None]
         return list(dict.fromkeys(updated))
 
     def _take(self, delta: TokenDelta) -> RequestJournal | None:

@@ -168,6 +168,8 @@ class MultiprocessExecutor(Executor):
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         while True:
             group = self._running()
+            if self._in_flight and not group.outputs:
+                self._guard(group.receive_outputs)  # whoever has answered lives
             if not group.outputs:
                 self.watch()
             if group.outputs:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import zmq
 
 from configs.errors import ChannelError
-from nanoengine.messages import Deltas, Message, TokenDelta, decode, encode
-from nanoengine.outbox import ClientDelta
+from nanoengine.messages import Deltas, Message, TokenColumns, TokenDelta, decode, encode, spelt_out
+from nanoengine.outbox import ClientDeltas
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ class FrontSocket:
 
     def __init__(self, address: str, incarnation: int) -> None:
         self.incarnation = incarnation
-        self._pending: dict[str, list[TokenDelta]] = {}
+        self._pending: dict[str, list[TokenDelta | TokenColumns]] = {}
         self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -59,10 +59,10 @@ class FrontSocket:
         """Send a message that is not a delta; says whether the front end is still there. A full queue drops it."""
         return self._send(client_id, message) is not None
 
-    def post(self, deltas: Iterable[ClientDelta]) -> None:
+    def post(self, deltas: ClientDeltas) -> None:
         """Queue deltas for `flush`."""
-        for item in deltas:
-            self._pending.setdefault(item.client_id, []).append(item.delta)
+        for client_id, entry in deltas.entries:
+            self._pending.setdefault(client_id, []).append(entry)
 
     @property
     def has_pending(self) -> bool:
@@ -79,7 +79,7 @@ class FrontSocket:
             if sent is not False:
                 del self._pending[client_id]
             else:
-                self._pending[client_id] = merge(deltas)
+                self._pending[client_id] = [*merge(deltas)]
         return vanished
 
     def _send(self, client_id: str, message: Message) -> bool | None:
@@ -99,11 +99,11 @@ class FrontSocket:
         self.socket.close(linger_ms)
 
 
-def merge(deltas: list[TokenDelta]) -> list[TokenDelta]:
+def merge(deltas: Sequence[TokenDelta | TokenColumns]) -> list[TokenDelta]:
     """Join deltas of the same sequence that follow each other; the order of sequences is kept."""
     joined: dict[tuple[str, int], TokenDelta] = {}
     merged: list[TokenDelta] = []
-    for delta in deltas:
+    for delta in spelt_out(deltas):
         key = (delta.request_id, delta.index)
         last = joined.get(key)
         if last is None or last.finish_reason or last.start + len(last.token_ids) != delta.start:

@@ -32,10 +32,14 @@ def check_invariants(scheduler: Scheduler) -> None:
             f"{seq} outgrew its blocks"
         )
         assert seq.num_uncomputed_tokens >= 0, f"{seq} computed more than it has"
-    sampling = [record.seq for _, records in scheduler.in_flight for record in records if record.sample]
+    sampling = [seq for flight in scheduler.in_flight for seq in flight.sampled()]
     for seq in queued:
         assert seq.num_pending_tokens == sampling.count(seq), f"{seq} waits for tokens that no step samples"
     assert len(scheduler.running) <= scheduler.limits.max_num_seqs
+    steady = {seq.seq_id for seq in queued if seq.steady is not None}
+    assert steady <= {seq.seq_id for seq in scheduler.running}, "a steady decode does not run"
+    assert len(steady) == len(scheduler.steady), "somebody who does not run is a steady decode"
+    scheduler.steady.check_invariants()
     if not queued:
         assert scheduler.blocks.num_free_blocks == scheduler.limits.num_kv_blocks, "a block is held by nobody"
     scheduler.blocks.check_invariants(queued)

@@ -272,12 +272,14 @@ class RequestJournal:
         )
 
     def _shown(self) -> list[SequenceJournal]:
-        """All sequences, or the `n` best candidates, the best first; one that failed comes first, to be seen."""
+        """All sequences, or the `n` best candidates, the best first."""
         if not self.params.ranks_candidates:
             return self.sequences
         if not self.finished:
             return []
-        ranked = sorted(self.sequences, key=lambda each: (each.finish_reason != "error", -each.cumulative_logprob))
+        # A failure must be seen, and what was broken off is no match for an answer, however few tokens it has.
+        place = {"error": 0, "abort": 2}
+        ranked = sorted(self.sequences, key=lambda seq: (place.get(str(seq.finish_reason), 1), -seq.cumulative_logprob))
         return ranked[: self.params.n]
 
     def submission(self, client_id: str) -> list[AddRequest | Abort]:

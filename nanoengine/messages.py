@@ -7,6 +7,7 @@ knows neither sockets nor what a message leads to.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import msgpack
@@ -97,11 +98,40 @@ class TokenDelta:
 
 
 @dataclasses.dataclass(slots=True)
+class TokenColumns:
+    """One new token for each of many sequences that go on: what is in entry i of each column belongs together.
+
+    The token of sequence (`request_ids[i]`, `indices[i]`) stands at position `offsets[i] + shift` of its output.
+    """
+
+    request_ids: list[str]
+    indices: list[int]
+    offsets: list[int]
+    shift: int
+    token_ids: list[int]
+
+    def __post_init__(self) -> None:
+        if not len(self.request_ids) == len(self.indices) == len(self.offsets) == len(self.token_ids):
+            raise ValueError("columns of different lengths")
+
+
+def spelt_out(entries: Iterable[TokenDelta | TokenColumns]) -> Iterator[TokenDelta]:
+    """The same with a delta for each entry of the columns."""
+    for entry in entries:
+        if isinstance(entry, TokenDelta):
+            yield entry
+            continue
+        columns = zip(entry.request_ids, entry.indices, entry.offsets, entry.token_ids, strict=True)
+        for request_id, index, offset, token in columns:
+            yield TokenDelta(request_id, index, offset + entry.shift, [token])
+
+
+@dataclasses.dataclass(slots=True)
 class Deltas:
-    """Scheduler → front end: all deltas of one step for this front end (merged over steps when it is slow)."""
+    """Scheduler → front end: what one step brought for this front end (merged over steps when it is slow), in order."""
 
     incarnation: int
-    deltas: list[TokenDelta]
+    deltas: Sequence[TokenDelta | TokenColumns]
 
 
 @dataclasses.dataclass(slots=True)
@@ -124,11 +154,19 @@ _TAGS: dict[int, type[Any]] = {
     7: ResetPrefixCache,
 }
 _TAG_OF = {kind: tag for tag, kind in _TAGS.items()}
-_FIELDS = {kind: tuple(field.name for field in dataclasses.fields(kind)) for kind in (*_TAGS.values(), TokenDelta)}
+_FIELDS = {
+    kind: tuple(field.name for field in dataclasses.fields(kind))
+    for kind in (*_TAGS.values(), TokenDelta, TokenColumns)
+}
 
 
 def _values(message: Any) -> list[Any]:
     return [getattr(message, name) for name in _FIELDS[type(message)]]
+
+
+def _delta(values: list[Any]) -> TokenDelta | TokenColumns:
+    """An entry of `Deltas`: columns begin with a list of request ids where a delta has its one."""
+    return TokenColumns(*values) if isinstance(values[0], list) else TokenDelta(*values)
 
 
 def encode(message: Message) -> bytes:
@@ -150,7 +188,7 @@ def decode(frame: bytes) -> Message:
         tag, *values = msgpack.unpackb(frame)
         kind = _TAGS[tag]
         if kind is Deltas:
-            values[1] = [TokenDelta(*delta) for delta in values[1]]
+            values[1] = [_delta(entry) for entry in values[1]]
         message: Message = kind(*values)
         return message
     except (ValueError, TypeError, KeyError, IndexError, msgpack.UnpackException) as error:

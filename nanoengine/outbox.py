@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from configs.errors import RequestError, to_wire
-from nanoengine.messages import AddRequest, TokenDelta
+from nanoengine.decode_set import SteadyRows
+from nanoengine.messages import AddRequest, TokenColumns, TokenDelta, spelt_out
 from nanoengine.sequence import Sequence
 
 
@@ -17,18 +18,37 @@ class ClientDelta(NamedTuple):
     delta: TokenDelta
 
 
+class ClientDeltas:
+    """What was told since the last time, in order; spelt out, one `ClientDelta` a sequence, for whoever iterates.
+
+    Attributes:
+        entries: (client id, what it is told): one entry for all steady decodes of a step, one for each other row.
+    """
+
+    def __init__(self, entries: list[tuple[str, TokenDelta | TokenColumns]]) -> None:
+        self.entries = entries
+
+    def __bool__(self) -> bool:
+        return bool(self.entries)
+
+    def __iter__(self) -> Iterator[ClientDelta]:
+        for client_id, entry in self.entries:
+            for delta in spelt_out([entry]):
+                yield ClientDelta(client_id, delta)
+
+
 class Outbox:
     """Deltas in the order in which things happened, until they are taken."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._deltas: list[ClientDelta] = []
+        self._entries: list[tuple[str, TokenDelta | TokenColumns]] = []
 
     def refuse(self, message: AddRequest, error: RequestError) -> None:
         """Queue the answer to a request that will not be served, to each of the sequences that its client expects."""
         for index in range(max(1, len(message.journal))):
             delta = TokenDelta(message.request_id, index, 0, [], finish_reason="error", error=to_wire(error))
-            self._deltas.append(ClientDelta(message.client_id, delta))
+            self._entries.append((message.client_id, delta))
 
     def emit(self, seq: Sequence, start: int) -> None:
         """Queue the tokens of `seq` from output position `start` on, and how it ended if it did."""
@@ -42,7 +62,27 @@ class Outbox:
         if is_finished:
             delta.finish_reason = seq.status.finish_reason
             delta.stop_reason, delta.error, delta.metrics = seq.stop_reason, seq.error, self._metrics(seq)
-        self._deltas.append(ClientDelta(seq.request.client_id, delta))
+        self._entries.append((seq.request.client_id, delta))
+
+    def emit_columns(self, rows: SteadyRows, age: int, token_ids: list[int]) -> None:
+        """Queue a token for each of the rows that took a step at that age. Neither list changes from now on."""
+        first = rows.client_ids[0]
+        if rows.client_ids.count(first) == len(rows):
+            columns = TokenColumns(rows.request_ids, rows.indices, rows.offsets, age, token_ids)
+            self._entries.append((first, columns))
+            return
+        numbers_of: dict[str, list[int]] = {}
+        for number, client_id in enumerate(rows.client_ids):
+            numbers_of.setdefault(client_id, []).append(number)
+        for client_id, numbers in numbers_of.items():
+            columns = TokenColumns(
+                [rows.request_ids[i] for i in numbers],
+                [rows.indices[i] for i in numbers],
+                [rows.offsets[i] for i in numbers],
+                age,
+                [token_ids[i] for i in numbers],
+            )
+            self._entries.append((client_id, columns))
 
     def _metrics(self, seq: Sequence) -> dict[str, float]:
         request = seq.request
@@ -53,7 +93,7 @@ class Outbox:
             "queue_seconds": max(0.0, scheduled - request.arrival_time),
         }
 
-    def take(self) -> list[ClientDelta]:
+    def take(self) -> ClientDeltas:
         """Everything since the last call, in order."""
-        deltas, self._deltas = self._deltas, []
-        return deltas
+        entries, self._entries = self._entries, []
+        return ClientDeltas(entries)

@@ -185,13 +185,14 @@ class RankProcess:
         state = self.words.describe() if self.exit_code is None else processes.describe_exit(self.exit_code)
         return f"rank {self.rank} ({state})"
 
-    def receive(self) -> list[StepOutput]:
-        """Take in what the rank has said, and return the step outputs. Raises ChannelError on a broken link."""
+    def receive(self, ended: bool = False) -> list[StepOutput]:
+        """Take in what the rank has said, and return the step outputs. Raises ChannelError on a broken link.
+
+        What one that has `ended` said last may still be on its way through ZeroMQ's thread.
+        """
         outputs: list[StepOutput] = []
         while True:
-            # What a dead rank said last may still be on its way through ZeroMQ's thread.
-            patience = 0 if self.exit_code is None or self.failed else _LAST_WORDS_SECONDS
-            message = self.link.receive(patience)
+            message = self.link.receive(_LAST_WORDS_SECONDS if ended and not self.failed else 0)
             match message:
                 case None:
                     return outputs

@@ -28,14 +28,16 @@ from configs.errors import RequestError, RequestTimeoutError, to_wire
 from nanoengine.admission import SchedulerLimits, check_admissible, serving_order
 from nanoengine.beam_group import begin_search, end_search, is_parked, make_way, take_told
 from nanoengine.block_manager import BlockManager
+from nanoengine.decode_set import DecodeSet, StepInFlight
 from nanoengine.forking import Start, after_siblings, chunk_before_fork, find_start
 from nanoengine.invariants import check_invariants
 from nanoengine.messages import AddRequest
-from nanoengine.outbox import ClientDelta, Outbox
+from nanoengine.outbox import ClientDeltas, Outbox
 from nanoengine.row_params import row_extras, row_params
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.sequence import Request, ScheduledRow, Sequence, SequenceStatus
-from nanoengine.step import PREVIOUS_SAMPLE, Epoch, SequenceState, StepInput, StepOutput, TokenLogprobs
+from nanoengine.step import PREVIOUS_SAMPLE, DecodeRows, Epoch, SequenceState, StepInput, StepOutput, TokenLogprobs
+from nanoengine.step_batch import StepBatch
 from nanoengine.step_costs import StepCosts
 
 __all__ = ["Scheduler", "SchedulerLimits"]
@@ -66,7 +68,10 @@ class Scheduler:
         self.num_searches = 0  # beam searches among them
         self.seq_ids = itertools.count(1)
         self._step_id = 0
-        self.in_flight: deque[tuple[int, list[ScheduledRow]]] = deque()
+        self.in_flight: deque[StepInFlight] = deque()
+        self.steady = DecodeSet(limits.block_size, limits.max_model_len, self._order)  # part of `running`
+        # Members take every step together, so there must be budget for all of them, always.
+        self._may_be_steady = limits.max_num_batched_tokens >= limits.max_num_seqs
         self._costs = StepCosts(limits.max_decode_gap if limits.enable_chunked_prefill else 0)
         self._deadlines: list[tuple[float, tuple[str, str]]] = []  # a heap of (time, request key)
         self._dropped: list[int] = []  # seq_ids that the workers need not keep any longer
@@ -181,30 +186,54 @@ class Scheduler:
         With a step in flight None may also mean that its outcome must be known first. At most one may be.
         """
         assert len(self.in_flight) <= 1, "commit() comes before a third schedule()"
-        scheduled = _Batch(self.limits.max_num_batched_tokens)
-        self._schedule_running(scheduled)
-        self._bound_gap(scheduled)
-        if not scheduled.preempted:
-            self._schedule_waiting(scheduled)
+        batch = StepBatch(self.limits.max_num_batched_tokens - len(self.steady))
+        grown = self._grow_steady(batch)
+        if len(self.running) > len(self.steady):
+            self._schedule_running(batch)
+        self._bound_gap(batch)
+        if not batch.preempted:
+            self._schedule_waiting(batch)
         copies = self.blocks.take_copies()
-        if not scheduled.rows and not self._dropped and not copies:
+        if not batch.rows and not self.steady and not self._dropped and not copies:
             return None
         self._step_id += 1
-        rows = [self._row(seq, num_tokens) for seq, num_tokens in scheduled.rows.items()]
-        records = [
-            ScheduledRow(seq, row.num_computed_tokens, len(row.token_ids), row.sample, seq.num_preemptions)
-            for seq, row in zip(scheduled.rows, rows, strict=True)
-        ]
-        for record in records:
-            record.seq.num_computed_tokens += record.num_tokens
-            record.seq.num_pending_tokens += record.sample
-        self.in_flight.append((self._step_id, records))
+        flight = StepInFlight(self._step_id, self.steady.age, self.steady.num_left)
+        decodes = DecodeRows()
+        if self.steady:
+            previous = self.in_flight[-1].steady if self.in_flight else None
+            flight.steady, decodes = self.steady.step(previous, grown)
+        states = [self._row(seq, num_tokens) for seq, num_tokens in batch.rows.items()]
+        for seq, row in zip(batch.rows, states, strict=True):
+            flight.records.append(
+                ScheduledRow(seq, row.num_computed_tokens, len(row.token_ids), row.sample, seq.num_preemptions)
+            )
+            seq.num_computed_tokens += len(row.token_ids)
+            seq.num_pending_tokens += row.sample
+            if row.sample and self._may_be_steady:
+                self.steady.join(seq)
+        self.in_flight.append(flight)
         finished, self._dropped = self._dropped, []
-        return StepInput(self.epoch, self._step_id, copies, rows, finished)
+        return StepInput(self.epoch, self._step_id, copies, states, finished, decodes)
 
-    def _schedule_running(self, batch: _Batch) -> None:
-        """Give each running sequence its next tokens, decodes before prefill chunks."""
-        left = [(seq, seq.num_uncomputed_tokens) for seq in self.running if not self._reaches_length(seq)]
+    def _grow_steady(self, batch: StepBatch) -> list[Sequence]:
+        """Give each steady decode that comes to a block's boundary a new block; returns who got one."""
+        grown = []
+        for seq in self.steady.at_boundary() if self.steady else ():
+            if seq.steady is None:
+                continue  # it had to give way to an older one
+            if self._make_room(seq, 1, batch):
+                self.blocks.allocate(seq, seq.num_computed_tokens + 1)
+                seq.num_sent_blocks = len(seq.block_table)
+                grown.append(seq)
+            elif seq.steady is not None:
+                self.steady.leave(seq)  # it cannot take this step
+                batch.budget += 1
+        return grown
+
+    def _schedule_running(self, batch: StepBatch) -> None:
+        """Give each running sequence that is no steady decode its next tokens, decodes before prefill chunks."""
+        running = [seq for seq in self.running if seq.steady is None]
+        left = [(seq, seq.num_uncomputed_tokens) for seq in running if not self._reaches_length(seq)]
         sharers = self.blocks.tail_sharers
         decodes = [pair for pair in left if pair[1] == 1]
         for seq, num_tokens in itertools.chain(decodes, (pair for pair in left if pair[1] > 1)):  # each oldest first
@@ -224,14 +253,14 @@ class Scheduler:
                 self.blocks.allocate(seq, end)
             batch.add(seq, num_tokens)
 
-    def _bound_gap(self, batch: _Batch) -> None:
+    def _bound_gap(self, batch: StepBatch) -> None:
         """Before the first prefill chunk goes beside decodes: leave so many tokens that they are not held up."""
-        if not batch.bounded and batch.rows:
+        if not batch.bounded and (batch.rows or self.steady):
             limit = self._costs.max_prefill_tokens()
             batch.budget = batch.budget if limit is None else min(batch.budget, limit)
         batch.bounded = True
 
-    def _make_room(self, seq: Sequence, num_tokens: int, batch: _Batch) -> bool:
+    def _make_room(self, seq: Sequence, num_tokens: int, batch: StepBatch) -> bool:
         """Preempt the newest sequences until `seq` can grow; it may be the one to go. Says whether it can grow now."""
         end = seq.num_computed_tokens + num_tokens
         while not self.blocks.can_allocate(self.blocks.num_new_blocks(seq, end)):
@@ -244,6 +273,7 @@ class Scheduler:
                 logger.warning("request %s ends early: the K/V cache holds no more of it", seq.request.request_id)
                 self._finish(seq, SequenceStatus.FINISHED_LENGTH_CAPPED, start=seq.num_completion_tokens)
                 return False
+            batch.budget += victim.steady is not None
             batch.remove(victim)
             self.preempt(victim)
             if victim is seq:
@@ -254,11 +284,11 @@ class Scheduler:
         """Whether the tokens on their way are its last ones, whatever they will be."""
         if not seq.num_pending_tokens:
             return False
-        # What follows a beam is decided when it is known.
-        return seq.request.beams is not None or self._is_full(seq, seq.num_pending_tokens)
+        return self._is_full(seq, seq.num_pending_tokens)
 
     def preempt(self, seq: Sequence) -> None:
         """Take its blocks from a running sequence, which is computed again later."""
+        self.steady.leave(seq)
         self.running.remove(seq)
         self.blocks.free(seq)
         seq.forget_computation()
@@ -267,7 +297,7 @@ class Scheduler:
         self._dropped.append(seq.seq_id)
         self.enqueue(seq)
 
-    def _schedule_waiting(self, batch: _Batch) -> None:
+    def _schedule_waiting(self, batch: StepBatch) -> None:
         """Admit waiting sequences in order while budget, rows and blocks last.
 
         One whose prefix a running sequence is computing just now is passed over until the blocks are there. That
@@ -346,20 +376,34 @@ class Scheduler:
         """
         if output.epoch != self.epoch:
             return
-        step_id, records = self.in_flight.popleft()
-        assert step_id == output.step_id, f"step {output.step_id} was collected where {step_id} was due"
-        decodes = sum(record.is_decode for record in records)
-        prefill_tokens = sum(record.num_tokens for record in records if not record.is_decode)
-        self._costs.observe(decodes, prefill_tokens, output.compute_seconds)
-        for row, (record, token_ids) in enumerate(zip(records, output.token_ids, strict=True)):
-            seq = record.seq
-            seq.num_pending_tokens -= record.sample
-            if seq.is_finished:
-                continue
-            if seq.num_preemptions == record.num_preemptions:
-                self.blocks.publish(seq, record.start, record.start + record.num_tokens)
-            if record.sample:
-                self._append(seq, token_ids, output.logprobs.get(row, []))
+        flight = self.in_flight.popleft()
+        assert flight.step_id == output.step_id, f"step {output.step_id} was collected where {flight.step_id} was due"
+        self._costs.observe(flight.num_decodes, flight.num_prefill_tokens, output.compute_seconds)
+        if flight.steady:
+            self._commit_steady(flight, output)
+        for row, record in enumerate(flight.records, start=len(flight.steady)):
+            self._commit_row(record, output, row)
+
+    def _commit_steady(self, flight: StepInFlight, output: StepOutput) -> None:
+        """Append a token to each steady decode, all at once but for those that need a look of their own."""
+        odd, rows, token_ids = self.steady.take_tokens(flight, output, self.limits.eos_token_ids)
+        for seq, num_computed in self.steady.filled(flight.age):
+            self.blocks.publish(seq, num_computed - 1, num_computed)
+        if token_ids:
+            self.outbox.emit_columns(rows, flight.age, token_ids)
+        for row in odd:
+            self._commit_row(flight.steady_record(row), output, row)
+
+    def _commit_row(self, record: ScheduledRow, output: StepOutput, row: int) -> None:
+        seq = record.seq
+        if record.sample and seq.steady is None:
+            seq.num_pending_tokens -= 1
+        if seq.is_finished:
+            return
+        if seq.num_preemptions == record.num_preemptions:
+            self.blocks.publish(seq, record.start, record.start + record.num_tokens)
+        if record.sample:
+            self._append(seq, output.tokens[row], output.logprobs.get(row, []))
 
     def _append(self, seq: Sequence, token_ids: list[int], logprobs: list[TokenLogprobs]) -> None:
         if seq.request.beams is not None:
@@ -386,10 +430,7 @@ class Scheduler:
 
     def _is_full(self, seq: Sequence, num_more: int = 0) -> bool:
         """Whether `num_more` further tokens bring the sequence to max_tokens or max_model_len."""
-        max_tokens = seq.request.sampling_params.max_tokens
-        return (max_tokens is not None and seq.num_completion_tokens + num_more >= max_tokens) or (
-            seq.num_tokens + num_more >= self.limits.max_model_len
-        )
+        return seq.num_tokens + num_more >= seq.max_num_tokens(self.limits.max_model_len)
 
     def _finish(self, seq: Sequence, status: SequenceStatus | None, start: int) -> None:
         """End a sequence in whatever queue it stands, free its blocks and tell its client."""
@@ -406,6 +447,7 @@ class Scheduler:
     def leave(self, seq: Sequence, status: SequenceStatus) -> None:
         """Take a sequence out of whatever queue it stands in, for good, and free its blocks."""
         if seq.status is SequenceStatus.RUNNING:
+            self.steady.leave(seq)
             self.running.remove(seq)
         elif not is_parked(seq):
             self.waiting.remove(seq)
@@ -414,7 +456,7 @@ class Scheduler:
         self.blocks.free(seq)
         seq.status = status
 
-    def take_deltas(self) -> list[ClientDelta]:
+    def take_deltas(self) -> ClientDeltas:
         """What the front ends have to be told since the last call, in order."""
         return self.outbox.take()
 
@@ -428,12 +470,13 @@ class Scheduler:
         self.epoch = epoch
         self._step_id = 0
         self.in_flight.clear()
+        self.steady.clear()
         self._dropped.clear()
         for seq in self.running:
             seq.num_preemptions += 1
             self.enqueue(seq)
         self.running.clear()
-        for seq in itertools.chain.from_iterable(request.seqs for request in self.requests.values()):
+        for seq in (seq for request in self.requests.values() for seq in request.seqs if not seq.is_finished):
             seq.block_table.clear()
             seq.forget_computation()
             seq.num_pending_tokens = 0
@@ -445,20 +488,3 @@ class Scheduler:
     def check_invariants(self) -> None:
         """Raise AssertionError unless queues, requests and blocks agree."""
         check_invariants(self)
-
-
-class _Batch:
-    """The rows of the step that is being put together, in batch order, under its token budget."""
-
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
-        self.preempted = False  # somebody had to give way, so nobody is admitted
-        self.bounded = False  # `budget` is what max_decode_gap leaves
-        self.rows: dict[Sequence, int] = {}
-
-    def add(self, seq: Sequence, num_tokens: int) -> None:
-        self.rows[seq] = num_tokens
-        self.budget -= num_tokens
-
-    def remove(self, seq: Sequence) -> None:
-        self.budget += self.rows.pop(seq, 0)

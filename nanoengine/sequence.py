@@ -16,6 +16,7 @@ from nanoengine.step import TokenLogprobs
 
 if TYPE_CHECKING:
     from nanoengine.beam_group import BeamGroup
+    from nanoengine.decode_set import DecodeSet
 
 
 class SequenceStatus(enum.Enum):
@@ -54,23 +55,27 @@ class Sequence:
     `num_sent_blocks` counts the entries of `block_table` that the workers know; None: they know nothing of this
     sequence, and its full state travels with its next row.
     `first_seq_id` is the seq_id of the sequence that it was forked off in the first place, whose turn it has.
+
+    While it is a steady decode (`steady` is the set it is in) both counters follow from the set's clock, and whoever
+    wants to change them makes it leave the set first.
     """
 
     __slots__ = (
+        "_num_computed",
+        "_num_pending",
         "block_hashes",
         "block_table",
         "error",
         "first_seq_id",
         "index",
         "logprobs",
-        "num_computed_tokens",
-        "num_pending_tokens",
         "num_preemptions",
         "num_prompt_tokens",
         "num_sent_blocks",
         "request",
         "seq_id",
         "status",
+        "steady",
         "stop_reason",
         "token_ids",
     )
@@ -81,8 +86,9 @@ class Sequence:
         self.index = index
         self.token_ids = [*request.prompt_token_ids, *journal]
         self.num_prompt_tokens = len(request.prompt_token_ids)
-        self.num_computed_tokens = 0
-        self.num_pending_tokens = 0
+        self.steady: DecodeSet | None = None
+        self._num_computed = 0
+        self._num_pending = 0
         self.num_preemptions = 0
         self.num_sent_blocks: int | None = None
         self.block_table: list[int] = []
@@ -110,9 +116,47 @@ class Sequence:
         return self.token_ids[self.num_prompt_tokens :]
 
     @property
+    def num_computed_tokens(self) -> int:
+        """Tokens whose K/V is computed or being computed."""
+        return self._num_computed if self.steady is None else self._num_computed + self.steady.age
+
+    @num_computed_tokens.setter
+    def num_computed_tokens(self, number: int) -> None:
+        assert self.steady is None, f"{self} is a steady decode"
+        self._num_computed = number
+
+    @property
+    def num_pending_tokens(self) -> int:
+        """Tokens that steps in flight sample."""
+        if self.steady is None:
+            return self._num_pending
+        return self.num_computed_tokens + 1 - len(self.token_ids)  # a steady decode lacks one token, ever
+
+    @num_pending_tokens.setter
+    def num_pending_tokens(self, number: int) -> None:
+        assert self.steady is None, f"{self} is a steady decode"
+        self._num_pending = number
+
+    def ride(self, steady: DecodeSet) -> None:
+        """Let the clock of `steady` count from here on."""
+        self._num_computed -= steady.age
+        self.steady = steady
+
+    def alight(self) -> None:
+        """Count for oneself again."""
+        self._num_computed, self._num_pending, self.steady = self.num_computed_tokens, self.num_pending_tokens, None
+
+    def max_num_tokens(self, max_model_len: int) -> int:
+        """The number of tokens, those of the prompt included, that ends it."""
+        if self.request.beams is not None:
+            return len(self.token_ids) + 1  # what follows a beam is decided when that is known, never ahead
+        max_tokens = self.request.sampling_params.max_tokens
+        return max_model_len if max_tokens is None else min(max_model_len, self.num_prompt_tokens + max_tokens)
+
+    @property
     def num_uncomputed_tokens(self) -> int:
         """Tokens that no step has been given yet, a pending one included: 1 for a steady decode."""
-        return len(self.token_ids) + self.num_pending_tokens - self.num_computed_tokens
+        return 1 if self.steady is not None else len(self.token_ids) + self._num_pending - self._num_computed
 
     @property
     def is_finished(self) -> bool:

@@ -10,6 +10,7 @@ import collections
 import logging
 import os
 import secrets
+import select
 import time
 from collections.abc import Callable
 from multiprocessing import resource_tracker
@@ -42,6 +43,8 @@ class WorkerGroup:
         self.outputs: collections.deque[StepOutput] = collections.deque()
         self.ranks: list[RankProcess] = []
         self._silence_limit = silence_limit
+        self._poller = zmq.Poller()  # of all that `fds` names
+        self._sentinels = select.poll()
         self.awake_since = self._last_check = time.monotonic()
         self._control_fd = anonymous_file("nanoengine-control")
         self._collective_fd = anonymous_file("nanoengine-collective") if world_size > 1 else None
@@ -73,6 +76,11 @@ class WorkerGroup:
         for rank in self.ranks:
             processes.in_lasting_thread(lambda rank=rank: rank.spawn(context))  # type: ignore[misc]
         self._close_fds()  # the ranks have theirs
+        for source in self.fds():
+            self._poller.register(source, zmq.POLLIN)
+        for rank in self.ranks:
+            if rank.sentinel is not None:
+                self._sentinels.register(rank.sentinel, select.POLLIN)
         self.awake_since = self._last_check = time.monotonic()
 
     def fds(self) -> list[object]:
@@ -82,10 +90,7 @@ class WorkerGroup:
 
     def wait(self, timeout: float) -> None:
         """Block until a rank said something or ended, for at most `timeout` seconds."""
-        poller = zmq.Poller()
-        for fd in self.fds():
-            poller.register(fd, zmq.POLLIN)
-        poller.poll(max(0, round(timeout * 1000)))
+        self._poller.poll(max(0, round(timeout * 1000)))
 
     def broadcast(self, message: Message) -> None:
         """Send one message to every rank, packed once. Raises ChannelError, having sent nothing, when too large."""
@@ -93,10 +98,14 @@ class WorkerGroup:
         for rank in self.ranks:
             rank.link.send_encoded(channel, payload)
 
-    def pump(self) -> None:
+    def pump(self, some_ended: bool = False) -> None:
         """Take in what the ranks have said."""
         for rank in self.ranks:
-            self.outputs.extend(rank.receive())
+            self.outputs.extend(rank.receive(some_ended and rank.exit_code is not None))
+
+    def receive_outputs(self) -> None:
+        """Take in what rank 0 has said, for whoever is in a hurry. Raises ChannelError when the link is broken."""
+        self.outputs.extend(self.ranks[0].receive())
 
     def check(self, starting: bool = False) -> None:
         """Raise when a rank died, failed or fell silent; the cause is preferred to its consequences.
@@ -107,8 +116,9 @@ class WorkerGroup:
             ChannelError: a link is broken.
         """
         self._notice_suspension()
-        self.pump()
-        dead = [rank for rank in self.ranks if rank.exit_code is not None and rank.failed is None]
+        some_ended = bool(self._sentinels.poll(0))  # much cheaper than asking after each exit code
+        self.pump(some_ended)
+        dead = [rank for rank in self.ranks if some_ended and rank.exit_code is not None and rank.failed is None]
         failed = [rank for rank in self.ranks if rank.failed is not None]
         if dead:
             raise WorkerError(f"rank {dead[0].rank} died ({processes.describe_exit(dead[0].exit_code)})", dead[0].rank)

@@ -1,20 +1,22 @@
 """The worker's memory of its sequences, and the tensors of one step made from it; knows no model and no sampler.
 
 A row is what a rank keeps of a sequence between steps: its block table, how far it is computed and its sampling
-parameters. The scheduler owns the truth; a step that does not continue what is kept here is refused, since
-computing it would write another sequence's K/V.
+parameters, as a line of arrays, so that a step of decodes is built by a few vector operations. The scheduler owns the
+truth; a step that does not continue what is kept here is refused, since computing it would write another sequence's
+K/V.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from configs.errors import EngineError
-from nanoengine.step import PREVIOUS_SAMPLE, RowParams, SequenceState, StepInput
+from nanoengine.step import PREVIOUS_SAMPLE, DecodeRows, IntColumn, RowParams, SequenceState, StepInput, int_column
 from workers.forward_context import AttentionMetadata
 from workers.logits_processors import RowProcessor
 from workers.sampler import SamplingRows
@@ -22,15 +24,74 @@ from workers.sampler import SamplingRows
 Int64Array = npt.NDArray[np.int64]
 
 
-@dataclasses.dataclass(slots=True)
-class _Row:
-    """One sequence. `slot` is its line of the persistent block tables."""
+class _Rows:
+    """What is kept of each sequence, as arrays with a line a sequence; a line is reused when its owner is gone.
 
-    slot: int
-    num_blocks: int
-    num_computed_tokens: int
-    params: RowParams
-    processor: RowProcessor | None
+    Attributes:
+        block_tables: (num_lines, max_blocks) int64; behind `num_blocks` entries stands what a former owner left.
+        num_blocks, num_computed: (num_lines,) int64.
+        sampling: (num_lines,) each; its `position` is not used.
+        only_argmax: (num_lines,) bool: greedy, and nothing but the likeliest id is asked for.
+    """
+
+    def __init__(self, max_blocks: int, num_lines: int = 8) -> None:
+        self.block_tables: Int64Array = np.zeros((num_lines, max_blocks), dtype=np.int64)
+        self.num_blocks: Int64Array = np.zeros(num_lines, dtype=np.int64)
+        self.num_computed: Int64Array = np.zeros(num_lines, dtype=np.int64)
+        self.sampling = SamplingRows(
+            temperature=np.zeros(num_lines, dtype=np.float64),
+            top_k=np.zeros(num_lines, dtype=np.int64),
+            top_p=np.zeros(num_lines, dtype=np.float64),
+            min_p=np.zeros(num_lines, dtype=np.float64),
+            seed=np.zeros(num_lines, dtype=np.uint64),
+            index=np.zeros(num_lines, dtype=np.uint64),
+            position=np.zeros(num_lines, dtype=np.uint64),
+        )
+        self.only_argmax: npt.NDArray[np.bool_] = np.zeros(num_lines, dtype=np.bool_)
+        self._free = list(range(num_lines))
+
+    def take_line(self) -> int:
+        if not self._free:
+            size = len(self.num_blocks)
+            self._free = list(range(size, 2 * size))
+            for name in ("block_tables", "num_blocks", "num_computed", "only_argmax"):
+                setattr(self, name, _doubled(getattr(self, name)))
+            fields = dataclasses.fields(self.sampling)
+            self.sampling = SamplingRows(*(_doubled(getattr(self.sampling, field.name)) for field in fields))
+        return self._free.pop()
+
+    def give_back(self, line: int) -> None:
+        self._free.append(line)
+
+    def begin(self, line: int, num_computed: int, params: RowParams, only_argmax: bool) -> None:
+        """A sequence starts, or starts afresh, without blocks."""
+        self.only_argmax[line] = only_argmax
+        self.num_blocks[line], self.num_computed[line] = 0, num_computed
+        rows = self.sampling
+        rows.temperature[line], rows.top_p[line], rows.min_p[line] = params.temperature, params.top_p, params.min_p
+        rows.top_k[line] = min(params.top_k, 1 << 30)  # a client may send any
+        rows.seed[line], rows.index[line] = params.seed, params.sequence_index
+
+
+def _doubled(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return np.concatenate((array, np.zeros_like(array)))
+
+
+@dataclasses.dataclass(slots=True)
+class _Steady:
+    """The decode rows of the last step: while the same ones come again, what only depends on who they are stays.
+
+    Attributes:
+        seq_ids: the column that named them.
+        lines: (num_rows,) int64, of `_Rows`.
+        sampling: their parameters; `position` changes from step to step.
+        processors: (row, processor) of those that have extras.
+    """
+
+    seq_ids: IntColumn
+    lines: Int64Array
+    sampling: SamplingRows
+    processors: list[tuple[int, RowProcessor]]
 
 
 @dataclasses.dataclass(slots=True)
@@ -44,9 +105,11 @@ class Batch:
         metadata: for the attention layers.
         logits_rows: (num_sampled,) int64, tokens whose logits are sampled.
         sampled: which rows they belong to.
-        sampling: their parameters.
+        num_logits: how many of these, from the first, need all their logits; the others are `only_argmax`.
+        sampling: parameters of those that need logits.
         previous: (token, seq_id) of each token that the step before sampled, in the order of the rows.
         processors: (row of the logits, position of the sampled token, processor) of the rows that have extras.
+        argmax_ids: what came of the rows that need no logits, once computed, on rank 0.
     """
 
     seq_ids: list[int]
@@ -55,9 +118,11 @@ class Batch:
     metadata: AttentionMetadata
     logits_rows: torch.Tensor
     sampled: list[int]
+    num_logits: int
     sampling: SamplingRows
     previous: list[tuple[int, int]]
     processors: list[tuple[int, int, RowProcessor]]
+    argmax_ids: torch.Tensor | None = None
 
 
 class InputBatch:
@@ -87,59 +152,117 @@ class InputBatch:
         self._vocab_size = vocab_size
         self._device = device
         self._samples = samples
-        self._rows: dict[int, _Row] = {}
-        self._block_tables = np.zeros((8, -(-max_model_len // block_size)), dtype=np.int64)
-        self._free_slots = list(range(len(self._block_tables)))
+        self._rows = _Rows(-(-max_model_len // block_size))
+        self._line_of: dict[int, int] = {}  # by seq_id
+        self._processors: dict[int, RowProcessor] = {}  # of the few that have extras, by seq_id
+        self._steady = self._no_decodes = self._name_decodes(int_column([]))
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._line_of)
 
     def __contains__(self, seq_id: int) -> bool:
-        return seq_id in self._rows
+        return seq_id in self._line_of
 
-    def apply(self, step: StepInput) -> Batch | None:
+    def apply(self, step: StepInput, all_logits: bool = True) -> Batch | None:
         """Update the rows and build the step's tensors; None when no row is scheduled.
+
+        Unless `all_logits`, rows that only need an argmax come last among those that sample.
 
         Raises:
             EngineError: the step is malformed or does not continue a row; the message names the sequence.
         """
         for seq_id in step.finished:
             self._drop(seq_id)
-        if len({state.seq_id for state in step.rows}) != len(step.rows):
+        seq_ids = [*step.decodes.seq_ids, *(state.seq_id for state in step.states)]
+        if len(set(seq_ids)) != len(seq_ids):
             raise EngineError(f"step {step.step_id} schedules a sequence twice")
-        for state in step.rows:
-            self._update(state)
-        return self._build(step.rows) if step.rows else None
+        self._advance(step.decodes)
+        lines = [self._update(state) for state in step.states]
+        return self._build(step, seq_ids, lines, all_logits) if seq_ids else None
+
+    def observe_previous(self, seq_id: int, token: int) -> None:
+        """Tell a row, after `apply`, which token its PREVIOUS_SAMPLE stood for."""
+        processor = self._processors.get(seq_id)
+        if processor is not None:
+            processor.observe(int(self._rows.num_computed[self._line_of[seq_id]]) - 1, [token])
 
     def _drop(self, seq_id: int) -> None:
-        row = self._rows.pop(seq_id, None)
-        if row is not None:
-            self._free_slots.append(row.slot)
+        line = self._line_of.pop(seq_id, None)
+        if line is not None:
+            self._rows.give_back(line)
+            self._processors.pop(seq_id, None)
+            self._steady = self._no_decodes
 
-    def _update(self, state: SequenceState) -> None:
-        row = self._rows.get(state.seq_id)
+    # -- steady rows --------------------------------------------------------------------------------------------
+
+    def _name_decodes(self, seq_ids: IntColumn) -> _Steady:
+        """Look up rows that decode. Raises EngineError for one that is not known."""
+        lines = [self._line_of.get(seq_id) for seq_id in seq_ids]
+        if None in lines:
+            raise _unknown(seq_ids[lines.index(None)])
+        at = np.array(lines, dtype=np.int64)
+        found = ((row, self._processors.get(seq_id)) for row, seq_id in enumerate(seq_ids))
+        processors = [(row, processor) for row, processor in found if processor is not None]
+        return _Steady(seq_ids, at, self._rows.sampling.take(at), processors)
+
+    def _advance(self, decodes: DecodeRows) -> None:
+        """Take every decode row one token further."""
+        if decodes.seq_ids != self._steady.seq_ids:
+            self._steady = self._name_decodes(decodes.seq_ids)
+        rows, lines = self._rows, self._steady.lines
+        computed = np.asarray(decodes.starts, dtype=np.int64) + decodes.age  # (num_decodes,)
+        wrong = computed != rows.num_computed[lines]
+        if wrong.any():
+            at = int(wrong.argmax())
+            raise _gap(decodes.seq_ids[at], int(computed[at]), int(rows.num_computed[lines[at]]))
+        if len(computed) and computed.max() >= self._max_model_len:
+            at = int(computed.argmax())
+            raise self._too_long(decodes.seq_ids[at], 1, int(computed[at]))
+        if decodes.token_ids is not None:
+            tokens = np.asarray(decodes.token_ids)
+            wrong = (tokens < PREVIOUS_SAMPLE) | (tokens >= self._vocab_size)
+            if wrong.any():
+                raise self._no_token(decodes.seq_ids[int(wrong.argmax())])
+            for row, processor in self._steady.processors:
+                if tokens[row] != PREVIOUS_SAMPLE:
+                    processor.observe(int(computed[row]), [int(tokens[row])])
+        for seq_id, block in decodes.new_blocks:
+            self._append_blocks(seq_id, self._line_of[seq_id], [block])
+        rows.num_computed[lines] = computed + 1
+        wrong = computed >= rows.num_blocks[lines] * self._block_size
+        if wrong.any():
+            at = int(wrong.argmax())
+            raise self._outgrown(decodes.seq_ids[at], int(lines[at]))
+
+    # -- any row ------------------------------------------------------------------------------------------------
+
+    def _update(self, state: SequenceState) -> int:
+        """Take a row as far as `state` says, and return its line."""
+        seq_id, computed, tokens = state.seq_id, state.num_computed_tokens, state.token_ids
+        rows, line = self._rows, self._line_of.get(seq_id)
         if state.params is not None:
-            slot = self._take_slot() if row is None else row.slot
-            row = self._rows[state.seq_id] = _Row(
-                slot, 0, state.num_computed_tokens, state.params, self._make_processor(state)
-            )
-        elif row is None:
-            raise EngineError(f"sequence {state.seq_id} is unknown to the worker and came without parameters")
-        elif row.num_computed_tokens != state.num_computed_tokens:
-            raise EngineError(
-                f"sequence {state.seq_id} continues at {state.num_computed_tokens}, "
-                f"but {row.num_computed_tokens} of its tokens are computed"
-            )
+            processor = self._make_processor(state)
+            if line is None:
+                line = self._line_of[seq_id] = rows.take_line()
+            # Read from the step alone: every rank must take the same rows for it.
+            rows.begin(line, computed, state.params, state.params.temperature == 0 and state.extras is None)
+            self._processors.pop(seq_id, None)
+            if processor is not None:
+                self._processors[seq_id] = processor
+            self._steady = self._steady if seq_id not in self._steady.seq_ids else self._no_decodes
+        elif line is None:
+            raise _unknown(seq_id)
+        elif rows.num_computed[line] != computed:
+            raise _gap(seq_id, computed, int(rows.num_computed[line]))
         self._check_tokens(state)
-        self._append_blocks(row, state)
-        if row.processor is not None and state.token_ids[0] != PREVIOUS_SAMPLE:
-            row.processor.observe(state.num_computed_tokens, state.token_ids)
-        row.num_computed_tokens += len(state.token_ids)
-        if row.num_computed_tokens > row.num_blocks * self._block_size:
-            raise EngineError(
-                f"sequence {state.seq_id} has {row.num_blocks} blocks of {self._block_size} tokens "
-                f"for {row.num_computed_tokens} tokens"
-            )
+        self._append_blocks(seq_id, line, state.new_block_ids)
+        processor = self._processors.get(seq_id)
+        if processor is not None and tokens[0] != PREVIOUS_SAMPLE:
+            processor.observe(computed, tokens)
+        rows.num_computed[line] = computed + len(tokens)
+        if computed + len(tokens) > rows.num_blocks[line] * self._block_size:
+            raise self._outgrown(seq_id, line)
+        return line
 
     def _make_processor(self, state: SequenceState) -> RowProcessor | None:
         if state.extras is None or not self._samples:
@@ -148,69 +271,61 @@ class InputBatch:
             raise EngineError(f"sequence {state.seq_id} came with parameters that look at its past, and without it")
         return RowProcessor(state.extras, state.num_prompt_tokens, state.past_token_ids)
 
-    def observe_previous(self, seq_id: int, token: int) -> None:
-        """Tell a row, after `apply`, which token its PREVIOUS_SAMPLE stood for."""
-        row = self._rows[seq_id]
-        if row.processor is not None:
-            row.processor.observe(row.num_computed_tokens - 1, [token])
-
     def _check_tokens(self, state: SequenceState) -> None:
         tokens, computed = state.token_ids, state.num_computed_tokens
         if not tokens or computed < 0 or computed + len(tokens) > self._max_model_len:
-            raise EngineError(
-                f"sequence {state.seq_id} computes {len(tokens)} tokens from position {computed}; "
-                f"max_model_len is {self._max_model_len}"
-            )
+            raise self._too_long(state.seq_id, len(tokens), computed)
         # Only a decode may leave its token to the step before.
         least = PREVIOUS_SAMPLE if len(tokens) == 1 else 0
         if min(tokens) < least or max(tokens) >= self._vocab_size:
-            raise EngineError(f"sequence {state.seq_id} has a token id outside the vocabulary of {self._vocab_size}")
+            raise self._no_token(state.seq_id)
 
-    def _append_blocks(self, row: _Row, state: SequenceState) -> None:
-        new = state.new_block_ids
+    def _append_blocks(self, seq_id: int, line: int, new: list[int]) -> None:
         if not new:
             return
-        end = row.num_blocks + len(new)
-        if end > self._block_tables.shape[1] or min(new) < 0 or max(new) >= self._num_blocks:
+        rows, start = self._rows, int(self._rows.num_blocks[line])
+        if start + len(new) > rows.block_tables.shape[1] or min(new) < 0 or max(new) >= self._num_blocks:
             raise EngineError(
-                f"sequence {state.seq_id} is given blocks {new} after {row.num_blocks} others; "
-                f"the cache has {self._num_blocks} blocks and a table {self._block_tables.shape[1]}"
+                f"sequence {seq_id} is given blocks {new} after {start} others; "
+                f"the cache has {self._num_blocks} blocks and a table {rows.block_tables.shape[1]}"
             )
-        self._block_tables[row.slot, row.num_blocks : end] = new
-        row.num_blocks = end
+        rows.block_tables[line, start : start + len(new)] = new
+        rows.num_blocks[line] = start + len(new)
 
-    def _take_slot(self) -> int:
-        if not self._free_slots:
-            size = len(self._block_tables)
-            self._free_slots = list(range(size, 2 * size))
-            self._block_tables = np.concatenate((self._block_tables, np.zeros_like(self._block_tables)))
-        return self._free_slots.pop()
+    # -- tensors ------------------------------------------------------------------------------------------------
 
-    def _build(self, states: list[SequenceState]) -> Batch:
-        rows = [self._rows[state.seq_id] for state in states]
-        query_lens = np.array([len(state.token_ids) for state in states], dtype=np.int64)  # (num_seqs,)
-        seq_lens = np.array([row.num_computed_tokens for row in rows], dtype=np.int64)
+    def _build(self, step: StepInput, seq_ids: list[int], state_lines: list[int], all_logits: bool) -> Batch:
+        rows, steady, states = self._rows, self._steady, step.states
+        num_decodes = len(steady.lines)
+        lines = np.concatenate((steady.lines, np.array(state_lines, dtype=np.int64)))  # (num_seqs,)
+        query_lens = np.ones(len(lines), dtype=np.int64)
+        query_lens[num_decodes:] = [len(state.token_ids) for state in states]
+        seq_lens = rows.num_computed[lines]
         ends = query_lens.cumsum()
-        of_token = np.repeat(np.arange(len(rows)), query_lens)  # (num_tokens,), the row of each token
+        of_token = np.repeat(np.arange(len(lines)), query_lens)  # (num_tokens,), the row of each token
         positions = np.arange(ends[-1]) + (seq_lens - ends)[of_token]
 
         num_columns = -(-int(seq_lens.max()) // self._block_size)
-        tables = self._block_tables[[row.slot for row in rows], :num_columns]  # (num_seqs, num_columns)
+        tables = rows.block_tables[lines, :num_columns]  # (num_seqs, num_columns)
         # A reused line of the table still holds its former owner's blocks behind the new one's.
-        num_blocks = np.array([row.num_blocks for row in rows])
-        tables[np.arange(num_columns) >= num_blocks[:, None]] = 0
+        tables[np.arange(num_columns) >= rows.num_blocks[lines][:, None]] = 0
         blocks = tables[of_token, positions // self._block_size]
 
-        sampled = [i for i, state in enumerate(states) if state.sample]
+        tokens = np.full(int(ends[-1]), PREVIOUS_SAMPLE, dtype=np.int64)
+        if step.decodes.token_ids is not None:
+            tokens[:num_decodes] = step.decodes.token_ids
+        tokens[num_decodes:] = [token for state in states for token in state.token_ids]
+        sampled = [*range(num_decodes), *(num_decodes + i for i, state in enumerate(states) if state.sample)]
+        num_logits = len(sampled)
+        if not all_logits:
+            only_argmax = rows.only_argmax[lines].tolist()
+            sampled.sort(key=only_argmax.__getitem__)
+            num_logits -= sum(only_argmax[row] for row in sampled)
         input_ids, at, slots, which, block_tables = self._to_device(
-            np.array([token for state in states for token in state.token_ids], dtype=np.int64),
-            positions,
-            blocks * self._block_size + positions % self._block_size,
-            ends[sampled] - 1,
-            tables,
+            tokens, positions, blocks * self._block_size + positions % self._block_size, ends[sampled] - 1, tables
         )
         return Batch(
-            seq_ids=[state.seq_id for state in states],
+            seq_ids=seq_ids,
             input_ids=input_ids,
             positions=at,
             metadata=AttentionMetadata(
@@ -222,18 +337,31 @@ class InputBatch:
             ),
             logits_rows=which,
             sampled=sampled,
-            sampling=_sampling_rows([rows[i] for i in sampled]),
+            num_logits=num_logits,
+            sampling=self._sampling(lines, sampled, num_logits),
             previous=[
-                (int(end) - 1, state.seq_id)
-                for end, state in zip(ends, states, strict=True)
-                if state.token_ids[-1] == PREVIOUS_SAMPLE
+                (end, seq_ids[row]) for row, end in enumerate((ends - 1).tolist()) if tokens[end] == PREVIOUS_SAMPLE
             ],
-            processors=[
-                (number, rows[i].num_computed_tokens, processor)
-                for number, i in enumerate(sampled)
-                if (processor := rows[i].processor) is not None
-            ],
+            processors=self._sampling_processors(seq_ids, sampled, seq_lens),
         )
+
+    def _sampling(self, lines: Int64Array, sampled: list[int], num_logits: int) -> SamplingRows:
+        """The parameters of the rows that sample from all their logits."""
+        if num_logits == len(sampled) == len(self._steady.lines):
+            found, lines = self._steady.sampling, self._steady.lines  # none but the decodes
+        else:
+            lines = lines[sampled[:num_logits]]
+            found = self._rows.sampling.take(lines)
+        # The token that these logits choose comes right after all that is computed.
+        return dataclasses.replace(found, position=self._rows.num_computed[lines].astype(np.uint64))
+
+    def _sampling_processors(
+        self, seq_ids: list[int], sampled: list[int], seq_lens: Int64Array
+    ) -> list[tuple[int, int, RowProcessor]]:
+        if not self._processors:
+            return []
+        found = ((number, row, self._processors.get(seq_ids[row])) for number, row in enumerate(sampled))
+        return [(number, int(seq_lens[row]), processor) for number, row, processor in found if processor is not None]
 
     def _to_device(self, *arrays: Int64Array) -> list[torch.Tensor]:
         """All arrays in one transfer: each costs a launch and a wait of its own on a GPU."""
@@ -241,16 +369,27 @@ class InputBatch:
         parts = torch.split(flat, [array.size for array in arrays])
         return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
+    # -- what may be wrong --------------------------------------------------------------------------------------
 
-def _sampling_rows(rows: list[_Row]) -> SamplingRows:
-    params = [row.params for row in rows]
-    return SamplingRows(
-        temperature=np.array([p.temperature for p in params], dtype=np.float64),
-        top_k=np.array([min(p.top_k, 1 << 30) for p in params], dtype=np.int64),  # a client may send any
-        top_p=np.array([p.top_p for p in params], dtype=np.float64),
-        min_p=np.array([p.min_p for p in params], dtype=np.float64),
-        seed=np.array([p.seed for p in params], dtype=np.uint64),
-        index=np.array([p.sequence_index for p in params], dtype=np.uint64),
-        # The token that these logits choose comes right after all that is computed.
-        position=np.array([row.num_computed_tokens for row in rows], dtype=np.uint64),
-    )
+    def _too_long(self, seq_id: int, num_tokens: int, computed: int) -> EngineError:
+        return EngineError(
+            f"sequence {seq_id} computes {num_tokens} tokens from position {computed}; "
+            f"max_model_len is {self._max_model_len}"
+        )
+
+    def _no_token(self, seq_id: int) -> EngineError:
+        return EngineError(f"sequence {seq_id} has a token id outside the vocabulary of {self._vocab_size}")
+
+    def _outgrown(self, seq_id: int, line: int) -> EngineError:
+        return EngineError(
+            f"sequence {seq_id} has {self._rows.num_blocks[line]} blocks of {self._block_size} tokens "
+            f"for {self._rows.num_computed[line]} tokens"
+        )
+
+
+def _unknown(seq_id: int) -> EngineError:
+    return EngineError(f"sequence {seq_id} is unknown to the worker and came without parameters")
+
+
+def _gap(seq_id: int, asked: int, known: int) -> EngineError:
+    return EngineError(f"sequence {seq_id} continues at {asked}, but {known} of its tokens are computed")

@@ -40,12 +40,17 @@ class ModelRunner:
         config: resolved.
         device: where model and cache live; the number of threads is the caller's business.
         communicator: this rank's.
+
+    Attributes:
+        all_logits: whether `compute_logits` returns the logits of rows of which only the argmax is needed, too. A
+            group of several ranks leaves those on the ranks where they are; the attribute is the same on all ranks.
     """
 
     def __init__(self, config: EngineConfig, device: torch.device, communicator: Communicator) -> None:
         self._config = config
         self._device = device
         self._communicator = communicator
+        self.all_logits = communicator.world_size == 1
         self._dtype = resolve_dtype(config, device)
         self._model: Decoder | None = None
         self._kv_caches: list[torch.Tensor] = []
@@ -127,15 +132,15 @@ class ModelRunner:
         batch, logits = self.compute_logits(step)
         if self._communicator.rank != 0:
             return None
-        token_ids: list[list[int]] = [[] for _ in step.rows]
+        token_ids: list[list[int]] = [[] for _ in range(step.num_rows)]
         logprobs: dict[int, list[TokenLogprobs]] = {}
         self._previous = {}
-        if batch is not None and logits is not None:
+        if batch is not None:
             ids, logprobs = _sample(logits, batch)
             for row, token in zip(batch.sampled, ids, strict=True):
                 token_ids[row] = [token]
                 self._previous[batch.seq_ids[row]] = token
-        seq_ids = [state.seq_id for state in step.rows]
+        seq_ids = [] if batch is None else batch.seq_ids
         return StepOutput(step.epoch, step.step_id, seq_ids, token_ids, time.perf_counter() - began, logprobs)
 
     @torch.inference_mode()
@@ -143,12 +148,12 @@ class ModelRunner:
         """The first half of `execute`: everything but sampling.
 
         Returns:
-            The batch, None when no row is scheduled, and on rank 0 the (num_sampled, vocab_size) float32 logits of
-            the rows that sample, None when there are none.
+            The batch, None when no row is scheduled, and on rank 0 the (batch.num_logits, vocab_size) float32 logits
+            of the rows that need them, None when there are none.
         """
         assert self._batch is not None, "allocate() comes first"
         copy_blocks(self._kv_caches, step.copies)
-        batch = self._batch.apply(step)
+        batch = self._batch.apply(step, self.all_logits)
         if batch is None:
             return None, None
         if batch.previous:
@@ -160,7 +165,9 @@ class ModelRunner:
             hidden = self.model(batch.input_ids, batch.positions)  # (num_tokens, hidden_size)
         if not batch.sampled:
             return None
-        logits: torch.Tensor | None = self.model.compute_logits(hidden.index_select(0, batch.logits_rows))
+        rows = hidden.index_select(0, batch.logits_rows)
+        logits: torch.Tensor | None
+        logits, batch.argmax_ids = self.model.compute_logits_and_argmax(rows, batch.num_logits)
         return logits
 
     def _fill_previous(self, batch: Batch, rows: InputBatch) -> None:
@@ -220,14 +227,17 @@ class ModelRunner:
 
 
 @torch.inference_mode()
-def _sample(logits: torch.Tensor, batch: Batch) -> tuple[list[int], dict[int, list[TokenLogprobs]]]:
-    """Choose a token for each row that samples; log-probabilities, by row of the step, are of the untouched logits."""
+def _sample(logits: torch.Tensor | None, batch: Batch) -> tuple[list[int], dict[int, list[TokenLogprobs]]]:
+    """A token for each of `batch.sampled`; log-probabilities, by row of the step, are of the untouched logits."""
+    ids: list[int] = [] if batch.argmax_ids is None else batch.argmax_ids.tolist()
+    if logits is None:
+        return ids, {}
     if not batch.processors:
-        return sample(logits, batch.sampling).tolist(), {}
+        return sample(logits, batch.sampling).tolist() + ids, {}
     asked = [(row, each.extras.num_logprobs) for row, _, each in batch.processors if each.extras.num_logprobs >= 0]
     raw = log_probabilities(logits, [row for row, _ in asked]) if asked else None
     process(logits, batch.processors)
-    ids = sample(logits, batch.sampling).tolist()
+    ids = sample(logits, batch.sampling).tolist() + ids
     if raw is None:
         return ids, {}
     told = token_logprobs(raw, [ids[row] for row, _ in asked], [number for _, number in asked])

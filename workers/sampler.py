@@ -1,5 +1,8 @@
 """Turns logits into token ids: temperature, top-k, top-p, min-p, draw; knows no sequence, cache or model.
 
+What is written here runs on any device, all rows of a batch together; on the CPU `cpu_sampler.py` chooses the same
+tokens faster, row by row.
+
 A token is a function of (its row of logits, its parameters, seed, sequence index, position) and of nothing else
 (DESIGN.md, 3.5): no generator state lives anywhere. The draw is an inverse CDF in token-id order under one
 counter-based uniform. Weights are integers, so their sums are exact in any order, on any device and in any batch.
@@ -12,6 +15,11 @@ import dataclasses
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from workers import cpu_sampler
+from workers.cpu_sampler import weight_scale
+
+Int64Array = npt.NDArray[np.int64]
 
 # Elements of logits that are transformed at a time; bounds the int64 copies of a large vocabulary to 32 MiB each.
 CHUNK_ELEMENTS = 1 << 22
@@ -56,16 +64,38 @@ def sample(logits: torch.Tensor, rows: SamplingRows) -> npt.NDArray[np.int64]:
         rows: parameters of `num_rows` rows.
 
     Returns:
-        (num_rows,) int64 ids on the host. Greedy rows take the lowest id among the largest logits.
+        (num_rows,) int64 ids on the host. Greedy rows take the lowest id among the largest logits (NaN is the largest).
     """
+    uniform = uniforms(rows.seed, rows.index, rows.position)
+    if logits.device.type == "cpu":
+        return _sample_on_cpu(logits.numpy(), rows, uniform)
+    return _sample_on_device(logits, rows, uniform)
+
+
+def _sample_on_cpu(logits: npt.NDArray[np.float32], rows: SamplingRows, uniform: npt.NDArray[np.float64]) -> Int64Array:
+    if not (rows.temperature > 0).any():
+        largest: Int64Array = logits.argmax(axis=-1)
+        return largest
+    columns = (rows.temperature, rows.top_k, rows.top_p, rows.min_p, uniform)
+    each = zip(logits, *(column.tolist() for column in columns), strict=True)
+    with np.errstate(over="ignore"):  # by a temperature near 0
+        ids = [
+            cpu_sampler.draw(row, temperature, *others) if temperature > 0 else int(row.argmax())
+            for row, temperature, *others in each
+        ]
+    return np.array(ids, dtype=np.int64)
+
+
+def _sample_on_device(logits: torch.Tensor, rows: SamplingRows, uniform: npt.NDArray[np.float64]) -> Int64Array:
+    """The twin that runs anywhere, many rows at a time, as suits a GPU."""
     ids = torch.argmax(logits, dim=-1)  # (num_rows,), the first of equal ones
     drawn = np.flatnonzero(rows.temperature > 0)
     at_once = max(1, CHUNK_ELEMENTS // logits.shape[-1])
     for first in range(0, len(drawn), at_once):
         some = drawn[first : first + at_once]
         where = torch.from_numpy(some).to(logits.device)
-        ids.index_copy_(0, where, _draw(logits.index_select(0, where), rows.take(some)))
-    result: npt.NDArray[np.int64] = ids.cpu().numpy()
+        ids.index_copy_(0, where, _draw(logits.index_select(0, where), rows.take(some), uniform[some]))
+    result: Int64Array = ids.cpu().numpy()
     return result
 
 
@@ -104,17 +134,16 @@ def keep_weights(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
         (num_rows, vocab_size) int64; what is less likely than about 2**-37 of the likeliest may be 0 as well.
     """
     vocab_size = logits.shape[-1]
-    # Relative to the largest, so that no temperature overflows; the sum of a row's weights stays below 2**63.
+    # Relative to the largest, so that no temperature overflows.
     relative = logits - logits.amax(dim=-1, keepdim=True)
     relative /= _column(rows.temperature, logits)
-    scale = 2.0 ** (62 - vocab_size.bit_length())
-    weights = relative.exp().mul_(scale).to(torch.int64)  # (num_rows, vocab_size)
+    weights = relative.exp().mul_(weight_scale(vocab_size)).to(torch.int64)  # (num_rows, vocab_size)
 
     some = np.flatnonzero((rows.top_k > 0) & (rows.top_k < vocab_size))
     if len(some):
         where = torch.from_numpy(some).to(logits.device)
-        threshold = _kth_largest(relative.index_select(0, where), rows.top_k[some])
-        weights[where] = weights[where].masked_fill_(relative[where] < threshold, 0)
+        left = logits.index_select(0, where)
+        weights[where] = weights[where].masked_fill_(left < _kth_largest(left, rows.top_k[some]), 0)
     some = np.flatnonzero(rows.top_p < 1)
     if len(some):
         where = torch.from_numpy(some).to(logits.device)
@@ -128,13 +157,13 @@ def keep_weights(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
     return weights
 
 
-def _draw(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
+def _draw(logits: torch.Tensor, rows: SamplingRows, uniform: npt.NDArray[np.float64]) -> torch.Tensor:
     """(num_rows,) int64 ids: the first token, in id order, at which the running weight passes uniform * total."""
     running = keep_weights(logits, rows).cumsum(dim=-1)
     total = running[:, -1:]
-    uniform = torch.from_numpy(uniforms(rows.seed, rows.index, rows.position)).to(logits.device)[:, None]
+    share = torch.from_numpy(uniform).to(logits.device)[:, None]
     # Rounding may lift the product to the total itself, which no running weight passes.
-    target = torch.minimum((uniform * total.double()).to(torch.int64), total - 1)
+    target = torch.minimum((share * total.double()).to(torch.int64), total - 1)
     # A token of weight 0 passes nothing that the token before it has not passed, hence is never drawn. The clamp
     # keeps an id an id when a broken model's logits are NaN.
     return torch.searchsorted(running, target, right=True).squeeze(-1).clamp_(max=logits.shape[-1] - 1)

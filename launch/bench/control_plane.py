@@ -27,7 +27,7 @@ from typing import Any
 from configs.engine import EngineConfig
 from launch.bench.bare_ping import BarePing
 from launch.bench.figures import Spread, table
-from launch.bench.invented_worker import VOCAB_SIZE, invented_tokens
+from launch.bench.invented_worker import VOCAB_SIZE, invented_output
 from nanoengine.channel import Channel, Direction, FrameWriter
 from nanoengine.executor import Executor, MultiprocessExecutor
 from nanoengine.messages import AddRequest
@@ -197,9 +197,9 @@ def decode_bytes(num_seqs: int, context: int) -> int:
     for _ in range(1 + BLOCK_SIZE):
         step = scheduler.schedule()
         assert step is not None
-        if step.rows[0].params is None:  # behind the prefill
+        if step.decodes:  # behind the prefill
             sizes.append(len(step.pack()))
-        scheduler.commit(StepOutput(step.epoch, step.step_id, [row.seq_id for row in step.rows], invented_tokens(step)))
+        scheduler.commit(invented_output(step))
         scheduler.take_deltas()
     return max(sizes)
 
@@ -220,7 +220,7 @@ def _step(scheduler: Scheduler, executor: Executor, times: StepTimes) -> int:
     step = scheduler.schedule()
     scheduled = time.perf_counter()
     assert step is not None
-    timed = _TimedStep(step.epoch, step.step_id, step.copies, step.rows, step.finished)
+    timed = _TimedStep(step.epoch, step.step_id, step.copies, step.states, step.finished, step.decodes)
     executor.submit(timed)
     output = executor.collect(None)
     collected = time.perf_counter()

@@ -5,8 +5,12 @@
 
 from __future__ import annotations
 
+from array import array
+
+import numpy as np
+
 from nanoengine.channel import RankPort
-from nanoengine.step import StepInput, StepOutput
+from nanoengine.step import PREVIOUS_SAMPLE, StepInput, StepOutput, TokenLists
 
 VOCAB_SIZE = 151_936
 """Qwen's: large enough that token ids take the bytes they take in earnest."""
@@ -14,9 +18,17 @@ VOCAB_SIZE = 151_936
 UNBOUNDED_BLOCKS = 2**31 - 1
 
 
-def invented_tokens(step: StepInput) -> list[list[int]]:
+def invented_output(step: StepInput) -> StepOutput:
     """A token for each row that samples: a cheap function of its last one."""
-    return [[(row.token_ids[-1] * 31 + 7) % VOCAB_SIZE] if row.sample else [] for row in step.rows]
+    decodes, states = step.decodes, step.states
+    last = [PREVIOUS_SAMPLE] * len(decodes) if decodes.token_ids is None else decodes.token_ids
+    ids = (np.asarray(last, dtype=np.int64) * 31 + 7) % VOCAB_SIZE
+    tokens = TokenLists(array("i", ids.astype(np.int32).tobytes()))
+    if not states:
+        return StepOutput(step.epoch, step.step_id, decodes.seq_ids, tokens)
+    others = [[(row.token_ids[-1] * 31 + 7) % VOCAB_SIZE] if row.sample else [] for row in states]
+    seq_ids = [*decodes.seq_ids, *(row.seq_id for row in states)]
+    return StepOutput(step.epoch, step.step_id, seq_ids, [*tokens, *others])
 
 
 def run_worker(port: RankPort) -> None:
@@ -26,6 +38,4 @@ def run_worker(port: RankPort) -> None:
     port.report_ready()
     for step in port.steps():
         if port.rank == 0:
-            port.send_output(
-                StepOutput(step.epoch, step.step_id, [row.seq_id for row in step.rows], invented_tokens(step))
-            )
+            port.send_output(invented_output(step))

@@ -36,7 +36,10 @@ class Recorder:
     def __init__(self, engine: InProcessEngine, num_prompts: int) -> None:
         self.logits: dict[tuple[int, int], torch.Tensor] = {}
         self._num_prompts = num_prompts
-        runner = engine.executor._ranks[0].runner  # type: ignore[attr-defined]
+        runners = [rank.runner for rank in engine.executor._ranks]  # type: ignore[attr-defined]
+        for each in runners:
+            each.all_logits = True  # at tp 2 greedy rows would leave theirs on the ranks
+        runner = runners[0]
         self._compute = runner.compute_logits
         runner.compute_logits = self.compute
 

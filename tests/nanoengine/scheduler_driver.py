@@ -167,12 +167,16 @@ class Driver:
             self.outputs.append(self.workers.run(step))
             self.outputs[-1].compute_seconds = self.step_seconds(step)
         if self.outputs and (step is None or len(self.outputs) == self.max_in_flight):
-            output = self.outputs.popleft()
-            self.now += output.compute_seconds
-            self.scheduler.commit(output)
+            self.commit_oldest()
         self.scheduler.check_invariants()
         self.receive()
         return step
+
+    def commit_oldest(self) -> None:
+        """Take in the output of the oldest step in flight."""
+        output = self.outputs.popleft()
+        self.now += output.compute_seconds
+        self.scheduler.commit(output)
 
     def new_epoch(self, epoch: Epoch) -> None:
         """The worker group is lost and another one starts; what the old one still says comes too late."""

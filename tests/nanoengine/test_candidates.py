@@ -138,6 +138,16 @@ def test_best_of_n_alone_ranks_nothing_and_streams(client: EngineClient) -> None
     assert [each.token_ids for each in journal.output().outputs] == [[], [3]]
 
 
+def test_candidates_that_were_broken_off_come_behind_answers(client: EngineClient) -> None:
+    journal = add(client, n=2, best_of=4)
+    tell(client, journal, 1, 0, [3], logprob=-0.1)
+    tell(client, journal, 2, 0, [4, 4], logprob=-9.0, reason="length")
+    client.abort(journal.request_id)
+    assert [(each.token_ids, each.finish_reason) for each in journal.output().outputs] == [
+        ([4, 4], "length"), ([], "abort"),
+    ]  # fmt: skip
+
+
 def test_candidates_of_which_one_failed_show_the_failure(client: EngineClient) -> None:
     journal = add(client, n=1, best_of=2)
     tell(client, journal, 0, 0, [3], logprob=-1.0, reason="length")

@@ -28,6 +28,7 @@ from nanoengine.messages import (
     TokenDelta,
     decode,
     encode,
+    spelt_out,
 )
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.step import Epoch, StepInput, StepOutput
@@ -99,7 +100,7 @@ class FrontEnd:
         while True:
             message = self.receive()
             assert isinstance(message, Deltas)
-            for delta in message.deltas:
+            for delta in spelt_out(message.deltas):
                 if delta.request_id == request_id:
                     tokens.extend(delta.token_ids)
                     if delta.finish_reason:

@@ -62,9 +62,12 @@ def test_forked_sequences_share_the_full_blocks_of_their_prompt() -> None:
 
 @pytest.mark.parametrize("budget", [1, 2, 7, 64])
 @pytest.mark.parametrize("caching", [True, False])
-@pytest.mark.parametrize("limits", [{"num_kv_blocks": 9}, {"max_num_seqs": 1}, {"max_num_seqs": 3}, {"block_size": 1}])
+@pytest.mark.parametrize(
+    "limits",
+    [{"num_kv_blocks": 9}, {"max_num_seqs": 1}, {"max_num_seqs": 3, "policy": "priority"}, {"block_size": 1}],
+)
 def test_samples_do_not_depend_on_room(
-    async_scheduling: bool, budget: int, caching: bool, limits: dict[str, int]
+    async_scheduling: bool, budget: int, caching: bool, limits: dict[str, Any]
 ) -> None:
     driver = Driver(async_scheduling, max_num_batched_tokens=budget, enable_prefix_caching=caching, **limits)
     for length in (1, 8, 14):
@@ -97,6 +100,52 @@ def test_requests_that_wait_for_their_sibling_stand_in_nobodys_way() -> None:
     assert driver.finished == {"other": "length"}
     driver.run()
     expect_outputs(driver, "many", prompt_of(60), 40, 2)
+
+
+def test_preempted_sequence_takes_what_is_cached_of_its_own_output(async_scheduling: bool) -> None:
+    driver = Driver(async_scheduling, num_kv_blocks=20)
+    prompt = prompt_of(6)
+    driver.add("a", prompt, n=2, max_tokens=30)
+    while len(driver.tokens["a[1]"]) < 20:
+        driver.step()
+    while driver.outputs:
+        driver.commit_oldest()
+    scheduler = driver.scheduler
+    second = scheduler.running[1]
+    known = second.num_tokens
+    scheduler.preempt(second)
+    step = driver.step()
+    assert step is not None
+    [resumed] = [row for row in step.rows if row.params is not None]
+    assert resumed.num_computed_tokens >= known - 4, "more than the prompt that its sibling has"
+    driver.run()
+    expect_outputs(driver, "a", prompt, 2, 30)
+
+
+@pytest.mark.parametrize("length", [5, 6, 8])
+def test_running_sequence_can_be_forked_anywhere_as_beams_are(length: int) -> None:
+    """Both go on in the block that they share: whoever is first copies it, and its workers' table follows."""
+    driver = Driver()
+    driver.add("a", prompt_of(length), max_tokens=12, presence_penalty=0.5)
+    for _ in range(3):
+        driver.step()
+    scheduler = driver.scheduler
+    [parent] = scheduler.running
+    children = [parent.fork(100 + index, index) for index in (1, 2)]
+    for child in children:
+        scheduler.blocks.fork(parent, child)
+        parent.request.seqs.append(child)
+        scheduler.running.append(child)
+        driver.tokens[output_name("a", child.index)] = list(parent.completion_token_ids)
+    scheduler.check_invariants()
+    start = list(parent.token_ids)
+    step = driver.step()
+    assert step is not None
+    assert len(step.copies) == (2 if parent.num_computed_tokens % 4 != 1 else 0)
+    driver.run()
+    for index in range(3):
+        want = [*start[length:], *expected_output(start, 12 - (len(start) - length), index)]
+        assert driver.tokens[output_name("a", index)] == want
 
 
 @pytest.mark.parametrize("steps", range(8))
@@ -358,3 +407,17 @@ def test_parent_and_child_that_go_on_keep_one_copy_each_and_the_last_holder_keep
         cells.check()
     assert [seq.block_table[1] == tail for seq in cells.live] == [False, False, True]
     assert [seq.num_sent_blocks for seq in cells.live] == [None, None, 2], "a table that changed travels anew"
+
+
+def test_published_block_is_not_written_into_even_by_its_last_holder() -> None:
+    cells = Cells(8, 4, caching=True)
+    cells.start(prompt_of(8))
+    cells.fork(0, 6)
+    parent, child = cells.live
+    cells.end(parent)
+    child.token_ids += [700, 701]
+    cells.write(child)
+    cells.check()
+    cells.start([*prompt_of(8), 9])
+    assert cells.live[-1].block_table[1] != child.block_table[1], "the cached block still holds what its hash says"
+    cells.check()

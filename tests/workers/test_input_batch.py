@@ -7,15 +7,20 @@ import pytest
 import torch
 
 from configs.errors import EngineError
-from nanoengine.step import PREVIOUS_SAMPLE, Epoch, RowParams, SequenceState, StepInput
+from nanoengine.step import PREVIOUS_SAMPLE, Epoch, RowExtras, RowParams, SequenceState, StepInput
 from workers.input_batch import Batch, InputBatch
 
 PARAMS = RowParams(0.5, 3, 0.9, 0.1, 2**63 - 1, 4)
 
 
-def make_batch(block_size: int = 4) -> InputBatch:
+def make_batch(block_size: int = 4, samples: bool = True) -> InputBatch:
     return InputBatch(
-        num_blocks=50, block_size=block_size, max_model_len=40, vocab_size=100, device=torch.device("cpu")
+        num_blocks=50,
+        block_size=block_size,
+        max_model_len=40,
+        vocab_size=100,
+        device=torch.device("cpu"),
+        samples=samples,
     )
 
 
@@ -53,6 +58,31 @@ def test_mixed_step_lays_out_tokens_slots_and_tables() -> None:
     assert made.sampled == [0, 1, 2]
     assert made.sampling.position.tolist() == [6, 7, 1]
     assert {tensor.dtype for tensor in (made.input_ids, made.positions, made.logits_rows)} == {torch.int64}
+
+
+def test_rows_that_need_no_logits_come_last() -> None:
+    """Ranks that do not sample split them alike, although they make no processors."""
+    greedy = RowParams(0.0, 0, 1.0, 0.0, 5, 0)
+    told = state(3, [1], 0, [13], greedy)
+    told.extras = RowExtras(num_logprobs=2)
+    rows = [state(1, [1], 0, [11], greedy), state(2, [1], 0, [12], PARAMS), told, state(4, [1], 0, [14], greedy)]
+    rows.append(state(5, [1], 0, [15], greedy, sample=False))
+    for samples in (True, False):
+        batch = make_batch(samples=samples)
+        step = StepInput(Epoch(1, 1), 1, [], rows, [])
+        made = batch.apply(step, all_logits=False)
+        assert made is not None
+        assert (made.sampled, made.num_logits, made.logits_rows.tolist()) == ([1, 2, 0, 3], 2, [1, 2, 0, 3])
+        assert made.sampling.temperature.tolist() == [0.5, 0.0]
+        assert [row for row, _, _ in made.processors] == [1] * samples
+        step.rows = [state(2, [1], 1, []), state(1, [1], 1, [])]
+        made = batch.apply(step, all_logits=False)
+        assert made is not None
+        assert (made.sampled, made.num_logits) == ([0, 1], 1)
+        step.rows = [state(1, [1], 2, []), state(2, [1], 2, [])]
+        made = batch.apply(step)
+        assert made is not None
+        assert (made.sampled, made.num_logits) == ([0, 1], 2)
 
 
 def test_partial_prompts_do_not_sample() -> None:

@@ -234,6 +234,60 @@ def test_a_padded_id_can_be_looked_up_or_sampled(vocab_size: int, world_size: in
             torch.testing.assert_close(logits, hidden @ head.T)
 
 
+class Counting:
+    """A communicator that notes the elements of each tensor that goes into `gather`."""
+
+    def __init__(self, communicator: Communicator) -> None:
+        self.gathered: list[int] = []
+        self._communicator = communicator
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._communicator, name)
+
+    def gather(self, tensor: torch.Tensor, dim: int = -1) -> torch.Tensor | None:
+        self.gathered.append(tensor.numel())
+        return self._communicator.gather(tensor, dim)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("vocab_size", [3, 9, 40, 263])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_exchanged_pairs_choose_another_id_than_gathered_logits(
+    dtype: torch.dtype, vocab_size: int, world_size: int
+) -> None:
+    """Small integers tie within a shard and across shards; all are negative, so that padding would win."""
+    generator = torch.Generator().manual_seed(vocab_size)
+    head = torch.randint(1, 4, (vocab_size, 6), generator=generator).to(dtype)
+    hidden = -torch.randint(1, 3, (12, 6), generator=generator).to(dtype)
+    hidden[3, 2] = torch.nan
+    hidden[4] = -torch.inf
+
+    def compute(communicator: Communicator) -> list[tuple[torch.Tensor | None, torch.Tensor | None]]:
+        counting = Counting(communicator)
+        lm_head = ParallelLMHead(vocab_size, 6, counting, dtype, CPU)  # type: ignore[arg-type]
+        load(lm_head.weight, own=head)
+        lm_head.finish_loading()
+        found = [lm_head.compute_logits_and_argmax(hidden, number) for number in (12, 5, 0)]
+        size = -(-vocab_size // world_size)
+        assert counting.gathered == [12 * size, 5 * size, 7 * 2, 12 * 2]
+        return found
+
+    (all_logits, mixed, all_pairs), *others = run_ranks(world_size, compute)
+    assert all(part == (None, None) for other in others for part in other)
+    logits = all_logits[0]
+    assert logits is not None
+    expected = logits.argmax(-1)
+    assert all_logits[1] is all_pairs[0] is None
+    assert mixed[0] is not None
+    assert torch.equal(mixed[0].nan_to_num(7), logits[:5].nan_to_num(7))
+    assert mixed[1] is not None
+    assert torch.equal(mixed[1], expected[5:])
+    assert all_pairs[1] is not None
+    assert torch.equal(all_pairs[1], expected)
+    if vocab_size > 9:
+        assert (logits == logits.amax(-1, keepdim=True)).sum(-1).max() > world_size, "nothing ties"
+
+
 def test_a_tied_head_holds_a_second_table() -> None:
     embedding = VocabParallelEmbedding(12, 8, SingleCommunicator(), torch.float32, CPU)
     lm_head = ParallelLMHead(12, 8, SingleCommunicator(), torch.float32, CPU, embedding)

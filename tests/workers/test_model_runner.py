@@ -220,6 +220,47 @@ def test_ranks_agree_and_only_rank_0_answers(checkpoint: Path) -> None:
     assert [output.token_ids[0][0] for output in answers[0] if isinstance(output, StepOutput)] == expected
 
 
+def test_ranks_that_keep_greedy_rows_logits_answer_otherwise(checkpoint: Path) -> None:
+    """Greedy, random and telling rows mixed, decoding from samples of the step before, at tp 2 with pairs and without.
+
+    Each rank decides from the step alone which rows it keeps; were they to differ, they would wait for each other.
+    """
+    config = make_config(checkpoint, tensor_parallel_size=2)
+    told = RowExtras(num_logprobs=2)
+    answers: dict[bool, list[tuple[list[list[int]], dict]]] = {True: [], False: []}
+
+    def rank(communicator: ThreadCommunicator) -> None:
+        for all_logits in answers:
+            runner = ModelRunner(config, CPU, communicator)
+            assert not runner.all_logits
+            runner.all_logits = all_logits
+            runner.load_model()
+            runner.allocate(runner.max_kv_blocks())
+            steps = Steps(runner)
+            rows = [
+                SequenceState(0, tokens(20), 0, table(0, 26), True, 20, GREEDY),
+                SequenceState(1, tokens(9, 1), 0, table(1, 26), True, 9, RANDOM),
+                SequenceState(2, tokens(5, 2), 0, table(2, 26), True, 5, GREEDY, told),
+            ]
+            lengths = [20, 9, 5]
+            for i in range(5):
+                output = runner.execute(steps.step(*rows))
+                if output is not None:
+                    answers[all_logits].append((output.token_ids, output.logprobs))
+                order = ([0, 1, 2], [2, 0], [0], [1, 0, 2])[i % 4]  # all that a step may hold, greedy rows alone too
+                seen = [row.seq_id for row in rows]
+                for seq_id in seen:
+                    lengths[seq_id] += i > 0
+                rows = [
+                    SequenceState(seq_id, [PREVIOUS_SAMPLE if seq_id in seen else 7], lengths[seq_id], [], True)
+                    for seq_id in order
+                ]
+
+    run_in_threads(rank, ThreadCommunicator.group(2))
+    assert answers[True] == answers[False]
+    assert [len(ids) for ids, _ in answers[True]] == [3, 3, 2, 1, 3]
+
+
 def run_in_threads(rank: Callable[[ThreadCommunicator], None], communicators: list[ThreadCommunicator]) -> None:
     threads = [threading.Thread(target=rank, args=(communicator,)) for communicator in communicators]
     for thread in threads:

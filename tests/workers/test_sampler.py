@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from workers.sampler import SamplingRows, keep_weights, sample, uniforms
+from workers.cpu_sampler import likeliest
+from workers.sampler import SamplingRows, _sample_on_device, keep_weights, sample, uniforms
 
 
 def make_rows(
@@ -185,6 +186,49 @@ def test_same_seed_same_token_whatever_the_batch() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("workers.sampler.CHUNK_ELEMENTS", 5 * vocab_size)
         assert np.array_equal(sample(logits, rows), together)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 2, 97, 1031, 20_011])
+def test_the_cpus_draw_differs_from_its_twin(vocab_size: int) -> None:
+    """Both make the same token of the same numbers; ties as of bfloat16, masks, peaked and flat rows."""
+    rng = random.Random(vocab_size)
+    num_rows = 32
+    for spread in (0.01, 1.0, 30.0):
+        logits = spread * normal_logits(num_rows, vocab_size)
+        logits[::2] = logits[::2].bfloat16().float()
+        logits[::5, vocab_size // 3 : -1] = -torch.inf
+        rows = make_rows(
+            num_rows,
+            temperature=[rng.choice([0, 0.01, 0.5, 1.0, 3.0]) for _ in range(num_rows)],
+            top_k=[rng.choice([0, 1, 5, 50, vocab_size // 2, vocab_size]) for _ in range(num_rows)],
+            top_p=[rng.choice([1.0, 0.99, 0.9, 0.3, 1e-6]) for _ in range(num_rows)],
+            min_p=[rng.choice([0.0, 0.0, 0.01, 0.5, 1.0]) for _ in range(num_rows)],
+            seed=[rng.randrange(2**63) for _ in range(num_rows)],
+        )
+        uniform = uniforms(rows.seed, rows.index, rows.position)
+        expected = _sample_on_device(logits, rows, uniform)
+        assert np.array_equal(sample(logits, rows), expected)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("workers.sampler.CHUNK_ELEMENTS", 5 * vocab_size)
+            assert np.array_equal(_sample_on_device(logits, rows, uniform), expected)
+
+
+@pytest.mark.parametrize("k", [1, 2, 24, 25, 100, 599, 600])
+def test_the_likeliest_are_those_of_a_sort(k: int) -> None:
+    """600 logits: a grid of several heights, with a rest behind it, and none; few values, so that many tie."""
+    for step in (1e-4, 0.5, 4.0):
+        row = (normal_logits(1, 600, seed=k)[0] / step).round().mul(step).numpy()
+        assert likeliest(row, k).tolist() == np.flatnonzero(row >= np.sort(row)[-k]).tolist()
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])
+def test_a_broken_row_gives_an_id_all_the_same(broken: float) -> None:
+    logits = torch.zeros(2, 500)
+    logits[0] = broken
+    logits[1, 7] = broken if broken > 0 else torch.nan
+    for params in ({}, {"top_k": 5}, {"top_p": 0.5, "min_p": 0.1}):
+        ids = sample(logits, make_rows(2, **params))
+        assert ((ids >= 0) & (ids < 500)).all()
 
 
 def test_samples_of_one_prompt_draw_independently() -> None:

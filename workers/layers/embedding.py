@@ -56,6 +56,9 @@ class ParallelLMHead(LinearBase):
     ) -> None:
         super().__init__()
         self._communicator, self._vocab_size = communicator, vocab_size
+        size = shard_size(vocab_size, communicator)
+        self._start = communicator.rank * size
+        self._num_own = min(size, max(0, vocab_size - self._start))  # the rest of the shard is padding
         if tied_to is None:
             self.weight = vocabulary_shard(vocab_size, hidden_size, communicator, dtype, device)
         else:
@@ -65,15 +68,64 @@ class ParallelLMHead(LinearBase):
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """Map (num_rows, hidden_size) to (num_rows, vocab_size) float32 on rank 0, to None on the others."""
-        logits = self._communicator.gather(self.forward(hidden))
+        return self._gather_logits(self.forward(hidden))
+
+    def compute_logits_and_argmax(
+        self, hidden: torch.Tensor, num_logits: int
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Logits of the first rows, and of the other ones only which is the largest.
+
+        For the latter ranks exchange (value, id) pairs instead of logits. The lowest id among the largest logits
+        wins, as in an argmax over the gathered ones.
+
+        Args:
+            hidden: (num_rows, hidden_size).
+            num_logits: how many rows are wanted whole, the same on every rank.
+
+        Returns:
+            On rank 0 (num_logits, vocab_size) float32 and (num_rows - num_logits,) int64; None for what has no rows,
+            and on the other ranks.
+        """
+        shard = self.forward(hidden)  # (num_rows, shard_size)
+        logits = self._gather_logits(shard[:num_logits]) if num_logits > 0 else None
+        ids = self._gather_argmax(shard[num_logits:, : self._num_own]) if num_logits < len(shard) else None
+        return logits, ids
+
+    def _gather_logits(self, shard: torch.Tensor) -> torch.Tensor | None:
+        logits = self._communicator.gather(shard)
         return None if logits is None else logits[:, : self._vocab_size].float()
+
+    def _gather_argmax(self, shard: torch.Tensor) -> torch.Tensor | None:
+        if shard.shape[1]:
+            at = _argmax(shard)[:, None]  # (num_rows, 1)
+            # float64 holds every id and the value of every dtype, so that one exchange does.
+            pairs = torch.cat((shard.gather(1, at).double(), (at + self._start).double()), 1)
+        else:  # nothing but padding: no more than an -inf that comes last
+            pairs = torch.tensor([-torch.inf, 0.0], dtype=torch.float64, device=shard.device).expand(len(shard), 2)
+        everyone = self._communicator.gather(pairs[None], dim=0)  # (world_size, num_rows, 2)
+        if everyone is None:
+            return None
+        best = everyone[:, :, 0].argmax(0, keepdim=True)  # the first of equal ranks has the lower ids
+        return everyone[:, :, 1].gather(0, best)[0].long()
+
+
+def _argmax(logits: torch.Tensor) -> torch.Tensor:
+    """(num_rows,) int64: the first of the largest logits of each row; numpy is several times as fast as torch."""
+    if logits.device.type != "cpu":
+        return logits.argmax(dim=-1)
+    return torch.tensor([int(row.float().numpy().argmax()) for row in logits])
+
+
+def shard_size(vocab_size: int, communicator: Communicator) -> int:
+    """Rows of the vocabulary on each rank, padding included."""
+    return -(-vocab_size // communicator.world_size)
 
 
 def vocabulary_shard(
     vocab_size: int, hidden_size: int, communicator: Communicator, dtype: torch.dtype, device: torch.device
 ) -> ShardedParameter:
     """This rank's rows of a (vocab_size, hidden_size) weight, padded with zero rows to the size all ranks share."""
-    size = -(-vocab_size // communicator.world_size)
+    size = shard_size(vocab_size, communicator)
     start = min(communicator.rank * size, vocab_size)
     shard = Shard((vocab_size, hidden_size), 0, start, min(size, vocab_size - start))
     return ShardedParameter((size, hidden_size), {"": shard}, dtype, device)

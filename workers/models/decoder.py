@@ -179,6 +179,12 @@ class Decoder(nn.Module):
         """Map (num_rows, hidden_size) to (num_rows, vocab_size) float32 on rank 0, to None on the other ranks."""
         return self.lm_head.compute_logits(hidden)
 
+    def compute_logits_and_argmax(
+        self, hidden: torch.Tensor, num_logits: int
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Logits of the first rows and the likeliest ids of the others: `ParallelLMHead.compute_logits_and_argmax`."""
+        return self.lm_head.compute_logits_and_argmax(hidden, num_logits)
+
     def checkpoint_parameters(self) -> dict[str, tuple[ShardedParameter, str]]:
         """For each tensor that the checkpoint must hold: the parameter it belongs to, and its name in there."""
         found: dict[str, tuple[ShardedParameter, str]] = {}
