@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from configs.errors import EngineError
-from nanoengine.step import PREVIOUS_SAMPLE, Epoch, RowExtras, RowParams, SequenceState, StepInput
+from nanoengine.step import (
+    PREVIOUS_SAMPLE,
+    DecodeRows,
+    Epoch,
+    RowExtras,
+    RowParams,
+    SequenceState,
+    StepInput,
+    int_column,
+)
 from workers.input_batch import Batch, InputBatch
 
 PARAMS = RowParams(0.5, 3, 0.9, 0.1, 2**63 - 1, 4)
@@ -75,14 +84,20 @@ def test_rows_that_need_no_logits_come_last() -> None:
         assert (made.sampled, made.num_logits, made.logits_rows.tolist()) == ([1, 2, 0, 3], 2, [1, 2, 0, 3])
         assert made.sampling.temperature.tolist() == [0.5, 0.0]
         assert [row for row, _, _ in made.processors] == [1] * samples
-        step.rows = [state(2, [1], 1, []), state(1, [1], 1, [])]
+        step.states = [state(2, [1], 1, []), state(1, [1], 1, [])]
         made = batch.apply(step, all_logits=False)
         assert made is not None
         assert (made.sampled, made.num_logits) == ([0, 1], 1)
-        step.rows = [state(1, [1], 2, []), state(2, [1], 2, [])]
+        step.states = [state(1, [1], 2, []), state(2, [1], 2, [])]
         made = batch.apply(step)
         assert made is not None
         assert (made.sampled, made.num_logits) == ([0, 1], 2)
+        step.states = []
+        step.decodes = DecodeRows(int_column([1, 2]), int_column([0, 0]), 3, int_column([7, 8]))
+        made = batch.apply(step, all_logits=False)  # the same for rows that come as columns
+        assert made is not None
+        assert (made.sampled, made.num_logits, made.input_ids.tolist()) == ([1, 0], 1, [7, 8])
+        assert made.sampling.temperature.tolist() == [0.5]
 
 
 def test_partial_prompts_do_not_sample() -> None:
