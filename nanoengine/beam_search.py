@@ -24,6 +24,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from configs.checkpoint import CheckpointConfig
 from configs.errors import RequestError
 from nanoengine.beam_params import BeamSearchParams
 from nanoengine.step import TokenLogprobs
@@ -182,6 +183,14 @@ class BeamSearch:
 def num_candidates(beam_width: int, num_end_tokens: int) -> int:
     """How many candidates a step ranks, so that `beam_width` are left where every beam could end in every way."""
     return max(2, 1 + num_end_tokens) * beam_width
+
+
+def beams_of(params: object, checkpoint: CheckpointConfig) -> BeamSearchParams | None:
+    """The parameters if they are those of a beam search, which the model can serve. Raises RequestError if not."""
+    if not isinstance(params, BeamSearchParams):
+        return None
+    check_width(params, frozenset(checkpoint.eos_token_ids), checkpoint.vocab_size)
+    return params
 
 
 def check_width(params: BeamSearchParams, eos_token_ids: frozenset[int], vocab_size: int) -> None:

@@ -28,7 +28,7 @@ from configs.errors import (
     from_wire,
 )
 from nanoengine.beam_params import BeamSearchParams
-from nanoengine.beam_search import check_width
+from nanoengine.beam_search import beams_of
 from nanoengine.journal import RequestJournal, SequenceJournal
 from nanoengine.messages import (
     Abort,
@@ -145,12 +145,9 @@ class EngineClient:
         Raises:
             RequestError: it cannot be served as it stands; `param` names the field at fault.
         """
-        beams = params if isinstance(params, BeamSearchParams) else None
-        if beams is not None:
-            checkpoint = self.config.resolved_checkpoint
-            check_width(beams, frozenset(checkpoint.eos_token_ids), checkpoint.vocab_size)
-            params = beams.sampling_params()
-        params = check_params(params) or SamplingParams(**self.config.default_sampling)
+        beams = beams_of(params, self.config.resolved_checkpoint)
+        asked = params if beams is None else beams.sampling_params()
+        params = check_params(asked) or SamplingParams(**self.config.default_sampling)
         encoded = self.encode(prompt)
         token_ids = encoded.token_ids or []
         self._check_prompt(token_ids)

@@ -42,7 +42,7 @@ def check_invariants(scheduler: Scheduler) -> None:
     scheduler.steady.check_invariants()
     if not queued:
         assert scheduler.blocks.num_free_blocks == scheduler.limits.num_kv_blocks, "a block is held by nobody"
-    scheduler.blocks.check_invariants(queued)
+    scheduler.blocks.check_invariants(live)
 
 
 def _check_search(request: Request, group: BeamGroup) -> None:

@@ -97,17 +97,7 @@ class Scheduler:
         except RequestError as error:
             self.outbox.refuse(message, error)
             return
-        request = Request(
-            message.request_id,
-            message.prompt_token_ids,
-            params,
-            client_id=message.client_id,
-            arrival_time=message.arrival_time,
-            priority=message.priority,
-            seed=message.seed,
-            cache_salt=message.cache_salt,
-        )
-        request.beams = beams
+        request = Request.of(message, params, beams)
         self.num_searches += beams is not None
         self.requests[request.key] = request
         if message.timeout is not None:

@@ -11,6 +11,7 @@ import enum
 import time
 from typing import TYPE_CHECKING, Any
 
+from nanoengine.messages import AddRequest
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.step import TokenLogprobs
 
@@ -240,6 +241,22 @@ class Request:
         self.beams: BeamGroup | None = None  # of a beam search; `seqs` are its beams then
         self.num_cached_tokens = 0  # of the prompt, when the first of its sequences was scheduled first
         self.seqs: list[Sequence] = []
+
+    @classmethod
+    def of(cls, message: AddRequest, params: SamplingParams, beams: BeamGroup | None = None) -> Request:
+        """What a front end asks for; `params` are those of the message."""
+        request = cls(
+            message.request_id,
+            message.prompt_token_ids,
+            params,
+            client_id=message.client_id,
+            arrival_time=message.arrival_time,
+            priority=message.priority,
+            seed=message.seed,
+            cache_salt=message.cache_salt,
+        )
+        request.beams = beams
+        return request
 
     @property
     def key(self) -> tuple[str, str]:

@@ -39,23 +39,26 @@ def expected_beams(prompt: list[int], params: BeamSearchParams, max_tokens: int)
     ]
 
 
-class BeamWorkers(FakeWorkers):
-    """Invented workers that also tell the likeliest tokens, to the rows that ask for them."""
+class BeamWorkers:
+    """Has invented workers also tell the likeliest tokens, to the rows that ask for them."""
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
-        super().__init__(num_blocks, block_size)
+    def __init__(self, workers: FakeWorkers) -> None:
+        self.workers = workers
         self.numbers: dict[int, int] = {}
 
     def run(self, step: StepInput) -> StepOutput:
-        output = super().run(step)
+        output, slots, size = self.workers.run(step), self.workers.slots, self.workers.block_size
         for number, row in enumerate(step.rows):
             if row.params is not None:
                 self.numbers[row.seq_id] = -1 if row.extras is None else row.extras.num_logprobs
             if row.sample and self.numbers[row.seq_id] >= 0:
-                table, end = self.tables[row.seq_id], row.num_computed_tokens + len(row.token_ids)
-                context = [self.slots[table[p // self.block_size], p % self.block_size] for p in range(end)]
+                table, end = self.workers.tables[row.seq_id], row.num_computed_tokens + len(row.token_ids)
+                context = [slots[table[p // size], p % size] for p in range(end)]
                 output.logprobs[number] = [invented_told(context, self.numbers[row.seq_id])]
         return StepOutput.unpack(output_columns(output))
+
+    def lose_everything(self) -> None:
+        self.workers.lose_everything()
 
 
 def output_columns(output: StepOutput) -> Any:
@@ -69,7 +72,7 @@ class BeamDriver(Driver):
 
     def __init__(self, async_scheduling: bool = False, **limits: Any) -> None:
         super().__init__(async_scheduling, **limits)
-        self.workers = BeamWorkers(self.limits.num_kv_blocks, self.limits.block_size)
+        self.workers: Any = BeamWorkers(self.workers)
 
     def search(self, request_id: str, prompt: list[int], timeout: float | None = None, **params: Any) -> None:
         beams = BeamSearchParams(**({"beam_width": WIDTH, "max_tokens": 8} | params))
@@ -160,6 +163,20 @@ def test_a_resting_beam_gives_way_to_the_sibling_behind_another_request() -> Non
     assert driver.found("s") == expected_beams(PROMPT, BeamSearchParams(WIDTH, 6), 6)
     assert driver.found("t") == expected_beams(PROMPT[:3], BeamSearchParams(WIDTH, 6), 6)
     assert all(driver.tokens[f"r{number}"] == expected_output([number + 20] * 10, 4) for number in range(6))
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+def test_forked_beams_keep_the_turn_of_their_request(policy: str) -> None:
+    driver = BeamDriver(policy=policy)
+    driver.search("s", PROMPT, ignore_eos=True)
+    driver.now = 1.0
+    driver.add("later", [40] * 5)
+    for _ in range(4):
+        driver.step()
+        order = [seq.request.request_id for seq in driver.scheduler.running]
+        assert order == ["s"] * (len(order) - 1) + ["later"]
+    assert len(order) == WIDTH + 1
+    driver.run()
 
 
 def test_a_beam_that_outgrows_the_cache_ends_the_search_with_what_there_is() -> None:
