@@ -169,7 +169,7 @@ def _output(scheduler: Scheduler, request: Request, index: int, hypothesis: Hypo
     """A finished sequence of a hypothesis' tokens, for the client."""
     beams = [] if hypothesis is None else hypothesis.beam.path()
     output = Sequence(next(scheduler.seq_ids), request, index, [beam.token_id for beam in beams])
-    output.logprobs = [beam.logprobs(request.sampling_params.logprobs or 0) for beam in beams]
+    output.logprobs = [beam.logprobs for beam in beams]
     if hypothesis is not None and hypothesis.stopped:
         output.status = SequenceStatus.FINISHED_STOPPED
     else:

@@ -18,7 +18,6 @@ chance.
 
 from __future__ import annotations
 
-import dataclasses
 import heapq
 import math
 from collections.abc import Sequence
@@ -33,17 +32,17 @@ from nanoengine.step import TokenLogprobs
 class Beam:
     """A beam: its last token, and what it was before that. Beams that part share their past.
 
-    `length` counts generated tokens; the root, with none, stands for the prompt.
+    `length` counts generated tokens; the root, with none, stands for the prompt. `logprobs` is told of the last token.
     """
 
-    __slots__ = ("_source", "cumulative_logprob", "length", "parent", "token_id")
+    __slots__ = ("cumulative_logprob", "length", "logprobs", "parent", "token_id")
 
-    def __init__(self, parent: Beam | None, token_id: int, cumulative_logprob: float, source: _Source | None) -> None:
+    def __init__(self, parent: Beam | None, token_id: int, cumulative_logprob: float, logprobs: TokenLogprobs) -> None:
         self.parent = parent
         self.token_id = token_id
         self.cumulative_logprob = cumulative_logprob
         self.length: int = 0 if parent is None else parent.length + 1
-        self._source = source
+        self.logprobs = logprobs
 
     def path(self) -> list[Beam]:
         """The beam after each of its tokens, the first one first."""
@@ -53,22 +52,6 @@ class Beam:
             beams.append(beam)
             beam = beam.parent
         return beams[::-1]
-
-    def logprobs(self, num_likeliest: int) -> TokenLogprobs:
-        """The log-probability of its last token, with those of the likeliest in its place."""
-        assert self._source is not None, "the prompt has no log-probabilities"
-        (ids, values, _), place = self._source
-        # ids[0] is what the sampler would have chosen, the likeliest follow.
-        likeliest, best = ids[1 : 1 + num_likeliest], values[1 : 1 + num_likeliest]
-        rank = 1 + sum(value > values[place] for value in values[1:place])
-        return [ids[place], *likeliest], [values[place], *best], rank
-
-
-class _Source(NamedTuple):
-    """Where a beam's last token comes from: what the worker told of the row, and the token's place in it."""
-
-    told: TokenLogprobs
-    place: int
 
 
 class Hypothesis(NamedTuple):
@@ -86,10 +69,12 @@ class Continuation(NamedTuple):
     token_id: int
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Candidate:
+class _Candidate(NamedTuple):
+    """What may become a beam: the number of its parent, and the place of its token in what was told of that."""
+
+    cumulative_logprob: float
     parent: int
-    beam: Beam
+    place: int
 
 
 class BeamSearch:
@@ -105,7 +90,7 @@ class BeamSearch:
         self.params = params
         self.max_tokens = max_tokens
         self.end_token_ids = frozenset() if params.ignore_eos else eos_token_ids
-        self.beams = [Beam(None, -1, 0.0, None)]  # the running ones, best first
+        self.beams = [Beam(None, -1, 0.0, ([], [], 0))]  # the running ones, best first
         self.hypotheses: list[Hypothesis] = []  # best first
         self.is_over = False
 
@@ -126,18 +111,27 @@ class BeamSearch:
         """
         assert not self.is_over
         assert len(told) == len(self.beams)
-        width = self.params.beam_width
         candidates = self._candidates(told)
         if not candidates:  # not a single probability is a number: what there is must do
             self.stop()
             return []
-        self._keep([self._hypothesis(each.beam) for each in candidates[:width] if self._ends(each.beam)])
-        running = [each for each in candidates if not self._ends(each.beam)][:width]
-        self.beams = [each.beam for each in running]
+        width, is_last = self.params.beam_width, self.beams[0].length + 1 >= self.max_tokens
+        ended: list[Hypothesis] = []
+        running: list[tuple[int, Beam]] = []
+        for place, candidate in enumerate(candidates):
+            token_id = told[candidate.parent][0][candidate.place]
+            stops = token_id in self.end_token_ids
+            if (stops or is_last) and place < width:
+                beam = self._beam(candidate, told)
+                ended.append(Hypothesis(beam, self._score(beam, beam.length), stops))
+            elif not (stops or is_last) and len(running) < width:
+                running.append((candidate.parent, self._beam(candidate, told)))
+        self._keep(ended)
+        self.beams = [beam for _, beam in running]
         if not running or not self._may_improve():
             self.beams, self.is_over = [], True
             return []
-        return [Continuation(each.parent, each.beam.token_id) for each in running]
+        return [Continuation(parent, beam.token_id) for parent, beam in running]
 
     def stop(self) -> None:
         """End the search where it stands: its beams are hypotheses of the length that they have."""
@@ -148,19 +142,21 @@ class BeamSearch:
     def _candidates(self, told: Sequence[TokenLogprobs]) -> list[_Candidate]:
         """The best continuations of all beams, best first."""
         found = (
-            _Candidate(number, Beam(beam, entry[0][place], beam.cumulative_logprob + value, _Source(entry, place)))
+            _Candidate(beam.cumulative_logprob + value, number, place)
             for number, (beam, entry) in enumerate(zip(self.beams, told, strict=True))
             for place, value in enumerate(entry[1][1 : 1 + self.num_candidates], start=1)
             if math.isfinite(value)
         )
         # Like a stable sort: of equal ones the first.
-        return heapq.nlargest(self.num_candidates, found, key=lambda candidate: candidate.beam.cumulative_logprob)
+        return heapq.nlargest(self.num_candidates, found, key=lambda candidate: candidate.cumulative_logprob)
 
-    def _ends(self, beam: Beam) -> bool:
-        return beam.token_id in self.end_token_ids or beam.length >= self.max_tokens
-
-    def _hypothesis(self, beam: Beam) -> Hypothesis:
-        return Hypothesis(beam, self._score(beam, beam.length), beam.token_id in self.end_token_ids)
+    def _beam(self, candidate: _Candidate, told: Sequence[TokenLogprobs]) -> Beam:
+        """Make a beam of a candidate. It keeps what its client wants to know, and not all that was told."""
+        ids, values, _ = told[candidate.parent]
+        place, end = candidate.place, 1 + (self.params.logprobs or 0)
+        rank = 1 + sum(value > values[place] for value in values[1:place])
+        logprobs = [ids[place], *ids[1:end]], [values[place], *values[1:end]], rank
+        return Beam(self.beams[candidate.parent], ids[place], candidate.cumulative_logprob, logprobs)
 
     def _score(self, beam: Beam, length: int) -> float:
         return beam.cumulative_logprob / math.pow(length, self.params.length_penalty)

@@ -22,9 +22,9 @@ import os
 import pickle
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import zmq
 
@@ -70,6 +70,18 @@ _CHANNELS = frozenset(Channel)
 # ---------------------------------------------------------------------------------------------- messages
 
 
+class BlockCounts(NamedTuple):
+    """K/V blocks of a rank: on its device, and in its part of the swap space."""
+
+    device: int
+    host: int = 0
+
+    @classmethod
+    def least(cls, counts: Iterable[BlockCounts]) -> BlockCounts:
+        """What every rank has: block ids mean the same on all of them."""
+        return cls(*map(min, zip(*counts, strict=True)))
+
+
 @dataclasses.dataclass(slots=True)
 class Hello:
     """Rank → scheduler: connected; the socket's file may go."""
@@ -84,6 +96,7 @@ class Loaded:
     max_kv_blocks: int
     dtype: str
     device: str
+    max_host_blocks: int = 0
 
 
 @dataclasses.dataclass(slots=True)
@@ -91,6 +104,7 @@ class Allocate:
     """Scheduler → rank: make a cache of so many blocks (the minimum over ranks) and warm up."""
 
     num_blocks: int
+    num_host_blocks: int = 0
 
 
 @dataclasses.dataclass(slots=True)
@@ -392,12 +406,12 @@ class RankPort:
         """Show the scheduler what this rank is doing."""
         self._words.phase = phase
 
-    def report_loaded(self, max_kv_blocks: int, dtype: str, device: str) -> int | None:
+    def report_loaded(self, fitting: BlockCounts, dtype: str, device: str) -> BlockCounts | None:
         """Say how many K/V blocks would fit; returns how many to allocate, or None when asked to leave instead."""
-        self._link.send(Loaded(max_kv_blocks, dtype, device))
+        self._link.send(Loaded(fitting.device, dtype, device, fitting.host))
         command = self._next_command()
         if isinstance(command, Allocate):
-            return command.num_blocks
+            return BlockCounts(command.num_blocks, command.num_host_blocks)
         self._expect_stop(command)
         return None
 

@@ -156,6 +156,8 @@ def limits_of(config: EngineConfig, facts: ExecutorFacts) -> SchedulerLimits:
         max_model_len=config.max_model_len,
         num_kv_blocks=facts.num_kv_blocks,
         block_size=config.cache.block_size,
+        num_host_blocks=facts.num_host_blocks,
+        preemption_mode=config.scheduler.preemption_mode,
         eos_token_ids=frozenset(checkpoint.eos_token_ids),
         vocab_size=checkpoint.vocab_size,
         enable_prefix_caching=config.cache.enable_prefix_caching,
@@ -192,8 +194,9 @@ def run(bootstrap: Bootstrap) -> None:
         facts = executor.start(epoch)
         core = EngineCore(config, executor, front, facts, epoch)
         logger.info(
-            "serving %s with %d K/V blocks of %d tokens (%s on %s)",
+            "serving %s with %d K/V blocks of %d tokens (%s on %s) and %d on the host",
             config.served_model_name, facts.num_kv_blocks, config.cache.block_size, facts.dtype, facts.device,
+            facts.num_host_blocks,
         )  # fmt: skip
         # What was loaded so far lives as long as the process; the many small rows of a step die young, without cycles.
         gc.freeze()

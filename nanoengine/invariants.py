@@ -22,10 +22,13 @@ def check_invariants(scheduler: Scheduler) -> None:
     for request in scheduler.requests.values():
         if request.beams is not None:
             _check_search(request, request.beams)
+    blocks = scheduler.blocks
     for seq in scheduler.waiting:
-        assert seq.status is SequenceStatus.WAITING, f"{seq} waits"
+        assert seq.status in (SequenceStatus.WAITING, SequenceStatus.SWAPPED), f"{seq} waits"
         assert not seq.block_table, f"{seq} waits and holds blocks"
-        assert seq.num_computed_tokens == 0, f"{seq} waits and has computed tokens"
+        assert (seq.num_computed_tokens > 0) == (seq.status is SequenceStatus.SWAPPED), f"{seq} waits"
+        assert len(seq.host_blocks) == blocks.blocks_for(seq.num_computed_tokens), f"{seq} waits and lost blocks"
+        assert seq.num_sent_blocks is None, f"{seq} waits and the workers know it"
     for seq in scheduler.running:
         assert seq.status is SequenceStatus.RUNNING, f"{seq} runs"
         assert seq.num_computed_tokens <= len(seq.block_table) * scheduler.limits.block_size, (
@@ -41,8 +44,9 @@ def check_invariants(scheduler: Scheduler) -> None:
     assert len(steady) == len(scheduler.steady), "somebody who does not run is a steady decode"
     scheduler.steady.check_invariants()
     if not queued:
-        assert scheduler.blocks.num_free_blocks == scheduler.limits.num_kv_blocks, "a block is held by nobody"
-    scheduler.blocks.check_invariants(live)
+        assert blocks.num_free_blocks == scheduler.limits.num_kv_blocks, "a block is held by nobody"
+        assert blocks.host.num_free_blocks == scheduler.limits.num_host_blocks, "a host block is held by nobody"
+    blocks.check_invariants(live)
 
 
 def _check_search(request: Request, group: BeamGroup) -> None:

@@ -2,7 +2,8 @@
 
 A step mixes decodes and prefill chunks. Decodes come first, then the prompts that are under way, then new ones, so
 a long prompt cannot stop a stream. When blocks run out, the running sequence that is last in the policy's order (the
-newest, under fcfs) is preempted: its blocks are freed and it is computed again later; the first always progresses.
+newest, under fcfs) is preempted: its blocks are freed, and it is computed again later, or swapped to the host and
+back where that is asked for and the host has room; the first always progresses.
 
 Two steps may be in flight, collected in order (`commit`): while the workers compute step k, step k + 1 is scheduled.
 A sequence that step k samples is given its next row before that token is known; the row says PREVIOUS_SAMPLE. A
@@ -25,7 +26,7 @@ from collections import deque
 from collections.abc import Callable
 
 from configs.errors import RequestError, RequestTimeoutError, to_wire
-from nanoengine.admission import SchedulerLimits, check_admissible, serving_order
+from nanoengine.admission import SchedulerLimits, check_admissible, reserved_blocks, serving_order
 from nanoengine.beam_group import begin_search, end_search, is_parked, make_way, take_told
 from nanoengine.block_manager import BlockManager
 from nanoengine.decode_set import DecodeSet, StepInFlight
@@ -44,9 +45,6 @@ __all__ = ["Scheduler", "SchedulerLimits"]
 
 logger = logging.getLogger(__name__)
 
-# Share of the blocks that admission leaves free, so that the sequences which run already can grow a little before
-# somebody must be preempted.
-WATERMARK = 0.01
 # How many requests that wait for a prefix are passed over in search of one that does not.
 MAX_PASSED = 16
 
@@ -59,12 +57,14 @@ class Scheduler:
         self.limits = limits
         self._clock = clock
         self.epoch = epoch
-        self.blocks = BlockManager(limits.num_kv_blocks, limits.block_size, limits.enable_prefix_caching)
+        self.blocks = BlockManager(
+            limits.num_kv_blocks, limits.block_size, limits.enable_prefix_caching, limits.num_host_blocks
+        )
         self._order = serving_order(limits.policy)
         self.waiting: list[Sequence] = []  # both in serving order
         self.running: list[Sequence] = []
         self.requests: dict[tuple[str, str], Request] = {}
-        self.num_preemptions = 0
+        self.num_preemptions = self.num_swaps = 0  # of all preemptions, those by swapping
         self.num_searches = 0  # beam searches among them
         self.seq_ids = itertools.count(1)
         self._step_id = 0
@@ -76,7 +76,6 @@ class Scheduler:
         self._deadlines: list[tuple[float, tuple[str, str]]] = []  # a heap of (time, request key)
         self._dropped: list[int] = []  # seq_ids that the workers need not keep any longer
         self.outbox = Outbox(clock)
-        self._watermark = max(1, int(WATERMARK * limits.num_kv_blocks)) if limits.num_kv_blocks > 1 else 0
 
     # -- requests -----------------------------------------------------------------------------------------------
 
@@ -113,7 +112,7 @@ class Scheduler:
 
     def enqueue(self, seq: Sequence) -> None:
         """Let a sequence wait for its turn."""
-        seq.status = SequenceStatus.WAITING
+        seq.status = SequenceStatus.SWAPPED if seq.host_blocks else SequenceStatus.WAITING
         if not is_parked(seq):
             bisect.insort(self.waiting, seq, key=self._order)
 
@@ -280,11 +279,14 @@ class Scheduler:
         """Take its blocks from a running sequence, which is computed again later."""
         self.steady.leave(seq)
         self.running.remove(seq)
-        self.blocks.free(seq)
-        seq.forget_computation()
         seq.num_preemptions += 1
         self.num_preemptions += 1
         self._dropped.append(seq.seq_id)
+        if self.limits.preemption_mode == "swap" and self.blocks.swap_out(seq):
+            self.num_swaps += 1
+        else:
+            self.blocks.free(seq)
+            seq.forget_computation()
         self.enqueue(seq)
 
     def _schedule_waiting(self, batch: StepBatch) -> None:
@@ -308,8 +310,8 @@ class Scheduler:
             if uncomputed > batch.budget and not self.limits.enable_chunked_prefill:
                 break
             # All blocks of its tokens are taken at once: several half-prefilled prompts could block each other.
-            num_new = self.blocks.blocks_for(seq.num_tokens) - start.num_tokens // self.limits.block_size
-            if not self.blocks.can_allocate(num_new, start.hits, self._watermark if self.running else 0):
+            reserve = reserved_blocks(seq, len(self.running), self.limits)
+            if not self.blocks.can_allocate(start.num_new_blocks(seq, self.blocks), start.hits, reserve):
                 if make_way(self):
                     continue
                 if self.running:
@@ -325,7 +327,7 @@ class Scheduler:
         """Let a sequence run that waited, on the blocks that it starts with and on new ones."""
         if start.parent is not None:
             self.blocks.fork(start.parent, seq, start.num_tokens)
-        else:
+        elif seq.status is not SequenceStatus.SWAPPED:
             self.blocks.count_query(seq, len(start.hits))
         self.blocks.allocate(seq, seq.num_tokens, start.hits)
         self.blocks.announce(seq)
@@ -452,10 +454,10 @@ class Scheduler:
 
     # -- recovery and checks ------------------------------------------------------------------------------------
 
-    def new_epoch(self, epoch: Epoch, num_kv_blocks: int) -> None:
+    def new_epoch(self, epoch: Epoch, num_kv_blocks: int, num_host_blocks: int = 0) -> None:
         """Start over with a fresh worker group: its cache is empty, so every sequence is computed again.
 
-        Steps in flight are forgotten, and so is every block hash: a hit on one would be a lie.
+        Steps in flight are forgotten, and so is every block hash, the host's too: a hit on one would be a lie.
         """
         self.epoch = epoch
         self._step_id = 0
@@ -470,10 +472,8 @@ class Scheduler:
             seq.block_table.clear()
             seq.forget_computation()
             seq.num_pending_tokens = 0
-        self.limits = dataclasses.replace(self.limits, num_kv_blocks=num_kv_blocks)
-        counted = self.blocks.num_query_tokens, self.blocks.num_hit_tokens
-        self.blocks = BlockManager(num_kv_blocks, self.limits.block_size, self.limits.enable_prefix_caching)
-        self.blocks.num_query_tokens, self.blocks.num_hit_tokens = counted
+        self.limits = dataclasses.replace(self.limits, num_kv_blocks=num_kv_blocks, num_host_blocks=num_host_blocks)
+        self.blocks.reset(num_kv_blocks, num_host_blocks)
 
     def check_invariants(self) -> None:
         """Raise AssertionError unless queues, requests and blocks agree."""

@@ -55,6 +55,7 @@ class Sequence:
     `num_pending_tokens` counts the tokens that steps in flight sample: they follow `token_ids`, their ids unknown.
     `num_sent_blocks` counts the entries of `block_table` that the workers know; None: they know nothing of this
     sequence, and its full state travels with its next row.
+    `host_blocks` holds what is computed of a swapped sequence, block by block, in the place of `block_table`.
     `first_seq_id` is the seq_id of the sequence that it was forked off in the first place, whose turn it has.
 
     While it is a steady decode (`steady` is the set it is in) both counters follow from the set's clock, and whoever
@@ -68,6 +69,7 @@ class Sequence:
         "block_table",
         "error",
         "first_seq_id",
+        "host_blocks",
         "index",
         "logprobs",
         "num_preemptions",
@@ -94,6 +96,7 @@ class Sequence:
         self.num_sent_blocks: int | None = None
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []
+        self.host_blocks: list[int] = []
         self.status = SequenceStatus.WAITING
         self.stop_reason: int | None = None
         self.error: dict[str, Any] | None = None
@@ -174,6 +177,8 @@ class Sequence:
         """Go back to nothing computed (its blocks are freed by whoever calls): after preemption or a new epoch."""
         self.num_computed_tokens = 0
         self.num_sent_blocks = None
+        if self.status is SequenceStatus.SWAPPED:
+            self.status, self.host_blocks = SequenceStatus.WAITING, []
 
     def fork(self, seq_id: int, index: int) -> Sequence:
         """A copy that goes its own way from here; it shares nothing that may change with its parent."""

@@ -16,6 +16,8 @@ import torch
 Float32Row = npt.NDArray[np.float32]
 Int64Row = npt.NDArray[np.int64]
 
+_ONE_THREAD = 1 << 14
+"""Elements for which torch starts no threads (at::internal::GRAIN_SIZE is twice as many)."""
 _BLOCK = 1024
 """Places whose weights are added up first to find where a running sum passes a value."""
 
@@ -80,9 +82,14 @@ def _kth_largest(values: Float32Row, k: int) -> np.float32:
 
 
 def _exp(values: Float32Row) -> Float32Row:
-    """In place; torch's, an element's result from which depends neither on its place nor on the number of elements."""
-    result: Float32Row = torch.from_numpy(values).exp_().numpy()
-    return result
+    """In place; torch's, an element's result from which depends neither on its place nor on the number of elements.
+
+    In parts that torch leaves to the calling thread: to wake the others for so little costs more than it saves, and
+    far more while they have to wait for a core.
+    """
+    for start in range(0, len(values), _ONE_THREAD):
+        torch.from_numpy(values[start : start + _ONE_THREAD]).exp_()
+    return values
 
 
 def _top_p_threshold(scaled: Float32Row, weights: Int64Row, top_p: float) -> int:

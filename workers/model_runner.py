@@ -18,7 +18,14 @@ from nanoengine.step import PREVIOUS_SAMPLE, Epoch, RowParams, SequenceState, St
 from workers.attention import get_backend
 from workers.forward_context import ForwardContext, forward_context
 from workers.input_batch import Batch, InputBatch
-from workers.kv_cache import KVCacheSpec, copy_blocks, free_gpu_memory, free_host_memory, max_kv_blocks
+from workers.kv_cache import (
+    KVCacheSpec,
+    copy_blocks,
+    free_gpu_memory,
+    free_host_memory,
+    max_host_blocks,
+    max_kv_blocks,
+)
 from workers.layers.attention import Attention
 from workers.logits_processors import process
 from workers.logprobs import log_probabilities, token_logprobs
@@ -54,6 +61,7 @@ class ModelRunner:
         self._dtype = resolve_dtype(config, device)
         self._model: Decoder | None = None
         self._kv_caches: list[torch.Tensor] = []
+        self._host_cache: torch.Tensor | None = None
         self._batch: InputBatch | None = None
         # Rank 0 only: what the last step sampled, for rows of the next step that say PREVIOUS_SAMPLE.
         self._previous: dict[int, int] = {}
@@ -93,13 +101,22 @@ class ModelRunner:
             lambda: free_gpu_memory(self._device, share, self._run_largest_step),
         )
 
-    def allocate(self, num_blocks: int) -> None:
+    def max_host_blocks(self) -> int:
+        """How many K/V blocks this rank's swap space holds.
+
+        Raises:
+            CapacityError: the host has not that much memory.
+        """
+        return max_host_blocks(self._config, self._spec(), free_host_memory)
+
+    def allocate(self, num_blocks: int, num_host_blocks: int = 0) -> None:
         """Make the cache, of as many blocks as all ranks agreed on, and forget every row.
 
         Raises:
             CapacityError: the memory is not there after all.
         """
         self._kv_caches = self._spec().allocate(num_blocks, self._device)
+        self._host_cache = self._spec().allocate_host(num_host_blocks, self._device)
         self._batch = self._make_batch(num_blocks)
         self._previous = {}
 
@@ -152,7 +169,8 @@ class ModelRunner:
             of the rows that need them, None when there are none.
         """
         assert self._batch is not None, "allocate() comes first"
-        copy_blocks(self._kv_caches, step.copies)
+        if step.copies:
+            copy_blocks(self._kv_caches, step.copies, self._host_cache)
         batch = self._batch.apply(step, self.all_logits)
         if batch is None:
             return None, None

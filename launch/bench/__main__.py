@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
-from launch.bench import control_plane, lifecycle, simulate
+from configs.errors import ConfigError, NanoEngineError, UnknownModelError
+from launch.bench import control_plane, decode_gap, lifecycle, sampling, serve, simulate, throughput
 
 
-def main() -> None:
-    """Parse the command line and run one measurement."""
+def main() -> int:
+    """Parse the command line and run one measurement; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m launch.bench", description="measure nanoengine on this machine")
     commands = parser.add_subparsers(dest="command", required=True)
     lifecycle.add_parser(commands)
     control_plane.add_parser(commands)
     simulate.add_parser(commands)
+    serve.add_parser(commands)
+    throughput.add_parser(commands)
+    sampling.add_parser(commands)
+    decode_gap.add_parser(commands)
     arguments = parser.parse_args()
-    arguments.run(arguments)
+    try:
+        return arguments.run(arguments) or 0
+    except NanoEngineError as error:
+        print(f"{parser.prog} {arguments.command}: error: {' '.join(error.message.split())}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError | UnknownModelError) else 1
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

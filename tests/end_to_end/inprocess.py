@@ -18,7 +18,7 @@ class InProcessEngine:
     """One engine in this process; `generate` returns token ids in the order of the prompts."""
 
     def __init__(self, run_dir: Path, **settings: Any) -> None:
-        self.config = EngineConfig.create(executor="inprocess", device="cpu", **settings).resolve()
+        self.config = EngineConfig.create(**({"executor": "inprocess", "device": "cpu"} | settings)).resolve()
         self.executor = create_executor(self.config, run_dir)
         facts = self.executor.start(Epoch(1, 1))
         self.scheduler = Scheduler(limits_of(self.config, facts), Epoch(1, 1))

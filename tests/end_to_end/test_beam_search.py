@@ -42,6 +42,7 @@ SCHEDULES: list[dict[str, Any]] = [
     {"max_num_batched_tokens": 7, "block_size": 1, "max_num_seqs": 1},
     TIGHT,
     TIGHT | {"enable_prefix_caching": False, "async_scheduling": False, "max_num_batched_tokens": 16},
+    TIGHT | {"preemption_mode": "swap", "swap_space": 0.01},
 ]
 
 

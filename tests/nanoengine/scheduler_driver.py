@@ -10,7 +10,15 @@ from typing import Any
 from nanoengine.messages import AddRequest, TokenDelta
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.scheduler import Scheduler, SchedulerLimits
-from nanoengine.step import DEVICE_TO_DEVICE, PREVIOUS_SAMPLE, Epoch, StepInput, StepOutput
+from nanoengine.step import (
+    DEVICE_TO_DEVICE,
+    DEVICE_TO_HOST,
+    HOST_TO_DEVICE,
+    PREVIOUS_SAMPLE,
+    Epoch,
+    StepInput,
+    StepOutput,
+)
 
 VOCAB = 1000
 EOS = 2
@@ -37,21 +45,20 @@ class FakeWorkers:
     A wrong block table, a stale hit, a missed copy or a wrong position shows up as a wrong token.
     """
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, num_host_blocks: int = 0) -> None:
+        self.num_blocks, self.num_host_blocks = num_blocks, num_host_blocks
         self.block_size = block_size
         self.slots: dict[tuple[int, int], int] = {}
+        self.host_slots: dict[tuple[int, int], int] = {}
         self.tables: dict[int, list[int]] = {}
         self.indexes: dict[int, int] = {}
         self.previous: dict[int, int] = {}
 
     def run(self, step: StepInput) -> StepOutput:
         step = StepInput.unpack(_through_pickle(step.pack()))
+        self._perform_copies(step)
         for seq_id in step.finished:
             self.tables.pop(seq_id, None)
-        for direction, source, destination in step.copies:
-            assert direction == DEVICE_TO_DEVICE
-            for offset in range(self.block_size):
-                self._copy_slot((source, offset), (destination, offset))
         sampled = []
         for row in step.rows:
             if row.params is not None:
@@ -69,14 +76,24 @@ class FakeWorkers:
         self.previous = {row.seq_id: ids[0] for row, ids in zip(step.rows, sampled, strict=True) if ids}
         return StepOutput(step.epoch, step.step_id, [row.seq_id for row in step.rows], sampled)
 
-    def _copy_slot(self, source: tuple[int, int], destination: tuple[int, int]) -> None:
-        self.slots.pop(destination, None)  # reading it later without a write would show
-        if source in self.slots:
-            self.slots[destination] = self.slots[source]
+    def _perform_copies(self, step: StepInput) -> None:
+        """Move the content of blocks, in order; what was never written stays so, and reading it fails."""
+        device, host = (self.slots, self.num_blocks), (self.host_slots, self.num_host_blocks)
+        sides = {DEVICE_TO_DEVICE: (device, device), DEVICE_TO_HOST: (device, host), HOST_TO_DEVICE: (host, device)}
+        for direction, source, destination in step.copies:
+            (read, num_read), (written, num_written) = sides[direction]
+            assert 0 <= source < num_read
+            assert 0 <= destination < num_written
+            content = [read.get((source, offset)) for offset in range(self.block_size)]
+            for offset, token in enumerate(content):
+                written.pop((destination, offset), None)
+                if token is not None:
+                    written[destination, offset] = token
 
     def lose_everything(self) -> None:
         """What a new worker group knows."""
         self.slots.clear()
+        self.host_slots.clear()
         self.tables.clear()
         self.previous.clear()
 
@@ -112,7 +129,7 @@ class Driver:
         self.now = 0.0
         self.step_seconds: Callable[[StepInput], float] = lambda step: 0.0
         self.scheduler = Scheduler(self.limits, EPOCH, lambda: self.now)
-        self.workers = FakeWorkers(self.limits.num_kv_blocks, self.limits.block_size)
+        self.workers = FakeWorkers(self.limits.num_kv_blocks, self.limits.block_size, self.limits.num_host_blocks)
         self.tokens: dict[str, list[int]] = {}
         self.finished: dict[str, str] = {}
         self.last: dict[str, TokenDelta] = {}
@@ -182,7 +199,7 @@ class Driver:
         """The worker group is lost and another one starts; what the old one still says comes too late."""
         late, self.outputs = self.outputs, deque()
         self.workers.lose_everything()
-        self.scheduler.new_epoch(epoch, self.limits.num_kv_blocks)
+        self.scheduler.new_epoch(epoch, self.limits.num_kv_blocks, self.limits.num_host_blocks)
         self.scheduler.check_invariants()
         for output in late:
             self.scheduler.commit(output)
@@ -209,4 +226,6 @@ class Driver:
             self.step()
         # The workers are told of the last finished rows.
         self.step()
-        assert self.scheduler.blocks.num_free_blocks == self.limits.num_kv_blocks, "a block leaked"
+        blocks = self.scheduler.blocks
+        assert blocks.num_free_blocks == self.limits.num_kv_blocks, "a block leaked"
+        assert blocks.host.num_free_blocks == self.limits.num_host_blocks, "a host block leaked"

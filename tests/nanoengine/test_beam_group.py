@@ -113,6 +113,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"num_kv_blocks": 5, "enable_prefix_caching": False, "max_num_batched_tokens": 2},
     {"num_kv_blocks": 6, "max_num_seqs": 2, "policy": "priority"},
     {"enable_chunked_prefill": False, "num_kv_blocks": 8},
+    {"num_kv_blocks": 6, "preemption_mode": "swap", "num_host_blocks": 40},
+    {"num_kv_blocks": 6, "preemption_mode": "swap", "num_host_blocks": 5, "enable_prefix_caching": False},
 ]
 
 
@@ -291,6 +293,8 @@ def test_searches_among_other_requests_under_churn(seed: int) -> None:
         max_num_batched_tokens=draw.choice([2, 9, 64]),
         enable_prefix_caching=draw.random() < 0.6,
         policy=draw.choice(["fcfs", "priority"]),
+        preemption_mode=draw.choice(["recompute", "swap"]),
+        num_host_blocks=draw.choice([0, 10, 100]),
     )
     wanted: dict[str, Any] = {}
     aborted = set()

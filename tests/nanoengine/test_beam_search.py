@@ -130,8 +130,8 @@ def test_a_beam_tells_the_log_probabilities_and_ranks_of_its_tokens() -> None:
     search = BeamSearch(BeamSearchParams(beam_width=2, max_tokens=1, logprobs=1), 1, NO_END)
     assert search.advance([told((7, -1.0), (3, -1.5), (9, -1.5))]) == []
     first, second = search.hypotheses
-    assert first.beam.logprobs(1) == ([7, 7], [-1.0, -1.0], 1)
-    assert second.beam.logprobs(0) == ([3], [-1.5], 2)
+    assert first.beam.logprobs == ([7, 7], [-1.0, -1.0], 1)
+    assert second.beam.logprobs == ([3, 7], [-1.5, -1.0], 2)
 
 
 def test_what_is_no_number_never_becomes_a_beam() -> None:
