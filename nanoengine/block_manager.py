@@ -93,15 +93,15 @@ class BlockManager:
     def match_prefix(self, seq: Sequence) -> list[int]:
         """The blocks that already hold a prefix of `seq`, from its first on, or ON_HOST; takes nothing yet.
 
-        At least the last token is left to compute, since its logits are wanted. For a swapped sequence these are all
-        that it has computed, of which some may still be on the device, or again.
+        What has an output to give is left to compute, at least the last token, since its logits are wanted. For a
+        swapped sequence these are all that it has computed, of which some may still be on the device, or again.
         """
         if seq.host_blocks:
             return [self._on_device(self.host.hash_of(block)) for block in seq.host_blocks]
         if not self.enable_prefix_caching:
             return []
         hits: list[int] = []
-        for block_hash in self._hashes(seq, (seq.num_tokens - 1) // self.block_size):
+        for block_hash in self._hashes(seq, seq.num_hittable_tokens // self.block_size):
             block = self._on_device(block_hash)
             if block == ON_HOST and self.host.find(block_hash) is None:
                 break
@@ -114,7 +114,7 @@ class BlockManager:
 
     def is_coming(self, seq: Sequence, num_hits: int) -> bool:
         """Whether another sequence is computing the block of `seq` that follows its hits."""
-        if not self.enable_prefix_caching or num_hits >= (seq.num_tokens - 1) // self.block_size:
+        if not self.enable_prefix_caching or num_hits >= seq.num_hittable_tokens // self.block_size:
             return False
         if seq.host_blocks:
             return False  # it goes on where it was

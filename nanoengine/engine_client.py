@@ -384,16 +384,17 @@ class EngineClient:
 
     def _apply(self, journal: RequestJournal, sequence: SequenceJournal, delta: TokenDelta) -> bool:
         """Accept the next tokens and how they end, if they do; says whether anything changed."""
+        told = delta.prompt_logprobs is not None and journal.add_prompt_logprobs(delta.prompt_logprobs)
         if delta.finish_reason in ("abort", "error"):  # true whatever tokens are missing
             return self._apply_ended(journal, sequence, delta)
         length = len(sequence.token_ids)
-        if delta.start > length:
-            return self._ask_again(journal, urgent=delta.finish_reason is not None)
+        if delta.start > length or journal.lacks_prompt_before(delta):
+            return self._ask_again(journal, urgent=delta.finish_reason is not None) or told
         if delta.start + len(delta.token_ids) < length:
-            return False  # known already, and so is what follows it
+            return told  # known already, and so is what follows it
         new = delta.token_ids[length - delta.start :]
         if not new and delta.finish_reason is None:
-            return False
+            return told
         logprobs = None if delta.logprobs is None else delta.logprobs[length - delta.start :]
         matched = sequence.append(new, hide_last=delta.finish_reason == "stop", logprobs=logprobs)
         if new:

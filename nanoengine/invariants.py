@@ -38,6 +38,11 @@ def check_invariants(scheduler: Scheduler) -> None:
     sampling = [seq for flight in scheduler.in_flight for seq in flight.sampled()]
     for seq in queued:
         assert seq.num_pending_tokens == sampling.count(seq), f"{seq} waits for tokens that no step samples"
+    for seq in queued:
+        if seq.prompt_log is not None and not seq.prompt_log.is_complete:
+            starts = [record.start for flight in scheduler.in_flight for record in flight.records if record.seq is seq]
+            computed = min(starts, default=seq.num_computed_tokens)
+            assert computed <= seq.prompt_log.end, f"{seq} passed over what it is to tell of"
     assert len(scheduler.running) <= scheduler.limits.max_num_seqs
     steady = {seq.seq_id for seq in queued if seq.steady is not None}
     assert steady <= {seq.seq_id for seq in scheduler.running}, "a steady decode does not run"

@@ -68,6 +68,9 @@ class SamplingParams:
     logprobs: int | None = setting(
         None, "likeliest tokens whose log-probabilities are told beside the chosen one's", minimum=0, maximum=20
     )
+    prompt_logprobs: int | None = setting(
+        None, "the same for each token of the prompt but the first; 0 tells of that token alone", minimum=0, maximum=20
+    )
     include_stop_str_in_output: bool = setting(False, "show the stop string, or stop token, that ended the text")
     skip_special_tokens: bool = setting(True, "leave special tokens out of the text")
     detokenize: bool = setting(True, "make text; false gives token ids alone")

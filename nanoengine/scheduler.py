@@ -87,7 +87,7 @@ class Scheduler:
         known = self.requests.get((message.client_id, message.request_id))
         if known is not None:
             if known.beams is None:  # nothing was told of a search yet
-                self._replay(known, message.journal)
+                self._replay(known, message)
             return
         try:
             params = SamplingParams.from_dict(message.params)
@@ -116,9 +116,11 @@ class Scheduler:
         if not is_parked(seq):
             bisect.insort(self.waiting, seq, key=self._order)
 
-    def _replay(self, request: Request, journal: list[list[int]]) -> None:
+    def _replay(self, request: Request, message: AddRequest) -> None:
         for seq in request.seqs:
-            start = len(journal[seq.index]) if seq.index < len(journal) else 0
+            start = len(message.journal[seq.index]) if seq.index < len(message.journal) else 0
+            if seq.prompt_log is not None:
+                self.outbox.emit_prompt(seq, seq.prompt_log.since(message.num_prompt_logprobs))
             self.outbox.emit(seq, start)
 
     def abort(self, client_id: str, request_id: str, index: int | None = None) -> None:
@@ -352,7 +354,7 @@ class Scheduler:
         if seq.num_sent_blocks is None:
             row.params, row.num_prompt_tokens = row_params(seq), seq.num_prompt_tokens
             row.extras = row_extras(seq, self.limits.eos_token_ids)
-            if row.extras is not None and row.extras.looks_back:
+            if row.extras is not None and row.extras.needs_past:
                 # All of it, whatever is cached: a penalty counts the tokens behind a prefix hit too.
                 row.past_token_ids = list(seq.token_ids)
         seq.num_sent_blocks = len(seq.block_table)
@@ -371,6 +373,10 @@ class Scheduler:
         flight = self.in_flight.popleft()
         assert flight.step_id == output.step_id, f"step {output.step_id} was collected where {flight.step_id} was due"
         self._costs.observe(flight.num_decodes, flight.num_prefill_tokens, output.compute_seconds)
+        for row, chunk in output.prompt_logprobs.items():
+            seq = flight.records[row - len(flight.steady)].seq
+            if seq.prompt_log is not None and not seq.is_finished:
+                self.outbox.emit_prompt(seq, seq.prompt_log.add(chunk))
         if flight.steady:
             self._commit_steady(flight, output)
         for row, record in enumerate(flight.records, start=len(flight.steady)):

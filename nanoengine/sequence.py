@@ -12,6 +12,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from nanoengine.messages import AddRequest
+from nanoengine.prompt_log import PromptLog
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.step import TokenLogprobs
 
@@ -75,6 +76,7 @@ class Sequence:
         "num_preemptions",
         "num_prompt_tokens",
         "num_sent_blocks",
+        "prompt_log",
         "request",
         "seq_id",
         "status",
@@ -103,6 +105,10 @@ class Sequence:
         # One entry an output token, where they are asked for. Those of the journal are with the front end.
         asked = request.sampling_params.logprobs is not None
         self.logprobs: list[TokenLogprobs | None] | None = [None] * len(journal) if asked else None
+        # Those of the prompt are told once, by the first sequence.
+        self.prompt_log: PromptLog | None = None
+        if index == 0 and request.sampling_params.prompt_logprobs is not None:
+            self.prompt_log = PromptLog(request.num_prompt_logprobs, self.num_prompt_tokens - 1)
 
     @property
     def num_tokens(self) -> int:
@@ -163,6 +169,16 @@ class Sequence:
         return 1 if self.steady is not None else len(self.token_ids) + self._num_pending - self._num_computed
 
     @property
+    def num_hittable_tokens(self) -> int:
+        """How many tokens a prefix hit may cover: what has an output to give must be computed, the last token for one.
+
+        So must every prompt token whose logits somebody waits for.
+        """
+        if self.prompt_log is None or self.prompt_log.is_complete:
+            return len(self.token_ids) - 1
+        return self.prompt_log.end
+
+    @property
     def is_finished(self) -> bool:
         """Whether no token will follow."""
         return self.status.is_finished
@@ -201,7 +217,8 @@ class Sequence:
 class Request:
     """One client request and its sequences. `prompt` is the text it came from, where that is known here.
 
-    Only requests of the same `cache_salt` share cached prefixes.
+    Only requests of the same `cache_salt` share cached prefixes. `num_prompt_logprobs` entries of the prompt's
+    log-probabilities are with the front end already.
     """
 
     __slots__ = (
@@ -211,6 +228,7 @@ class Request:
         "client_id",
         "first_scheduled_time",
         "num_cached_tokens",
+        "num_prompt_logprobs",
         "priority",
         "prompt",
         "prompt_token_ids",
@@ -232,6 +250,7 @@ class Request:
         priority: int = 0,
         seed: int = 0,
         cache_salt: str = "",
+        num_prompt_logprobs: int = 0,
     ) -> None:
         self.request_id = request_id
         self.client_id = client_id
@@ -242,6 +261,7 @@ class Request:
         self.priority = priority
         self.seed = seed
         self.cache_salt = cache_salt
+        self.num_prompt_logprobs = num_prompt_logprobs
         self.first_scheduled_time: float | None = None
         self.beams: BeamGroup | None = None  # of a beam search; `seqs` are its beams then
         self.num_cached_tokens = 0  # of the prompt, when the first of its sequences was scheduled first
@@ -259,6 +279,7 @@ class Request:
             priority=message.priority,
             seed=message.seed,
             cache_salt=message.cache_salt,
+            num_prompt_logprobs=message.num_prompt_logprobs,
         )
         request.beams = beams
         return request

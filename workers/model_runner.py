@@ -32,6 +32,7 @@ from workers.logprobs import log_probabilities, token_logprobs
 from workers.model_loader import ModelLoader, resolve_dtype
 from workers.models.decoder import Decoder
 from workers.parallel import Communicator
+from workers.prompt_logprobs import tell_prompts
 from workers.sampler import sample
 
 logger = logging.getLogger(__name__)
@@ -157,8 +158,8 @@ class ModelRunner:
             for row, token in zip(batch.sampled, ids, strict=True):
                 token_ids[row] = [token]
                 self._previous[batch.seq_ids[row]] = token
-        seq_ids = [] if batch is None else batch.seq_ids
-        return StepOutput(step.epoch, step.step_id, seq_ids, token_ids, time.perf_counter() - began, logprobs)
+        seq_ids, told = ([], {}) if batch is None else (batch.seq_ids, batch.prompt_logprobs)
+        return StepOutput(step.epoch, step.step_id, seq_ids, token_ids, time.perf_counter() - began, logprobs, told)
 
     @torch.inference_mode()
     def compute_logits(self, step: StepInput) -> tuple[Batch | None, torch.Tensor | None]:
@@ -181,6 +182,9 @@ class ModelRunner:
     def _forward(self, batch: Batch, kv_caches: list[torch.Tensor]) -> torch.Tensor | None:
         with forward_context(ForwardContext(batch.metadata, kv_caches)):
             hidden = self.model(batch.input_ids, batch.positions)  # (num_tokens, hidden_size)
+        if batch.prompt_spans:
+            vocab_size = self._config.resolved_checkpoint.vocab_size
+            batch.prompt_logprobs = tell_prompts(self.model.compute_logits, hidden, batch.prompt_spans, vocab_size)
         if not batch.sampled:
             return None
         rows = hidden.index_select(0, batch.logits_rows)

@@ -18,6 +18,7 @@ from nanoengine.prompts import PromptInput, check_cache_salt
 from nanoengine.sampling_params import SamplingParams
 
 MAX_PROMPTS = 1024
+DEFAULT_MAX_TOKENS = 16
 # What one request may generate at once, over all of its prompts.
 MAX_SEQUENCES = 16384
 _ANYTHING = object()
@@ -30,7 +31,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
     "documents": ([],),
-    "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
     "include_reasoning": (_ANYTHING,),
@@ -39,7 +39,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (_ANYTHING,),
     "prediction": (),
     "prompt_cache_key": (_ANYTHING,),
-    "prompt_logprobs": (),
     "reasoning_effort": (),
     "response_format": ({"type": "text"},),
     "safety_identifier": (_ANYTHING,),
@@ -76,6 +75,7 @@ _SAMPLING_FIELDS = (
     "min_p",
     "seed",
     "min_tokens",
+    "prompt_logprobs",
     "ignore_eos",
     "presence_penalty",
     "frequency_penalty",
@@ -144,6 +144,8 @@ class SamplingFields(Body):
     seed: int | None = None
     max_tokens: int | None = None
     min_tokens: int | None = None
+    prompt_logprobs: int | None = None
+    echo: bool | None = None
     ignore_eos: bool | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
@@ -195,21 +197,21 @@ class SamplingFields(Body):
     def params(self, defaults: Mapping[str, Any]) -> SamplingParams | BeamSearchParams:
         """The parameters of each prompt. Raises RequestError for an impossible value."""
         if self.use_beam_search:
-            return self.beam_search_params()
+            return self.beam_search_params(defaults)
         for name, neutral in (("length_penalty", 1), ("early_stopping", False)):
             value = getattr(self, name)
             if value is not None and not _same(value, neutral):
                 raise RequestError(f"{name} needs use_beam_search: true, got {value!r:.100}", name)
         return self.sampling_params(defaults)
 
-    def beam_search_params(self) -> BeamSearchParams:
-        """The parameters of a beam search of `n` beams; no default of the model's applies.
+    def beam_search_params(self, defaults: Mapping[str, Any]) -> BeamSearchParams:
+        """The parameters of a beam search of `n` beams; of the model's defaults only its length applies.
 
         Raises RequestError for an impossible value, and for a field that samples or stops in a way that it does not.
         """
         if self.stream:
             raise RequestError("stream must be false with use_beam_search, which ends before it can tell", "stream")
-        given = self._given_params()
+        given = {name: defaults[name] for name in defaults if name == "max_tokens"} | self._given_params()
         taken = {field.name for field in dataclasses.fields(BeamSearchParams)}
         own = {name: value for name, value in given.items() if name in taken}
         width = given.get("n", 1)
@@ -238,7 +240,7 @@ class SamplingFields(Body):
         return params
 
     def own_params(self) -> dict[str, int | None]:
-        """`max_tokens` and `logprobs`, which the routes spell differently, where they are not left out."""
+        """What the routes spell or default differently: `max_tokens`, `logprobs` and what follows from them."""
         raise NotImplementedError
 
 
@@ -248,10 +250,19 @@ class CompletionRequest(SamplingFields):
     prompt: Prompt
     logprobs: int | None = None
 
+    @property
+    def echo_alone(self) -> bool:
+        """Whether the prompt is all that is asked for."""
+        return bool(self.echo) and self.max_tokens == 0
+
     def own_params(self) -> dict[str, int | None]:
-        # Left out, max_tokens is OpenAI's 16; null says "as many as fit", as in SamplingParams.
-        length = {"max_tokens": self.max_tokens} if "max_tokens" in self.model_fields_set else {}
-        return length | {"logprobs": self.logprobs}
+        # Left out, max_tokens is OpenAI's 16 whatever the checkpoint says; null says "as many as fit", as in
+        # SamplingParams. An engine that is asked for the prompt alone generates one token that nobody sees.
+        length = self.max_tokens if "max_tokens" in self.model_fields_set else DEFAULT_MAX_TOKENS
+        own = {"max_tokens": 1 if self.echo_alone else length, "logprobs": self.logprobs}
+        if self.echo and self.prompt_logprobs is None:
+            own["prompt_logprobs"] = self.logprobs
+        return own
 
     def prompts(self) -> list[str] | list[list[int]]:
         """The prompts, all text or all token ids. Raises RequestError for any other form."""
@@ -283,14 +294,14 @@ class ChatCompletionRequest(SamplingFields):
             raise RequestError(f"top_logprobs needs logprobs: true, got {self.top_logprobs}", "top_logprobs")
 
     def own_params(self) -> dict[str, int | None]:
-        return {
-            "max_tokens": self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens,
-            "logprobs": (self.top_logprobs or 0) if self.logprobs else None,
-        }
+        length = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        own = {"logprobs": (self.top_logprobs or 0) if self.logprobs else None}
+        # Left out or null, it is what the checkpoint says, or as many as fit.
+        return own if length is None else own | {"max_tokens": length}
 
     def params(self, defaults: Mapping[str, Any]) -> SamplingParams | BeamSearchParams:
         try:
-            return super().params(defaults)
+            return super().params({"max_tokens": None, **defaults})
         except RequestError as error:
             renamed = {"logprobs": "top_logprobs"}
             if self.max_completion_tokens is not None:
@@ -317,6 +328,11 @@ class DetokenizeRequest(Body):
 
     model: str | None = None
     tokens: list[int]
+
+
+def repeated_message(messages: list[dict[str, Any]], echo: bool | None) -> str:
+    """What `echo` puts in front of the answer to a conversation: a last message of the assistant's, as in vLLM."""
+    return str(messages[-1]["content"]) if echo and messages[-1]["role"] == "assistant" else ""
 
 
 def check_num_sequences(num_prompts: int, params: SamplingParams | BeamSearchParams) -> None:

@@ -187,7 +187,7 @@ def test_generation_config_gives_sampling_defaults_unless_it_is_ignored(tmp_path
     given = {"temperature": 0.6, "top_k": 20, "top_p": None, "do_sample": True, "max_new_tokens": 5, "eos_token_id": 9}
     (tmp_path / "generation_config.json").write_text(json.dumps(given))
     config = EngineConfig.create(model=write_config(tmp_path)).resolve()
-    assert config.default_sampling == {"temperature": 0.6, "top_k": 20}
+    assert config.default_sampling == {"temperature": 0.6, "top_k": 20, "max_tokens": 5}
     assert EngineConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     ignored = EngineConfig.create(model=write_config(tmp_path), generation_config="none").resolve()
     assert ignored.default_sampling == {}

@@ -76,7 +76,7 @@ class FakeEngine:
         self.open.add(request_id)
         finished = False
         try:
-            for output in self._outputs(request_id, prompt, request.params, request.max_tokens):
+            for output in self._told(prompt, request.params, request_id, request.max_tokens):
                 await asyncio.sleep(self.delay)
                 finished = output.finished
                 yield output
@@ -103,6 +103,22 @@ class FakeEngine:
 
     async def reset_prefix_cache(self) -> None:
         self.num_resets += 1
+
+    def _told(
+        self, prompt: list[int], params: SamplingParams, request_id: str, max_tokens: int
+    ) -> Iterator[RequestOutput]:
+        """All outputs; where the prompt is told of, half of it comes before the first token."""
+        if params.prompt_logprobs is None:
+            yield from self._outputs(request_id, prompt, params, max_tokens)
+            return
+        number = params.prompt_logprobs
+        entries = [None, *(self._logprobs(token, number) for token in prompt[1:])]
+        nothing = [CompletionOutput(index, "", []) for index in range(params.n)]
+        half = entries[: 1 + len(entries) // 2]
+        yield RequestOutput(request_id, None, prompt, nothing, False, RequestMetrics(time.time()), half)
+        for output in self._outputs(request_id, prompt, params, max_tokens):
+            output.prompt_logprobs = entries
+            yield output
 
     def _outputs(
         self, request_id: str, prompt: list[int], params: SamplingParams, max_tokens: int

@@ -70,6 +70,20 @@ def test_the_openai_client_gets_the_capital_of_china(url: str) -> None:
         assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices[0].finish_reason] == ["stop"]
 
 
+def test_a_tokens_log_probability_is_the_same_generated_and_as_a_prompt(url: str) -> None:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        asked = {"model": "demo", "prompt": PROMPT, "temperature": 0, "max_tokens": 8, "logprobs": 1}
+        (made,) = client.completions.create(**asked, echo=True, extra_body={"return_token_ids": True}).choices
+        whole = [*made.prompt_token_ids, *made.token_ids]  # type: ignore[attr-defined]
+        (told,) = client.completions.create(**asked | {"prompt": whole, "max_tokens": 0}, echo=True).choices
+        assert made.text.startswith(PROMPT + "北京")
+        assert told.text.startswith(made.text)
+        assert told.logprobs == made.logprobs
+        assert told.logprobs is not None
+        assert told.logprobs.token_logprobs is not None
+        assert len(told.logprobs.token_logprobs) == len(whole)
+
+
 def test_the_openai_client_gets_several_choices(url: str) -> None:
     asked = [{"role": "user", "content": "Tell me something."}]
     common = {"model": "demo", "temperature": 2.0, "seed": 5, "max_tokens": 16}

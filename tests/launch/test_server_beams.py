@@ -81,3 +81,12 @@ def test_llm_searches_on_a_running_server(engine: FakeEngine) -> None:
         (output,) = llm.beam_search(["a"], params)
     assert [each.text for each in output.outputs] == ANSWERS
     assert engine.beams == [params]
+
+
+async def test_echo_shows_the_prompt_before_each_beam_but_tells_no_log_probabilities_of_it(engine: FakeEngine) -> None:
+    async with client_of(engine) as client:
+        wanted = body_of("/v1/completions") | {"echo": True}
+        body = (await client.post("/v1/completions", json=wanted)).json()
+        assert [choice["text"] for choice in body["choices"]] == [f"a{answer}" for answer in ANSWERS]
+        error = error_of(await client.post("/v1/completions", json=wanted | {"logprobs": 1}), 400)
+        assert error["param"] == "prompt_logprobs"

@@ -9,7 +9,6 @@ import pytest
 
 from nanoengine.beam_params import BeamSearchParams
 from nanoengine.beam_search import BeamSearch
-from nanoengine.messages import AddRequest
 from nanoengine.step import Epoch, StepInput, StepOutput, TokenLogprobs
 from tests.nanoengine.scheduler_driver import EOS, VOCAB, Driver, FakeWorkers, expected_output, output_name
 
@@ -76,22 +75,7 @@ class BeamDriver(Driver):
 
     def search(self, request_id: str, prompt: list[int], timeout: float | None = None, **params: Any) -> None:
         beams = BeamSearchParams(**({"beam_width": WIDTH, "max_tokens": 8} | params))
-        for index in range(beams.beam_width):
-            self.tokens[output_name(request_id, index)] = []
-        message = AddRequest(
-            "c",
-            request_id,
-            prompt,
-            beams.sampling_params().to_dict(),
-            seed=0,
-            arrival_time=self.now,
-            priority=0,
-            journal=[[] for _ in range(beams.beam_width)],
-            timeout=timeout,
-            beam_search=beams.to_dict(),
-        )
-        self.scheduler.add(message)
-        self.receive()
+        self.add(request_id, prompt, timeout=timeout, beams=beams)
 
     def found(self, request_id: str, width: int = WIDTH) -> list[tuple[list[int], str]]:
         """Tokens and finish reason of each output of a search that is over."""

@@ -23,16 +23,17 @@ from nanoengine.messages import (
     decode,
     encode,
 )
-from nanoengine.step import PREVIOUS_SAMPLE, Epoch, RowParams, SequenceState, StepInput, StepOutput
+from nanoengine.step import PREVIOUS_SAMPLE, Epoch, PromptLogprobs, RowParams, SequenceState, StepInput, StepOutput
 
 MESSAGES = [
     Hello("client"),
     AddRequest("c", "r", [1, 2, 3], {"temperature": 0.5, "stop": ["a"]}, 2**63 - 1, 1.5, 0, [[4, 5]]),
-    AddRequest("c", "r", [1], {}, 0, 1.5, 0, [[]], cache_salt="tenant"),
+    AddRequest("c", "r", [1], {}, 0, 1.5, 0, [[]], cache_salt="tenant", num_prompt_logprobs=3),
     Abort("r", None, "client went away"),
     ResetPrefixCache(),
     Ready(1, 100, 16, 4096, "bfloat16", "cpu"),
     Deltas(1, [TokenDelta("r", 0, 3, [7], "stop", 9, None, {"queue_seconds": 0.25}), TokenDelta("s", 0, 0, [])]),
+    Deltas(1, [TokenDelta("r", 0, 0, [], prompt_logprobs=PromptLogprobs(7, 2, b"01234567", b"89abcdef", b"0123"))]),
     EngineFailure(2, {"kind": "WorkerError", "message": "rank 1 died", "rank": 1}),
 ]
 
@@ -82,6 +83,16 @@ def test_step_input_survives_its_trip(state: list[SequenceState], copies: list, 
 def test_step_output_survives_its_trip(token_ids: list[list[int]]) -> None:
     output = StepOutput(Epoch(2, 3), 17, list(range(len(token_ids))), token_ids, 0.5)
     assert StepOutput.unpack(pickle.loads(output.pack())) == output  # noqa: S301 - our own bytes
+
+
+def test_prompt_log_probabilities_survive_their_trip_and_malformed_ones_are_refused() -> None:
+    told = PromptLogprobs(7, 2, b"01234567", b"89abcdef", b"0123")
+    output = StepOutput(Epoch(2, 3), 17, [5, 6], [[], [1]], 0.5, {}, {0: told})
+    columns = pickle.loads(output.pack())  # noqa: S301 - our own bytes
+    assert StepOutput.unpack(columns) == output
+    for broken in ({2: told}, {0: told[:4]}, {0: told._replace(ranks=b"01234567")}):
+        with pytest.raises(ChannelError):
+            StepOutput.unpack((*columns[:-1], broken))
 
 
 @pytest.mark.parametrize("columns", [None, (), (1, 2), ((1, 1), 1, [], [1], [5], [1], [0], [0], [], b"", [], [])])
