@@ -8,6 +8,7 @@ ever written to. `EngineConfig.resolve` makes the layers agree with each other a
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from configs.checkpoint import CheckpointConfig, load_checkpoint_config
@@ -228,6 +229,20 @@ class EngineConfig:
             model_dir=str(model_dir),
             checkpoint=checkpoint,
         )
+
+    @property
+    def tokenizer_file(self) -> Path | None:
+        """The tokenizer.json of a resolved config; None where there is none, or no tokenizer is wanted.
+
+        Raises:
+            UnknownModelError: the setting `tokenizer` names nothing.
+        """
+        if self.model.skip_tokenizer_init:
+            return None
+        directory = self.model_dir if self.model.tokenizer is None else load_model_path(self.model.tokenizer)
+        assert directory is not None, "resolve() comes first"
+        path = Path(directory) / "tokenizer.json"
+        return path if path.is_file() else None
 
     def _agreed_max_model_len(self, checkpoint: CheckpointConfig) -> int:
         limit, why = checkpoint.max_position_embeddings, "the checkpoint's max_position_embeddings"

@@ -29,7 +29,7 @@ from configs.errors import (
 )
 from nanoengine.beam_params import BeamSearchParams
 from nanoengine.beam_search import beams_of
-from nanoengine.journal import RequestJournal, SequenceJournal
+from nanoengine.journal import CheckedRequest, RequestJournal, SequenceJournal
 from nanoengine.messages import (
     Abort,
     AddRequest,
@@ -60,18 +60,6 @@ PING_INTERVAL = 5.0
 SILENCE_GRACE = 30.0
 # Between two calls of `watch` no more than this counts as silence: this process may have been suspended itself.
 _LONGEST_WATCH_GAP = 2.0
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class CheckedRequest:
-    """A request that was checked and may be added; `max_tokens` is what fits into max_model_len."""
-
-    prompt: str | None
-    prompt_token_ids: list[int]
-    params: SamplingParams
-    max_tokens: int
-    cache_salt: str = ""
-    beams: BeamSearchParams | None = None
 
 
 class EngineClient:
@@ -135,12 +123,15 @@ class EngineClient:
             )
         return dataclasses.replace(prompt, token_ids=self.tokenizer.encode(prompt.text))
 
-    def check(self, prompt: Prompt, params: SamplingParams | BeamSearchParams | None = None) -> CheckedRequest:
+    def check(
+        self, prompt: Prompt, params: SamplingParams | BeamSearchParams | None = None, grammar: str = ""
+    ) -> CheckedRequest:
         """Check a request against model and settings; nothing is sent.
 
         A prompt must leave room for one token within max_model_len. More tokens than fit are not refused: the
         output ends there with finish reason `length`, as vLLM's engine does it, and so does max_tokens None.
-        Parameters that are given are taken as they are; the checkpoint's defaults stand in for None.
+        Parameters that are given are taken as they are; the checkpoint's defaults stand in for None. Whoever calls
+        has compiled their structured_outputs to `grammar`.
 
         Raises:
             RequestError: it cannot be served as it stands; `param` names the field at fault.
@@ -148,6 +139,7 @@ class EngineClient:
         beams = beams_of(params, self.config.resolved_checkpoint)
         asked = params if beams is None else beams.sampling_params()
         params = check_params(asked) or SamplingParams(**self.config.default_sampling)
+        assert bool(grammar) == (params.structured_outputs is not None), "compile structured_outputs first"
         encoded = self.encode(prompt)
         token_ids = encoded.token_ids or []
         self._check_prompt(token_ids)
@@ -156,7 +148,7 @@ class EngineClient:
             params = self._tokenise_bad_words(params)
         room = self.config.max_model_len - len(token_ids)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
-        return CheckedRequest(encoded.text, token_ids, params, max_tokens, encoded.cache_salt, beams)
+        return CheckedRequest(encoded.text, token_ids, params, max_tokens, encoded.cache_salt, grammar, beams)
 
     def _check_prompt(self, token_ids: list[int]) -> None:
         if not token_ids:
@@ -272,6 +264,7 @@ class EngineClient:
             self.tokenizer,
             request.cache_salt,
             self._timeout(timeout),
+            request.grammar,
             request.beams,
         )
         self._queued[journal.wire_id] = len(request.prompt_token_ids)

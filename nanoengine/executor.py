@@ -171,7 +171,7 @@ class MultiprocessExecutor(Executor):
             group = self._running()
             if self._in_flight and not group.outputs:
                 self._guard(group.receive_outputs)  # whoever has answered lives
-            if not group.outputs:
+            if not group.outputs and group.wants_check():
                 self.watch()
             if group.outputs:
                 return self._take(group.outputs.popleft())

@@ -26,6 +26,22 @@ if TYPE_CHECKING:
 _METRIC_TYPES = {"num_cached_tokens": int, "num_preemptions": int, "queue_seconds": float}
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class CheckedRequest:
+    """A request that was checked and may be added.
+
+    `max_tokens` is what fits into max_model_len, `grammar` what its structured_outputs were compiled to.
+    """
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    max_tokens: int
+    cache_salt: str = ""
+    grammar: str = ""
+    beams: BeamSearchParams | None = None
+
+
 class SequenceJournal:
     """Tokens and text of one sequence. Without a tokenizer the text stays empty."""
 
@@ -193,6 +209,7 @@ class RequestJournal:
         tokenizer: Tokenizer | None,
         cache_salt: str = "",
         timeout: float | None = None,
+        grammar: str = "",
         beams: BeamSearchParams | None = None,
     ) -> None:
         self.request_id = request_id
@@ -205,6 +222,7 @@ class RequestJournal:
         self.priority = priority
         self.cache_salt = cache_salt
         self.timeout = timeout
+        self.grammar = grammar
         self.beams = beams
         self.metrics = RequestMetrics(arrival_time)
         self.sequences = [SequenceJournal(i, prompt_token_ids, params, tokenizer) for i in range(params.num_sequences)]
@@ -323,7 +341,7 @@ class RequestJournal:
         params["min_tokens"] = min(self.params.min_tokens, self.max_tokens)
         if self.params.ranks_candidates and self.params.logprobs is None:
             params["logprobs"] = 0  # of the sampled tokens, to rank by
-        for name in ("stop", "bad_words"):  # text is this side's business
+        for name in ("stop", "bad_words", "structured_outputs"):  # text is this side's business
             del params[name]
         add = AddRequest(
             client_id=client_id,
@@ -338,6 +356,7 @@ class RequestJournal:
             cache_salt=self.cache_salt,
             timeout=self.timeout,
             num_prompt_logprobs=self.num_prompt_logprobs,
+            grammar=self.grammar,
             beam_search=None if self.beams is None else self.beams.to_dict(),
         )
         # A sequence that a stop string ended looks unfinished to a scheduler that knows its tokens only.

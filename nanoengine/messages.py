@@ -33,7 +33,8 @@ class AddRequest:
     if they had just been sampled, and the answer goes on behind them. `seed` was drawn by the front end.
     `params` is `SamplingParams.to_dict()`. Only requests of the same `cache_salt` share cached prefixes.
     `timeout` seconds after its arrival the request ends with an error, complete or not. `num_prompt_logprobs` entries
-    of the prompt's log-probabilities are journalled already.
+    of the prompt's log-probabilities are journalled already. `grammar` is what the outputs must match, in llguidance's
+    form; the front end has compiled it.
     `beam_search` is `BeamSearchParams.to_dict()`: the outputs, as many as its width, are told at the end, best first.
     Such a request has no journal to go on from, and starts again.
     """
@@ -49,6 +50,7 @@ class AddRequest:
     cache_salt: str = ""
     timeout: float | None = None
     num_prompt_logprobs: int = 0
+    grammar: str = ""
     beam_search: dict[str, Any] | None = None
 
 

@@ -37,6 +37,8 @@ def row_extras(seq: Sequence, eos_token_ids: frozenset[int]) -> RowExtras | None
         min_tokens=params.min_tokens,
         stop_token_ids=stops,
         num_logprobs=_num_logprobs(seq),
+        grammar=seq.request.grammar,
+        ignore_eos=params.ignore_eos and bool(seq.request.grammar),
     )
     if log is not None:
         # What is computed already was told, or a step in flight tells it.

@@ -25,7 +25,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from configs.errors import RequestError, RequestTimeoutError, to_wire
+from configs.errors import RequestError, RequestTimeoutError, from_wire, to_wire
 from nanoengine.admission import SchedulerLimits, check_admissible, reserved_blocks, serving_order
 from nanoengine.beam_group import begin_search, end_search, is_parked, make_way, take_told
 from nanoengine.block_manager import BlockManager
@@ -208,13 +208,15 @@ class Scheduler:
 
     def _grow_steady(self, batch: StepBatch) -> list[Sequence]:
         """Give each steady decode that comes to a block's boundary a new block; returns who got one."""
-        grown = []
-        for seq in self.steady.at_boundary() if self.steady else ():
+        due, grown = self.steady.at_boundary(), []
+        if self.blocks.can_allocate(len(due)):
+            self.blocks.extend(due)
+            return due
+        for seq in due:
             if seq.steady is None:
                 continue  # it had to give way to an older one
             if self._make_room(seq, 1, batch):
                 self.blocks.allocate(seq, seq.num_computed_tokens + 1)
-                seq.num_sent_blocks = len(seq.block_table)
                 grown.append(seq)
             elif seq.steady is not None:
                 self.steady.leave(seq)  # it cannot take this step
@@ -374,9 +376,11 @@ class Scheduler:
         assert flight.step_id == output.step_id, f"step {output.step_id} was collected where {flight.step_id} was due"
         self._costs.observe(flight.num_decodes, flight.num_prefill_tokens, output.compute_seconds)
         for row, chunk in output.prompt_logprobs.items():
-            seq = flight.records[row - len(flight.steady)].seq
+            seq = flight.record(row).seq
             if seq.prompt_log is not None and not seq.is_finished:
                 self.outbox.emit_prompt(seq, seq.prompt_log.add(chunk))
+        for row, error in output.errors.items():
+            self._fail(flight.seq_of(row).request, from_wire(error))
         if flight.steady:
             self._commit_steady(flight, output)
         for row, record in enumerate(flight.records, start=len(flight.steady)):
@@ -390,7 +394,7 @@ class Scheduler:
         if token_ids:
             self.outbox.emit_columns(rows, flight.age, token_ids)
         for row in odd:
-            self._commit_row(flight.steady_record(row), output, row)
+            self._commit_row(flight.record(row), output, row)
 
     def _commit_row(self, record: ScheduledRow, output: StepOutput, row: int) -> None:
         seq = record.seq
@@ -419,7 +423,7 @@ class Scheduler:
     def _stop_status(self, seq: Sequence) -> SequenceStatus | None:
         """Whether the newest token ends the sequence, and how."""
         params, token_id = seq.request.sampling_params, seq.token_ids[-1]
-        if token_id in self.limits.eos_token_ids and not params.ignore_eos:
+        if token_id in self.limits.eos_token_ids and not seq.request.ignores_eos:
             return SequenceStatus.FINISHED_STOPPED
         if token_id in (params.stop_token_ids or ()):
             seq.stop_reason = token_id

@@ -218,7 +218,8 @@ class Request:
     """One client request and its sequences. `prompt` is the text it came from, where that is known here.
 
     Only requests of the same `cache_salt` share cached prefixes. `num_prompt_logprobs` entries of the prompt's
-    log-probabilities are with the front end already.
+    log-probabilities are with the front end already. An eos ends an output that matches a `grammar` even under
+    ignore_eos: the workers let it come only where nothing else can.
     """
 
     __slots__ = (
@@ -227,6 +228,8 @@ class Request:
         "cache_salt",
         "client_id",
         "first_scheduled_time",
+        "grammar",
+        "ignores_eos",
         "num_cached_tokens",
         "num_prompt_logprobs",
         "priority",
@@ -251,6 +254,7 @@ class Request:
         seed: int = 0,
         cache_salt: str = "",
         num_prompt_logprobs: int = 0,
+        grammar: str = "",
     ) -> None:
         self.request_id = request_id
         self.client_id = client_id
@@ -262,6 +266,8 @@ class Request:
         self.seed = seed
         self.cache_salt = cache_salt
         self.num_prompt_logprobs = num_prompt_logprobs
+        self.grammar = grammar
+        self.ignores_eos = sampling_params.ignore_eos and not grammar
         self.first_scheduled_time: float | None = None
         self.beams: BeamGroup | None = None  # of a beam search; `seqs` are its beams then
         self.num_cached_tokens = 0  # of the prompt, when the first of its sequences was scheduled first
@@ -280,6 +286,7 @@ class Request:
             seed=message.seed,
             cache_salt=message.cache_salt,
             num_prompt_logprobs=message.num_prompt_logprobs,
+            grammar=message.grammar,
         )
         request.beams = beams
         return request

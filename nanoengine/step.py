@@ -159,6 +159,8 @@ class RowExtras(NamedTuple):
     others were just generated. `num_logprobs` of the likeliest tokens' log-probabilities are told, none if it is -1.
     The same goes for `num_prompt_logprobs` and the prompt's tokens, from entry `first_prompt_logprob` on (see
     `PromptLogprobs`); the entries before it were told already.
+    `grammar`, in llguidance's form, is what the output must match; under `ignore_eos` eos then waits until the
+    grammar allows nothing else.
     """
 
     presence_penalty: float = 0.0
@@ -172,11 +174,14 @@ class RowExtras(NamedTuple):
     num_logprobs: int = -1
     num_prompt_logprobs: int = -1
     first_prompt_logprob: int = 0
+    grammar: str = ""
+    ignore_eos: bool = False
 
     @property
     def looks_back(self) -> bool:
         """Whether what is sampled depends on the row's tokens so far, cached ones included."""
-        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0 or self.bad_words)
+        penalised = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
+        return bool(penalised or self.bad_words or self.grammar)
 
     @property
     def needs_past(self) -> bool:
@@ -380,6 +385,7 @@ class StepOutput:
         compute_seconds: wall time of the step on rank 0.
         logprobs: for each row (by its number) that asked for them, one entry a sampled token.
         prompt_logprobs: for each row (by its number) that asked for them, what this step told of its prompt.
+        errors: `configs.errors.to_wire` of what ended a row, by its number; such a row has no token.
     """
 
     epoch: Epoch
@@ -389,6 +395,7 @@ class StepOutput:
     compute_seconds: float = 0.0
     logprobs: dict[int, list[TokenLogprobs]] = dataclasses.field(default_factory=dict)
     prompt_logprobs: dict[int, PromptLogprobs] = dataclasses.field(default_factory=dict)
+    errors: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.seq_ids, self.token_ids = int_column(self.seq_ids), TokenLists.of(self.token_ids)
@@ -410,6 +417,7 @@ class StepOutput:
             self.compute_seconds,
             self.logprobs,
             {row: tuple(chunk) for row, chunk in self.prompt_logprobs.items()},
+            self.errors,
         )
         return pickle.dumps(columns, protocol=5)
 
@@ -417,7 +425,7 @@ class StepOutput:
     def unpack(cls, columns: Any) -> StepOutput:
         """Rebuild from what the channel's restricted unpickler read. Raises ChannelError when malformed."""
         try:
-            epoch, step_id, packed_seq_ids, counts, flat, seconds, logprobs, told = columns
+            epoch, step_id, packed_seq_ids, counts, flat, seconds, logprobs, told, errors = columns
             seq_ids = _unpack_column(packed_seq_ids)
             tokens = TokenLists(_unpack_column(flat), None if counts is None else _unpack_column(counts))
             if len(tokens) != len(seq_ids) or (tokens.counts is not None and sum(tokens.counts) != len(tokens.flat)):
@@ -427,6 +435,8 @@ class StepOutput:
             prompt_logprobs = {row: PromptLogprobs.checked(fields) for row, fields in told.items()}
             if not all(0 <= row < len(seq_ids) for row in prompt_logprobs):
                 raise ValueError("prompt log-probabilities of no row")
-            return cls(Epoch(*epoch), step_id, seq_ids, tokens, seconds, logprobs, prompt_logprobs)
+            if any(tokens[row] for row in errors):
+                raise ValueError("a row that failed has a token")
+            return cls(Epoch(*epoch), step_id, seq_ids, tokens, seconds, logprobs, prompt_logprobs, errors)
         except (TypeError, ValueError, IndexError, AttributeError) as error:
             raise ChannelError(f"malformed step output: {error}") from error

@@ -30,6 +30,7 @@ from workers.forward_context import AttentionMetadata
 from workers.logits_processors import RowProcessor
 from workers.prompt_logprobs import PromptRows, PromptSpan
 from workers.sampler import SamplingRows
+from workers.structured import GrammarMatchers
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -149,6 +150,7 @@ class InputBatch:
         vocab_size: every token id is below it.
         device: where the tensors of a step go.
         samples: whether this rank samples; others need nothing of a row's past.
+        grammars: makes the matchers of rows that have a grammar; not needed where nothing is sampled.
     """
 
     def __init__(
@@ -159,6 +161,7 @@ class InputBatch:
         vocab_size: int,
         device: torch.device,
         samples: bool = True,
+        grammars: GrammarMatchers | None = None,
     ) -> None:
         self._num_blocks = num_blocks
         self._block_size = block_size
@@ -166,6 +169,7 @@ class InputBatch:
         self._vocab_size = vocab_size
         self._device = device
         self._samples = samples
+        self._grammars = grammars
         self._rows = _Rows(-(-max_model_len // block_size))
         self._line_of: dict[int, int] = {}  # by seq_id
         self._processors: dict[int, RowProcessor] = {}  # of the few that have extras, by seq_id
@@ -286,7 +290,11 @@ class InputBatch:
             return None
         if state.extras.looks_back and len(state.past_token_ids) < state.num_computed_tokens + len(state.token_ids):
             raise EngineError(f"sequence {state.seq_id} came with parameters that look at its past, and without it")
-        return RowProcessor(state.extras, state.num_prompt_tokens, state.past_token_ids)
+        matcher = None
+        if state.extras.grammar:
+            assert self._grammars is not None, "a rank that samples has them"
+            matcher = self._grammars.row(state.extras.grammar, state.past_token_ids[state.num_prompt_tokens :])
+        return RowProcessor(state.extras, state.num_prompt_tokens, state.past_token_ids, matcher)
 
     def _check_tokens(self, state: SequenceState) -> None:
         tokens, computed = state.token_ids, state.num_computed_tokens

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +37,7 @@ from workers.models.decoder import Decoder
 from workers.parallel import Communicator
 from workers.prompt_logprobs import tell_prompts
 from workers.sampler import sample
+from workers.structured import BoolArray, GrammarMatchers, constrain
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +70,9 @@ class ModelRunner:
         self._batch: InputBatch | None = None
         # Rank 0 only: what the last step sampled, for rows of the next step that say PREVIOUS_SAMPLE.
         self._previous: dict[int, int] = {}
+        # Rank 0 only: what the outputs' grammars allow, computed beside the forward pass.
+        self._grammars = GrammarMatchers(config, torch.get_num_threads()) if communicator.rank == 0 else None
+        self._masks: Future[BoolArray] | None = None
 
     @property
     def dtype_name(self) -> str:
@@ -84,6 +91,8 @@ class ModelRunner:
         Raises:
             CheckpointError: the checkpoint is incomplete, misshapen or of a refused format.
         """
+        if self._grammars is not None:
+            self._grammars.load()
         self._model = ModelLoader(self._config).load_model(self._device, self._communicator, self._dtype)
 
     def max_kv_blocks(self) -> int:
@@ -152,14 +161,17 @@ class ModelRunner:
             return None
         token_ids: list[list[int]] = [[] for _ in range(step.num_rows)]
         logprobs: dict[int, list[TokenLogprobs]] = {}
+        errors: dict[int, dict[str, Any]] = {}
         self._previous = {}
         if batch is not None:
-            ids, logprobs = _sample(logits, batch)
+            ids, logprobs, errors = _sample(logits, batch, self._constrain)
             for row, token in zip(batch.sampled, ids, strict=True):
-                token_ids[row] = [token]
+                # The next step may hold a row behind one that failed; it goes on with any token, to no avail.
+                token_ids[row] = [] if row in errors else [token]
                 self._previous[batch.seq_ids[row]] = token
         seq_ids, told = ([], {}) if batch is None else (batch.seq_ids, batch.prompt_logprobs)
-        return StepOutput(step.epoch, step.step_id, seq_ids, token_ids, time.perf_counter() - began, logprobs, told)
+        seconds = time.perf_counter() - began
+        return StepOutput(step.epoch, step.step_id, seq_ids, token_ids, seconds, logprobs, told, errors)
 
     @torch.inference_mode()
     def compute_logits(self, step: StepInput) -> tuple[Batch | None, torch.Tensor | None]:
@@ -177,6 +189,9 @@ class ModelRunner:
             return None, None
         if batch.previous:
             self._fill_previous(batch, self._batch)
+        if self._grammars is not None and batch.processors:
+            rows = [each.matcher for _, _, each in batch.processors if each.matcher is not None]
+            self._masks = self._grammars.start_masks(rows)
         return batch, self._forward(batch, self._kv_caches)
 
     def _forward(self, batch: Batch, kv_caches: list[torch.Tensor]) -> torch.Tensor | None:
@@ -206,6 +221,14 @@ class ModelRunner:
         tokens = torch.tensor([token for token, _ in batch.previous], device=self._device)
         batch.input_ids.index_copy_(0, tokens, sampled)
 
+    def _constrain(self, logits: torch.Tensor, batch: Batch) -> dict[int, dict[str, Any]]:
+        """Keep the rows that have a grammar to it; returns the errors of those that failed, by row of the logits."""
+        masks, self._masks = self._masks, None
+        if masks is None:
+            return {}
+        rows = [row for row in batch.processors if row[2].matcher is not None]
+        return constrain(logits, rows, masks.result(), self._config.resolved_checkpoint.eos_token_ids)
+
     def _spec(self) -> KVCacheSpec:
         layers = [module for module in self.model.modules() if isinstance(module, Attention)]
         return KVCacheSpec(
@@ -227,6 +250,7 @@ class ModelRunner:
             vocab_size,
             self._device,
             samples=self._communicator.rank == 0,
+            grammars=self._grammars,
         )
 
     @torch.inference_mode()
@@ -249,18 +273,28 @@ class ModelRunner:
 
 
 @torch.inference_mode()
-def _sample(logits: torch.Tensor | None, batch: Batch) -> tuple[list[int], dict[int, list[TokenLogprobs]]]:
-    """A token for each of `batch.sampled`; log-probabilities, by row of the step, are of the untouched logits."""
+def _sample(
+    logits: torch.Tensor | None,
+    batch: Batch,
+    keep_to_grammars: Callable[[torch.Tensor, Batch], dict[int, dict[str, Any]]],
+) -> tuple[list[int], dict[int, list[TokenLogprobs]], dict[int, dict[str, Any]]]:
+    """A token for each of `batch.sampled`; log-probabilities, of the untouched logits, and errors by row of the step.
+
+    The token of a row that has an error is any.
+    """
     ids: list[int] = [] if batch.argmax_ids is None else batch.argmax_ids.tolist()
     if logits is None:
-        return ids, {}
+        return ids, {}, {}
     if not batch.processors:
-        return sample(logits, batch.sampling).tolist() + ids, {}
+        return sample(logits, batch.sampling).tolist() + ids, {}, {}
     asked = [(row, each.extras.num_logprobs) for row, _, each in batch.processors if each.extras.num_logprobs >= 0]
     raw = log_probabilities(logits, [row for row, _ in asked]) if asked else None
     process(logits, batch.processors)
+    failed = keep_to_grammars(logits, batch)
     ids = sample(logits, batch.sampling).tolist() + ids
+    errors = {batch.sampled[row]: error for row, error in failed.items()}
     if raw is None:
-        return ids, {}
+        return ids, {}, errors
     told = token_logprobs(raw, [ids[row] for row, _ in asked], [number for _, number in asked])
-    return ids, {batch.sampled[row]: [entry] for (row, _), entry in zip(asked, told, strict=True)}
+    entries = {batch.sampled[row]: [entry] for (row, _), entry in zip(asked, told, strict=True) if row not in failed}
+    return ids, entries, errors

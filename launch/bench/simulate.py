@@ -20,16 +20,14 @@ from typing import Any
 
 from launch.bench.figures import percentile, table
 from launch.bench.traces import TracedRequest, TraceSpec, generate
-from nanoengine.messages import AddRequest
+from nanoengine.messages import AddRequest, TokenColumns
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.scheduler import Scheduler, SchedulerLimits
-from nanoengine.step import DEVICE_TO_DEVICE, Epoch, StepInput, StepOutput
+from nanoengine.step import DEVICE_TO_DEVICE, Epoch, StepInput, StepOutput, TokenLists
 
 BLOCK_SIZE = 16
 EPOCH = Epoch(1, 1)
 _PARAMS = SamplingParams(temperature=0, ignore_eos=True).to_dict()
-_TOKEN = [1]
-_NO_TOKEN: list[int] = []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +54,12 @@ class StepTimeModel:
         copying = 0.0
         if step.copies:
             copying = self.per_swapped_block * sum(copy[0] != DEVICE_TO_DEVICE for copy in step.copies)
-        if not step.rows:
+        if not step.num_rows:
             return copying
-        num_tokens = num_decodes = attended = 0
-        for row in step.rows:
+        decodes = step.decodes
+        num_tokens = num_decodes = len(decodes)
+        attended = sum(decodes.starts) + decodes.age * num_decodes
+        for row in step.states:
             count = len(row.token_ids)
             num_tokens += count
             if count == 1:
@@ -125,18 +125,22 @@ class Simulation:
         seconds = self.model.seconds(step)
         self.clock += seconds
         self.busy += seconds
-        self.num_steps += bool(step.rows)
-        sampled = [_TOKEN if row.sample else _NO_TOKEN for row in step.rows]
-        seq_ids = [row.seq_id for row in step.rows]
-        self.scheduler.commit(StepOutput(step.epoch, step.step_id, seq_ids, sampled, seconds))
+        self.num_steps += bool(step.num_rows)
+        # A token 1 for each row that samples, as the columns that workers send.
+        counts = array("i", [1]) * len(step.decodes) + array("i", [row.sample for row in step.states])
+        tokens = TokenLists(array("i", [1]) * sum(counts), counts if 0 in counts else None)
+        self.scheduler.commit(StepOutput(step.epoch, step.step_id, [], tokens, seconds))
         self._deliver()
 
     def _deliver(self) -> None:
         """Take note of what the clients would have been told."""
         now = self.clock
-        for item in self.scheduler.take_deltas():
-            delta = item.delta
+        for _, delta in self.scheduler.take_deltas().entries:
             self.num_output_tokens += len(delta.token_ids)
+            if isinstance(delta, TokenColumns):  # sequences that neither begin nor end
+                self.gaps.extend([now - self._last[request_id] for request_id in delta.request_ids])
+                self._last.update(dict.fromkeys(delta.request_ids, now))
+                continue
             if delta.token_ids:
                 if delta.start == 0:
                     self._first[delta.request_id] = now

@@ -89,9 +89,10 @@ async def create_completion(request: Request, body: Annotated[CompletionRequest,
         body.include_usage,
         echo=echo,
     )
-    return await respond(
-        request, engine, body.salted(prompts), params, answer_id, answer, bool(body.stream), body.scheduling()
-    )
+    with body.own_words():
+        return await respond(
+            request, engine, body.salted(prompts), params, answer_id, answer, bool(body.stream), body.scheduling()
+        )
 
 
 async def _echo(engine: Engine, body: CompletionRequest, prompts: list[str] | list[list[int]]) -> Echo:
@@ -128,9 +129,10 @@ async def create_chat_completion(request: Request, body: Annotated[ChatCompletio
         body.top_logprobs or 0,
         Echo([repeated], tokenizer.token_text) if repeated else None,
     )
-    return await respond(
-        request, engine, body.salted([prompt]), params, answer_id, answer, bool(body.stream), body.scheduling()
-    )
+    with body.own_words():
+        return await respond(
+            request, engine, body.salted([prompt]), params, answer_id, answer, bool(body.stream), body.scheduling()
+        )
 
 
 # -- models -----------------------------------------------------------------------------------------------------

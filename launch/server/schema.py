@@ -6,13 +6,15 @@ of fields that they do not use.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from configs.errors import RequestError
+from launch.server.response_format import FIELDS, AskedForm, asked_form
 from nanoengine.beam_params import BeamSearchParams
 from nanoengine.prompts import PromptInput, check_cache_salt
 from nanoengine.sampling_params import SamplingParams
@@ -40,7 +42,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "prediction": (),
     "prompt_cache_key": (_ANYTHING,),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
     "safety_identifier": (_ANYTHING,),
     "service_tier": ("auto", "default"),
     "spaces_between_special_tokens": (True,),
@@ -161,6 +162,13 @@ class SamplingFields(Body):
     use_beam_search: bool | None = None
     length_penalty: float | None = None
     early_stopping: EarlyStopping = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
@@ -197,7 +205,8 @@ class SamplingFields(Body):
     def params(self, defaults: Mapping[str, Any]) -> SamplingParams | BeamSearchParams:
         """The parameters of each prompt. Raises RequestError for an impossible value."""
         if self.use_beam_search:
-            return self.beam_search_params(defaults)
+            with self.own_words():
+                return self.beam_search_params(defaults)
         for name, neutral in (("length_penalty", 1), ("early_stopping", False)):
             value = getattr(self, name)
             if value is not None and not _same(value, neutral):
@@ -212,18 +221,21 @@ class SamplingFields(Body):
         if self.stream:
             raise RequestError("stream must be false with use_beam_search, which ends before it can tell", "stream")
         given = {name: defaults[name] for name in defaults if name == "max_tokens"} | self._given_params()
-        taken = {field.name for field in dataclasses.fields(BeamSearchParams)}
-        own = {name: value for name, value in given.items() if name in taken}
         width = given.get("n", 1)
-        own |= {name: value for name in _BEAM_FIELDS if (value := getattr(self, name)) is not None}
-        asked, neutral = SamplingParams(**given), SamplingParams(n=width)
-        for name in given.keys() - taken - {"n", "seed"}:
-            if getattr(asked, name) != getattr(neutral, name) and (name, given[name]) != ("best_of", width):
-                raise RequestError(f"{name} does not go with use_beam_search, got {given[name]!r:.100}", name)
+        asked, neutral = SamplingParams(**given), SamplingParams(n=width, best_of=width)
+        taken = {field.name for field in dataclasses.fields(BeamSearchParams)}
+        for name, value in given.items():
+            if name not in taken | {"n", "seed"} and getattr(asked, name) != getattr(neutral, name):
+                raise RequestError(f"{name} does not go with use_beam_search, got {value!r:.100}", name)
+        own = {name: value for name in _BEAM_FIELDS if (value := getattr(self, name)) is not None}
+        own |= {name: value for name, value in given.items() if name in taken}
         return BeamSearchParams(beam_width=width, **own)
 
     def _given_params(self) -> dict[str, Any]:
-        given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
+        given: dict[str, Any] = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
+        form = self.asked_form()
+        if form is not None:
+            given["structured_outputs"] = form.params
         return given | self.own_params()
 
     def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
@@ -238,6 +250,19 @@ class SamplingFields(Body):
                 f"got {params.best_of}", "best_of",
             )  # fmt: skip
         return params
+
+    def asked_form(self) -> AskedForm | None:
+        """The structured output that is asked for, in whichever way. Raises RequestError for a malformed one."""
+        return asked_form({name: getattr(self, name) for name in FIELDS})
+
+    @contextlib.contextmanager
+    def own_words(self) -> Iterator[None]:
+        """Where the engine refuses the structured output, name the field that asked for it."""
+        try:
+            yield
+        except RequestError as error:
+            form = self.asked_form()
+            raise error if form is None else form.in_its_words(error) from None
 
     def own_params(self) -> dict[str, int | None]:
         """What the routes spell or default differently: `max_tokens`, `logprobs` and what follows from them."""

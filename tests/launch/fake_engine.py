@@ -23,6 +23,7 @@ from nanoengine.engine_client import EngineClient
 from nanoengine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from nanoengine.prompts import PromptInput, parse_prompt
 from nanoengine.sampling_params import SamplingParams
+from nanoengine.structured_outputs import StructuredOutputsParams
 from nanoengine.tokenizer import Tokenizer
 from tests.nanoengine.tokenizers_for_tests import write_byte_level
 
@@ -64,7 +65,9 @@ class FakeEngine:
         request_id: str | None = None,
         **scheduling: Any,
     ) -> AsyncGenerator[RequestOutput, None]:
-        request = EngineClient(self.config, self.tokenizer).check(parse_prompt(prompt), sampling_params)
+        form = None if sampling_params is None else sampling_params.structured_outputs
+        grammar = form.to_grammar() if isinstance(form, StructuredOutputsParams) else ""
+        request = EngineClient(self.config, self.tokenizer).check(parse_prompt(prompt), sampling_params, grammar)
         prompt = request.prompt_token_ids
         self.salts.append(request.cache_salt)
         self.scheduling.append(scheduling)

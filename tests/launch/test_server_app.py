@@ -302,7 +302,7 @@ async def test_what_fails_before_the_first_token_has_a_status(
     ("field", "value"),
     [
         ("best_of", 0), ("echo", "yes"), ("suffix", "x"),
-        ("tools", [{"type": "function"}]), ("response_format", {"type": "json_object"}),
+        ("tools", [{"type": "function"}]), ("prediction", {"type": "content"}),
         ("top_logprobs", 2), ("stream_options", {"include_usage": True}), ("tool_choice", "required"),
         ("made_up_field", 1), ("made_up_field", None), ("prompt_logprobs", 21), ("store", True), ("n", 65), ("n", 0),
     ],

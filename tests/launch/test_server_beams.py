@@ -55,6 +55,7 @@ async def test_one_beam_is_the_default_and_neutral_fields_are_taken(engine: Fake
         ({"stop_token_ids": [3]}, "stop_token_ids", "stop_token_ids does not go with"),
         ({"top_k": 3}, "top_k", "top_k does not go with"),
         ({"min_tokens": 1}, "min_tokens", "min_tokens does not go with"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "response_format does not go with"),
         ({"best_of": 5}, "best_of", "best_of does not go with"),
         ({"temperature": 0.5}, "temperature", "temperature must be 0 or 1"),
         ({"n": 65}, "n", "n must be at least 1 and at most 64"),

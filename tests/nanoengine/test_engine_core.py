@@ -25,6 +25,7 @@ from nanoengine.messages import (
     Hello,
     Message,
     Ready,
+    TokenColumns,
     TokenDelta,
     decode,
     encode,
@@ -235,4 +236,17 @@ def test_merging_keeps_every_token_and_the_end() -> None:
         ("a", 0, [1, 2, 3], "stop"),
         ("b", 0, [9], None),
         ("a", 1, [2, 3], "stop"),
+    ]
+
+
+def test_columns_for_a_slow_front_end_are_merged_with_what_came_before_and_behind() -> None:
+    entries = [
+        TokenDelta("a", 0, 0, [1]),
+        TokenColumns(["a", "b"], [0, 1], [0, 4], 1, [2, 9]),
+        TokenColumns(["a", "b"], [0, 1], [0, 4], 2, [3, 8]),
+        TokenDelta("b", 1, 7, [7], finish_reason="length"),
+    ]
+    assert merge(entries) == [
+        TokenDelta("a", 0, 0, [1, 2, 3]),
+        TokenDelta("b", 1, 5, [9, 8, 7], finish_reason="length"),
     ]
