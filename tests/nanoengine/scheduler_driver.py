@@ -200,6 +200,7 @@ class Driver:
         journals: list[list[int]] | None = None,
         num_prompt_logprobs: int = 0,
         beams: BeamSearchParams | None = None,
+        grammar: str = "",
         **params: Any,
     ) -> None:
         """`journal` is that of the first sequence, `journals` those of all; `beams` stand in for `params`."""
@@ -220,6 +221,7 @@ class Driver:
             timeout=timeout,
             num_prompt_logprobs=num_prompt_logprobs,
             beam_search=None if beams is None else beams.to_dict(),
+            grammar=grammar,
         )
         for index, known in enumerate(journals):
             self.tokens[output_name(request_id, index)] = list(known)
