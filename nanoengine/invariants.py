@@ -61,6 +61,7 @@ def _check_search(request: Request, group: BeamGroup) -> None:
     assert len(request.seqs) == len(beams), "sequences and beams differ"
     for seq, beam in zip(request.seqs, beams, strict=True):
         assert seq.completion_token_ids == [each.token_id for each in beam.path()], f"{seq} is not its beam"
+        assert seq.steady is None, f"{seq} is scheduled ahead of its search"
         assert seq not in group.told or seq.num_pending_tokens == 0, f"{seq} rests and is computed"
         assert not is_parked(seq) or not seq.block_table, f"{seq} holds blocks and stands in no queue"
     assert group.told.keys() < set(request.seqs), "a search does not go on"

@@ -9,7 +9,7 @@ import pytest
 
 from nanoengine.beam_params import BeamSearchParams
 from nanoengine.beam_search import BeamSearch
-from nanoengine.step import Epoch, StepInput, StepOutput, TokenLogprobs
+from nanoengine.step import PREVIOUS_SAMPLE, Epoch, StepInput, StepOutput, TokenLogprobs
 from tests.nanoengine.scheduler_driver import EOS, VOCAB, Driver, FakeWorkers, expected_output, output_name
 
 WIDTH = 4
@@ -113,9 +113,10 @@ def test_the_beams_are_those_of_an_undisturbed_search(settings: dict[str, Any], 
         assert driver.found(f"s{number}") == expected_beams(PROMPT[:length] + [number], params, 8)
 
 
-def test_a_prompt_is_computed_once_and_its_beams_share_its_blocks() -> None:
+@pytest.mark.parametrize("async_scheduling", [False, True])
+def test_a_prompt_is_computed_once_and_its_beams_share_its_blocks(async_scheduling: bool) -> None:
     prompt = list(range(3, 45))  # 42 tokens, 11 blocks of 4
-    driver = BeamDriver()
+    driver = BeamDriver(async_scheduling)
     driver.search("s", prompt, ignore_eos=True)
     driver.step()
     most = 0
@@ -124,6 +125,8 @@ def test_a_prompt_is_computed_once_and_its_beams_share_its_blocks() -> None:
         most = max(most, driver.limits.num_kv_blocks - driver.scheduler.blocks.num_free_blocks)
     assert sum(len(row.token_ids) for step in driver.steps for row in step.rows) == len(prompt) + 7 * WIDTH
     assert most <= 10 + WIDTH * 3, "the beams do not share the prompt's ten full blocks"
+    scheduled = [token for step in driver.steps for row in step.rows for token in row.token_ids]
+    assert PREVIOUS_SAMPLE not in scheduled, "a beam was scheduled ahead"
 
 
 def test_beams_that_find_no_room_are_preempted_and_computed_again() -> None:
