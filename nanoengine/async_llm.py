@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import itertools
 import weakref
 from collections.abc import AsyncGenerator
 from pathlib import Path
@@ -34,6 +35,8 @@ from nanoengine.tokenizer import Tokenizer
 # Longer texts are encoded in a thread: this much takes about a millisecond.
 LONG_TEXT_CHARS = 4096
 _WATCH_INTERVAL = 1.0
+# Streams that are woken up before the event loop turns to anything else: a millisecond or two.
+WAKE_BATCH = 16
 
 
 class AsyncLLM:
@@ -80,6 +83,7 @@ class AsyncLLM:
         self._process_fd = -1
         self._start_failure: NanoEngineError | None = None
         self._news: dict[RequestJournal, asyncio.Event] = {}  # of each request that somebody reads
+        self._to_wake: dict[RequestJournal, None] = {}  # those whose news were not told of yet, in order
         self._watchdog: asyncio.TimerHandle | None = None
 
     # -- state --------------------------------------------------------------------------------------------------
@@ -378,10 +382,24 @@ class AsyncLLM:
         self._wake(self._client.fail(failure))
 
     def _wake(self, journals: list[RequestJournal]) -> None:
-        for journal in journals:
+        """Let whoever reads these requests see their news, soon.
+
+        Some at a time: each one renders and sends what is new, and those of a whole step together would keep probes,
+        new requests and the scheduler's next messages waiting.
+        """
+        is_waking = bool(self._to_wake)
+        self._to_wake |= dict.fromkeys(journals)
+        if not is_waking:
+            self._wake_some()
+
+    def _wake_some(self) -> None:
+        for journal in list(itertools.islice(self._to_wake, WAKE_BATCH)):
+            del self._to_wake[journal]
             news = self._news.get(journal)
             if news is not None:
                 news.set()
+        if self._to_wake:
+            asyncio.get_running_loop().call_soon(self._wake_some)
 
     def _start_watchdog(self) -> None:
         if self._watchdog is None and self._loop is not None:

@@ -6,6 +6,7 @@ Sends wait in the client's outbox while the socket takes no more, so a slow sche
 from __future__ import annotations
 
 import math
+import time
 
 import zmq
 
@@ -15,7 +16,9 @@ from nanoengine.journal import RequestJournal
 from nanoengine.messages import MAX_MESSAGE_BYTES, Message, decode, encode
 
 HIGH_WATER_MARK = 1000  # messages queued in either direction before the sender has to wait
-MAX_BATCH = 100  # messages taken in one call of `pump`, so that an event loop gets its turn
+# What one call of `pump` takes at most, so that an event loop gets its turn: messages, and seconds for them.
+MAX_BATCH = 100
+MAX_SECONDS = 0.004
 
 
 class SchedulerConnection:
@@ -44,7 +47,10 @@ class SchedulerConnection:
         trusted.
         """
         updated: dict[RequestJournal, None] = {}
-        for _ in range(MAX_BATCH):
+        deadline = time.perf_counter() + MAX_SECONDS
+        for number in range(MAX_BATCH):
+            if number and time.perf_counter() > deadline:
+                break
             self.flush()
             try:
                 message = self._receive()

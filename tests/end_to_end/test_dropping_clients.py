@@ -40,14 +40,15 @@ class Server:
         writer.write((head.encode() + b"\r\n" + body)[:cut])
         return reader, writer
 
-    async def answer(self, asked: dict[str, Any]) -> list[int]:
-        """The token ids of a stream that is read to its end."""
+    async def answer(self, asked: dict[str, Any]) -> dict[int, list[int]]:
+        """The token ids of each output of a stream that is read to its end."""
         reader, writer = await self.connect(asked)
-        tokens: list[int] = []
+        tokens: dict[int, list[int]] = {}
         while (line := await reader.readline()) != b"data: [DONE]\n":
             assert line, "the stream broke off"
             if line.startswith(b"data: "):
-                tokens += [token for output in json.loads(line[6:])["outputs"] for token in output["token_ids"]]
+                for output in json.loads(line[6:])["outputs"]:
+                    tokens.setdefault(output["index"], []).extend(output["token_ids"])
         writer.close()
         return tokens
 
