@@ -20,9 +20,10 @@ import zmq
 from configs.engine import EngineConfig
 from configs.errors import NanoEngineError, to_wire
 from nanoengine.engine_process import Bootstrap, receive_bootstrap
+from nanoengine.engine_state import engine_state
 from nanoengine.executor import MAX_IN_FLIGHT, Executor, ExecutorFacts, create_executor
 from nanoengine.front_socket import FrontSocket
-from nanoengine.messages import Abort, AddRequest, EngineFailure, Hello, Ready, ResetPrefixCache
+from nanoengine.messages import Abort, AddRequest, EngineFailure, Hello, Ready, ResetPrefixCache, StateRequest
 from nanoengine.processes import configure_logging, name_process
 from nanoengine.scheduler import Scheduler, SchedulerLimits
 from nanoengine.step import Epoch
@@ -120,6 +121,8 @@ class EngineCore:
                 self.scheduler.abort(client_id, message.request_id, message.index)
             elif isinstance(message, ResetPrefixCache):
                 self.scheduler.blocks.reset_prefix_cache()
+            elif isinstance(message, StateRequest):
+                self.front.send(client_id, engine_state(self.scheduler, self.front.incarnation))
             elif isinstance(message, Hello):
                 self.clients.add(client_id)
                 self.front.send(client_id, self._ready())

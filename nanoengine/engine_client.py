@@ -27,12 +27,14 @@ from configs.errors import (
     RequestError,
     from_wire,
 )
+from nanoengine.engine_view import Latencies, Observer
 from nanoengine.journal import RequestJournal, SequenceJournal
 from nanoengine.messages import (
     Abort,
     AddRequest,
     Deltas,
     EngineFailure,
+    EngineState,
     Hello,
     Message,
     Ready,
@@ -97,6 +99,7 @@ class EngineClient:
         self.outbox: deque[Message] = deque()
         self.facts: Ready | None = None  # what the scheduler told of itself; None until it is ready
         self.failure: EngineDeadError | None = None  # why no request can be served any more
+        self.observer = Observer()
         self._live: dict[str, RequestJournal] = {}  # by wire id
         self._by_request_id: dict[str, RequestJournal] = {}
         self._queued: dict[str, int] = {}  # prompt tokens of what waits for its first token, by wire id
@@ -112,6 +115,10 @@ class EngineClient:
     def num_unfinished(self) -> int:
         """Requests that will still get tokens."""
         return len(self._live)
+
+    def latencies(self) -> Latencies:
+        """How long recent requests of this front end took."""
+        return self.observer.latencies(journal.measured() for journal in self._live.values())
 
     def open_request_ids(self) -> list[str]:
         """Ids of the requests that will still get tokens, oldest first."""
@@ -325,6 +332,7 @@ class EngineClient:
     def _forget_if_finished(self, journal: RequestJournal) -> None:
         if journal.finished:
             journal.metrics.finished_time = time.time()
+            self.observer.ended(journal.measured())
             self._queued.pop(journal.wire_id, None)
             del self._live[journal.wire_id]
             del self._by_request_id[journal.request_id]
@@ -341,7 +349,7 @@ class EngineClient:
         Raises ChannelError for a message that no scheduler sends.
         """
         self._heard(self._clock())
-        if not isinstance(message, Ready | Deltas | EngineFailure):
+        if not isinstance(message, Ready | Deltas | EngineState | EngineFailure):
             raise ChannelError(f"a scheduler does not send {type(message).__name__}")
         if message.incarnation < self._incarnation:
             return []  # last words of a scheduler that was replaced
@@ -351,6 +359,9 @@ class EngineClient:
                 self.outbox.extend(self.resubmit_all())
         if isinstance(message, Ready):
             self.facts = message
+            return []
+        if isinstance(message, EngineState):
+            self.observer.state = message
             return []
         if isinstance(message, EngineFailure):
             return self.fail(from_wire(message.error))

@@ -257,11 +257,15 @@ class RequestJournal:
             self._shown_prompt,
             outputs,
             self.finished,
-            dataclasses.replace(
-                self.metrics,
-                num_generated_tokens=max(len(sequence.token_ids) for sequence in self.sequences),
-                num_completion_tokens=self.num_generated_tokens,
-            ),
+            self.measured(),
+        )
+
+    def measured(self) -> RequestMetrics:
+        """How it went so far; a copy."""
+        return dataclasses.replace(
+            self.metrics,
+            num_generated_tokens=max(len(sequence.token_ids) for sequence in self.sequences),
+            num_completion_tokens=self.num_generated_tokens,
         )
 
     def _shown(self) -> list[SequenceJournal]:

@@ -63,6 +63,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.requests: dict[tuple[str, str], Request] = {}
         self.num_preemptions = 0
+        self.num_finished_tokens = 0  # generated for sequences that have ended
         self._seq_ids = itertools.count(1)
         self._step_id = 0
         self.in_flight: deque[StepInFlight] = deque()
@@ -424,6 +425,7 @@ class Scheduler:
             self._dropped.append(seq.seq_id)
         self.blocks.free(seq)
         seq.status = status
+        self.num_finished_tokens += seq.num_completion_tokens
         self._outbox.emit(seq, start)
         if seq.request.is_finished():
             del self.requests[seq.request.key]
@@ -431,6 +433,10 @@ class Scheduler:
     def take_deltas(self) -> ClientDeltas:
         """What the front ends have to be told since the last call, in order."""
         return self._outbox.take()
+
+    def now(self) -> float:
+        """Seconds on the scale of `AddRequest.arrival_time`."""
+        return self._clock()
 
     # -- recovery and checks ------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from launch.server import errors
+from launch.server import errors, page
 from launch.server.engine import Engine
 from launch.server.middleware import ApiKeyGuard, BodyLimit
 from launch.server.routes import router
@@ -17,6 +17,7 @@ def create_app(engine: Engine) -> FastAPI:
     app = FastAPI(title="nanoengine", version=__version__, docs_url=None, redoc_url=None)
     app.state.engine = engine
     app.include_router(router)
+    app.include_router(page.router)
     errors.install(app)
     app.add_middleware(BodyLimit)
     if engine.config.server.api_key is not None:

@@ -10,10 +10,11 @@ import hmac
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from launch.server import page
 from launch.server.errors import AUTHENTICATION, ApiError
 
 MAX_BODY_BYTES = 8 * 2**20
-OPEN_PATHS = frozenset({"/livez"})
+OPEN_PATHS = page.PATHS | {"/livez"}
 
 
 class ApiKeyGuard:

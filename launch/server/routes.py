@@ -15,6 +15,7 @@ from launch.server.engine import Engine
 from launch.server.errors import UNAVAILABLE, ApiError, model_not_found
 from launch.server.formats import ChatFormat, CompletionFormat
 from launch.server.generation import respond
+from launch.server.page import shown_view
 from launch.server.schema import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -172,6 +173,13 @@ async def live() -> dict[str, str]:
 async def version() -> dict[str, str]:
     """The version of nanoengine."""
     return {"version": __version__}
+
+
+@router.get("/engine/state")
+async def engine_state(request: Request) -> dict[str, Any]:
+    """What goes on in the engine: sequences, totals, a map of the K/V blocks, and this process's recent latencies."""
+    engine = _serving(request, None)
+    return shown_view(await engine.engine_view(), engine.config)
 
 
 # -- tokens -----------------------------------------------------------------------------------------------------

@@ -19,6 +19,8 @@ from configs.errors import EngineError, NanoEngineError, QueueFullError
 from launch.server.app import create_app
 from nanoengine.detokenizer import IncrementalDetokenizer, StopChecker
 from nanoengine.engine_client import EngineClient
+from nanoengine.engine_view import EngineView, Latencies, Percentiles
+from nanoengine.messages import BlockMap, EngineState, SequenceRow, SharedPrefix
 from nanoengine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from nanoengine.prompts import PromptInput, parse_prompt
 from nanoengine.sampling_params import SamplingParams
@@ -54,6 +56,7 @@ class FakeEngine:
         self.queue_is_full = False
         self.failure_kind: str | None = None
         self.num_resets = 0
+        self.num_views = 0
 
     async def generate(
         self,
@@ -89,6 +92,27 @@ class FakeEngine:
 
     async def reset_prefix_cache(self) -> None:
         self.num_resets += 1
+
+    async def engine_view(self) -> EngineView:
+        """A device of 6 blocks, two of them shared by the open requests, and a host tier of 4."""
+        self.num_views += 1
+        state = EngineState(
+            incarnation=1,
+            time=time.time(),
+            num_running=len(self.open),
+            num_waiting=2,
+            num_swapped=1,
+            num_preemptions=0,
+            num_generated_tokens=100 * self.num_views,
+            num_query_tokens=40,
+            num_hit_tokens=10,
+            device=BlockMap(6, 6, 1, 1, 1, 2, b"\xff" + bytes(5), b"\0\xff" + bytes(4), b"\0\0\xff\xff\0\0"),
+            host=BlockMap(4, 4, 1, 1, 1, 0, b"\xff\0\0\0", b"\0\xff\0\0", bytes(4)),
+            prefixes=[SharedPrefix(2, 3, 2, 4)],
+            prefix_cells=b"\0\0\1\1\0\0",
+            rows=[SequenceRow(f"{each}.0", 0, "running", 8, 8, 2, 3, 2, 0, 1.5) for each in sorted(self.open)],
+        )
+        return EngineView(state, Latencies(Percentiles(3, 0.05, 0.12), Percentiles(0, None, None)))
 
     def _outputs(
         self, request_id: str, prompt: list[int], params: SamplingParams, max_tokens: int
