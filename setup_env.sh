@@ -315,10 +315,10 @@ verify() {
 import importlib, os, sys, warnings
 
 warnings.simplefilter("ignore")
-names = ["torch", "transformers", "tokenizers", "safetensors", "zmq", "msgpack", "yaml", "fastapi", "uvicorn"]
-names += ["configs", "nanoengine", "workers", "launch"]
+names = ["torch", "transformers", "tokenizers", "safetensors", "llguidance", "zmq", "msgpack", "yaml"]
+names += ["fastapi", "uvicorn", "configs", "nanoengine", "workers", "launch"]
 if sys.argv[1] == "1":
-    names += ["pytest", "hypothesis", "httpx", "openai"]
+    names += ["pytest", "hypothesis", "httpx", "jsonschema", "openai"]
 failed = False
 for name in names:
     try:

@@ -21,8 +21,16 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen2ForCausalLM": {"qkv_bias": True, "qk_norm": False},
     "Qwen3ForCausalLM": {"qkv_bias": False, "qk_norm": True},
 }
-# What generation_config.json may say of sampling, where a request does not.
-_SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+# What generation_config.json may say of sampling, where a request does not, and the request's own name for it.
+# max_length is not among them, as in vLLM: it counts the prompt, which a default for requests knows nothing of.
+_SAMPLING_DEFAULTS = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+}
 _MAX_JSON_BYTES = 16 * 2**20
 
 
@@ -243,14 +251,14 @@ class _Normaliser:
     def default_sampling(self, generation: dict[str, Any]) -> tuple[tuple[str, float], ...]:
         """What a request that leaves a field out takes instead; its range is the request's business."""
         found = []
-        for key in _SAMPLING_DEFAULTS:
+        for key, name in _SAMPLING_DEFAULTS.items():
             value = generation.get(key)
             if value is None:
                 continue
-            kinds = int if key == "top_k" else int | float
+            kinds = int if key in ("top_k", "max_new_tokens") else int | float
             if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
                 raise self.error(f"{key} of the generation_config.json beside", value, "a number")
-            found.append((key, value))
+            found.append((name, value))
         return tuple(found)
 
     def eos_token_ids(self, generation: dict[str, Any]) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ ever written to. `EngineConfig.resolve` makes the layers agree with each other a
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from configs.checkpoint import CheckpointConfig, load_checkpoint_config
@@ -81,7 +82,10 @@ class CacheConfig(_Validated):
     )
     gpu_memory_utilization: float = setting(0.9, "share of the GPU's memory the engine may use", above=0, maximum=1)
     swap_space: float = setting(
-        0, "GiB of host memory for swapped sequences (only 0 until swapping is built)", minimum=0, maximum=0
+        0,
+        "GiB of host memory for each rank, where evicted prefixes and swapped sequences are kept",
+        minimum=0,
+        maximum=2**20,
     )
     enable_prefix_caching: bool = setting(True, "reuse the K/V blocks of equal prefixes")
 
@@ -104,6 +108,11 @@ class SchedulerConfig(_Validated):
         "bound the time between two tokens of a stream while prompts are computed, in multiples of its undisturbed "
         "value; 0 = off (default: 3 for the server, else 0)",
         minimum=0,
+    )
+    preemption_mode: str = setting(
+        "recompute",
+        "what happens to a sequence that gives way: recompute = it is computed again; swap = it is kept in swap_space",
+        choices=("recompute", "swap"),
     )
     async_scheduling: bool = setting(True, "schedule the next step while the workers compute one")
     check_invariants: bool = setting(False, "check the scheduler's books after every step (slow; for debugging)")
@@ -209,6 +218,10 @@ class EngineConfig:
                 f"max_num_batched_tokens must be at least max_model_len ({max_model_len}) when "
                 f"enable_chunked_prefill is off, got {self.scheduler.max_num_batched_tokens}", "max_num_batched_tokens",
             )  # fmt: skip
+        if self.scheduler.preemption_mode == "swap" and not self.cache.swap_space:
+            raise ConfigError(
+                "preemption_mode swap needs a swap_space greater than 0 GiB, got 0; set --swap-space", "swap_space"
+            )
         return dataclasses.replace(
             self,
             model=dataclasses.replace(self.model, max_model_len=max_model_len),
@@ -216,6 +229,20 @@ class EngineConfig:
             model_dir=str(model_dir),
             checkpoint=checkpoint,
         )
+
+    @property
+    def tokenizer_file(self) -> Path | None:
+        """The tokenizer.json of a resolved config; None where there is none, or no tokenizer is wanted.
+
+        Raises:
+            UnknownModelError: the setting `tokenizer` names nothing.
+        """
+        if self.model.skip_tokenizer_init:
+            return None
+        directory = self.model_dir if self.model.tokenizer is None else load_model_path(self.model.tokenizer)
+        assert directory is not None, "resolve() comes first"
+        path = Path(directory) / "tokenizer.json"
+        return path if path.is_file() else None
 
     def _agreed_max_model_len(self, checkpoint: CheckpointConfig) -> int:
         limit, why = checkpoint.max_position_embeddings, "the checkpoint's max_position_embeddings"

@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     from nanoengine.llm import LLM, AsyncLLM
     from nanoengine.outputs import CompletionOutput, RequestMetrics, RequestOutput
     from nanoengine.sampling_params import BeamSearchParams, SamplingParams
+    from nanoengine.structured_outputs import StructuredOutputsParams
 
 _WHERE = {
     "LLM": "nanoengine.llm",
     "AsyncLLM": "nanoengine.llm",
     "SamplingParams": "nanoengine.sampling_params",
     "BeamSearchParams": "nanoengine.sampling_params",
+    "StructuredOutputsParams": "nanoengine.structured_outputs",
     "RequestOutput": "nanoengine.outputs",
     "CompletionOutput": "nanoengine.outputs",
     "RequestMetrics": "nanoengine.outputs",
@@ -37,6 +39,7 @@ __all__ = [
     "AsyncLLM",
     "SamplingParams",
     "BeamSearchParams",
+    "StructuredOutputsParams",
     "RequestOutput",
     "CompletionOutput",
     "RequestMetrics",

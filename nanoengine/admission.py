@@ -13,6 +13,10 @@ from nanoengine.sequence import Sequence
 # overtakes every later request of a better level in the end, so nobody starves.
 AGEING_SECONDS = 10.0
 
+# Share of the blocks that admission leaves free at least, so that the sequences which run already can grow a little
+# before somebody must be preempted.
+WATERMARK = 0.01
+
 ServingOrder = Callable[[Sequence], tuple[float, int]]
 
 
@@ -25,6 +29,8 @@ class SchedulerLimits:
     max_model_len: int
     num_kv_blocks: int
     block_size: int
+    num_host_blocks: int = 0
+    preemption_mode: str = "recompute"
     eos_token_ids: frozenset[int] = frozenset()
     vocab_size: int = 2**63
     enable_prefix_caching: bool = True
@@ -47,6 +53,18 @@ def _by_arrival(seq: Sequence) -> tuple[float, int]:
 
 def _by_priority(seq: Sequence) -> tuple[float, int]:
     return seq.request.arrival_time + AGEING_SECONDS * seq.request.priority, seq.seq_id
+
+
+def reserved_blocks(seq: Sequence, num_running: int, limits: SchedulerLimits) -> int:
+    """How many blocks the admission of `seq` must leave free beside the `num_running` that run already.
+
+    A sequence that had to give way comes back only when each that runs then can grow by a block: otherwise it might go
+    again at once, and its way back would have been for nothing.
+    """
+    if not num_running or limits.num_kv_blocks == 1:
+        return 0
+    watermark = max(1, int(WATERMARK * limits.num_kv_blocks))
+    return max(watermark, num_running + 1) if seq.num_preemptions else watermark
 
 
 def check_admissible(message: AddRequest, limits: SchedulerLimits) -> None:

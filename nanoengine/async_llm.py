@@ -20,12 +20,14 @@ from nanoengine.connection import SchedulerConnection
 from nanoengine.engine_client import EngineClient
 from nanoengine.engine_process import EngineProcess
 from nanoengine.engine_view import EngineView
+from nanoengine.grammar_compiler import GrammarCompiler
 from nanoengine.journal import RequestJournal
 from nanoengine.llm_engine import GREETING_TIMEOUT, load_tokenizer
 from nanoengine.messages import Ready, StateRequest
 from nanoengine.outputs import RequestOutput
 from nanoengine.prompts import Prompt, PromptInput, parse_prompt
 from nanoengine.sampling_params import SamplingParams
+from nanoengine.structured_outputs import StructuredOutputsParams
 from nanoengine.tokenizer import Tokenizer
 
 # Longer texts are encoded in a thread: this much takes about a millisecond.
@@ -59,6 +61,7 @@ class AsyncLLM:
             config = EngineConfig.create(**({} if model is None else {"model": model}), **settings)
         self._config = config if config.checkpoint is not None else config.resolve()
         self._process = EngineProcess(self._config)
+        self._grammars = GrammarCompiler(self._config)
         # Ends the process also when nobody closes: on the interpreter's end, or when this object is forgotten.
         self._finalizer = weakref.finalize(self, self._process.stop)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -195,6 +198,7 @@ class AsyncLLM:
                 self._loop.remove_reader(connection.fileno())
                 self._loop.remove_reader(self._process_fd)
             connection.close()
+        await asyncio.to_thread(self._grammars.close)
         await asyncio.to_thread(self._process.stop)
         self._finalizer.detach()
 
@@ -241,7 +245,8 @@ class AsyncLLM:
         assert self._client is not None
         self._client.check_queue()
         parsed = await self._encode(parse_prompt(prompt))
-        journal = self._client.add(self._client.check(parsed, sampling_params), request_id, priority, timeout)
+        checked = self._client.check(parsed, sampling_params, await self._compile(sampling_params))
+        journal = self._client.add(checked, request_id, priority, timeout)
         news = self._news[journal] = asyncio.Event()
         self._start_watchdog()
         self._on_socket()
@@ -321,13 +326,20 @@ class AsyncLLM:
                     self._client.check_alive()
         except TimeoutError:
             raise DeadlineError(f"the scheduler did not tell its state within {STATE_TIMEOUT:g} s") from None
-        return EngineView(observer.state, self._client.latencies())
+        return EngineView(observer.state, observer.latencies())
 
     async def _encode(self, prompt: Prompt) -> Prompt:
         assert self._client is not None
         if prompt.token_ids is None and prompt.text is not None and len(prompt.text) > LONG_TEXT_CHARS:
             return await asyncio.to_thread(self._client.encode, prompt)
         return prompt
+
+    async def _compile(self, params: SamplingParams | None) -> str:
+        wanted = getattr(params, "structured_outputs", None)
+        if not isinstance(wanted, StructuredOutputsParams):
+            return ""
+        # Shielded: others may wait for the same grammar.
+        return await asyncio.shield(asyncio.wrap_future(self._grammars.compile(wanted)))
 
     # -- what wakes up the event loop ---------------------------------------------------------------------------
 

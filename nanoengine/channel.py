@@ -22,9 +22,9 @@ import os
 import pickle
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import zmq
 
@@ -48,6 +48,7 @@ IDLE_POLL = 5.0
 _MAGIC = b"nano"
 _TAG_BYTES = 32
 _HEADER = struct.Struct("<4sQQBBIQQ")
+_READABLE = int(zmq.POLLIN)  # arithmetic on zmq's enum takes as long as asking the socket
 _HIGH_WATER_MARK = 16  # two steps in flight and a few words of control
 
 
@@ -70,6 +71,18 @@ _CHANNELS = frozenset(Channel)
 # ---------------------------------------------------------------------------------------------- messages
 
 
+class BlockCounts(NamedTuple):
+    """K/V blocks of a rank: on its device, and in its part of the swap space."""
+
+    device: int
+    host: int = 0
+
+    @classmethod
+    def least(cls, counts: Iterable[BlockCounts]) -> BlockCounts:
+        """What every rank has: block ids mean the same on all of them."""
+        return cls(*map(min, zip(*counts, strict=True)))
+
+
 @dataclasses.dataclass(slots=True)
 class Hello:
     """Rank → scheduler: connected; the socket's file may go."""
@@ -84,6 +97,7 @@ class Loaded:
     max_kv_blocks: int
     dtype: str
     device: str
+    max_host_blocks: int = 0
 
 
 @dataclasses.dataclass(slots=True)
@@ -91,6 +105,7 @@ class Allocate:
     """Scheduler → rank: make a cache of so many blocks (the minimum over ranks) and warm up."""
 
     num_blocks: int
+    num_host_blocks: int = 0
 
 
 @dataclasses.dataclass(slots=True)
@@ -331,10 +346,13 @@ class Link:
             return decode(channel, self._end, payload)
         return None
 
+    def is_readable(self) -> bool:
+        """Whether a frame is there. Asking costs a third of the exception that says there is none."""
+        return bool(int(self.socket.get(zmq.EVENTS)) & _READABLE)
+
     def _next_frame(self, deadline: float | None) -> bytes | None:
         if deadline is None:
-            # Asking costs a third of the exception that says there is nothing.
-            return self.socket.recv(zmq.NOBLOCK) if int(self.socket.get(zmq.EVENTS)) & zmq.POLLIN else None
+            return self.socket.recv(zmq.NOBLOCK) if self.is_readable() else None
         milliseconds = max(0, math.ceil((deadline - time.monotonic()) * 1000))
         if milliseconds != self._recv_timeout:
             self.socket.setsockopt(zmq.RCVTIMEO, milliseconds)
@@ -392,12 +410,12 @@ class RankPort:
         """Show the scheduler what this rank is doing."""
         self._words.phase = phase
 
-    def report_loaded(self, max_kv_blocks: int, dtype: str, device: str) -> int | None:
+    def report_loaded(self, fitting: BlockCounts, dtype: str, device: str) -> BlockCounts | None:
         """Say how many K/V blocks would fit; returns how many to allocate, or None when asked to leave instead."""
-        self._link.send(Loaded(max_kv_blocks, dtype, device))
+        self._link.send(Loaded(fitting.device, dtype, device, fitting.host))
         command = self._next_command()
         if isinstance(command, Allocate):
-            return command.num_blocks
+            return BlockCounts(command.num_blocks, command.num_host_blocks)
         self._expect_stop(command)
         return None
 

@@ -112,10 +112,17 @@ class StepInFlight:
     steady: SteadyRows = dataclasses.field(default_factory=SteadyRows)
     records: list[ScheduledRow] = dataclasses.field(default_factory=list)
 
-    def steady_record(self, row: int) -> ScheduledRow:
-        """One of the steady decodes like any other row."""
+    def record(self, row: int) -> ScheduledRow:
+        """Any row of the step, a steady decode like the others."""
         rows = self.steady
+        if row >= len(rows):
+            return self.records[row - len(rows)]
         return ScheduledRow(rows.seqs[row], rows.starts[row] + self.age, 1, True, rows.lives[row])
+
+    def seq_of(self, row: int) -> Sequence:
+        """Whose row it is."""
+        num_steady = len(self.steady)
+        return self.steady.seqs[row] if row < num_steady else self.records[row - num_steady].seq
 
     def sampled(self) -> list[Sequence]:
         """Whose next token it samples."""
@@ -213,7 +220,10 @@ class DecodeSet:
         elif in_flight is not rows:
             known = zip(rows.token_ids, rows.starts, strict=True)
             tokens = int_column([ids[-1] if len(ids) > start + age else PREVIOUS_SAMPLE for ids, start in known])
-        blocks = [(seq.seq_id, seq.block_table[-1]) for seq in grown if seq.steady is self]
+        grown = [seq for seq in grown if seq.steady is self]
+        blocks = [(seq.seq_id, seq.block_table[-1]) for seq in grown]
+        for seq in grown:
+            seq.num_sent_blocks = len(seq.block_table)
         self.age += 1
         self._shared = True
         for seq in list(self._last_rows.get(self.age, ())):
@@ -260,6 +270,9 @@ class DecodeSet:
         for at, seq in enumerate(rows.seqs):
             assert seq.steady is self, f"{seq} does not know where it is"
             assert seq.num_sent_blocks == len(seq.block_table), f"{seq} is not what the workers know"
+            assert len(seq.block_table) == -(-seq.num_computed_tokens // self._block_size), (
+                f"{seq} has a block too many"
+            )
             start = seq.num_computed_tokens - self.age
             assert self._phases[start % self._block_size][seq] <= self.age, f"{seq} comes to the wrong boundaries"
             last_age = seq.max_num_tokens(self._max_model_len) - 1 - start
@@ -267,6 +280,9 @@ class DecodeSet:
             assert seq in self._last_rows[last_age], f"{seq} leaves at the wrong age"
             fresh.insert(at, seq, start)
         assert fresh == rows, "a column is stale"
+        # A member writes without looking. A tail that it shares is copied by the others, which may not be members.
+        written = [seq.block_table[-1] for seq in rows.seqs if seq.num_computed_tokens % self._block_size]
+        assert len(set(written)) == len(written), "two steady decodes write into the same block"
         assert all(a is b for a, b in zip(rows.token_ids, fresh.token_ids, strict=True)), (
             "a list of tokens was replaced"
         )

@@ -122,7 +122,7 @@ class EngineCore:
             elif isinstance(message, ResetPrefixCache):
                 self.scheduler.blocks.reset_prefix_cache()
             elif isinstance(message, StateRequest):
-                self.front.send(client_id, engine_state(self.scheduler, self.front.incarnation))
+                self.front.send(client_id, engine_state(self.scheduler, self.front.incarnation, time.time()))
             elif isinstance(message, Hello):
                 self.clients.add(client_id)
                 self.front.send(client_id, self._ready())
@@ -159,6 +159,8 @@ def limits_of(config: EngineConfig, facts: ExecutorFacts) -> SchedulerLimits:
         max_model_len=config.max_model_len,
         num_kv_blocks=facts.num_kv_blocks,
         block_size=config.cache.block_size,
+        num_host_blocks=facts.num_host_blocks,
+        preemption_mode=config.scheduler.preemption_mode,
         eos_token_ids=frozenset(checkpoint.eos_token_ids),
         vocab_size=checkpoint.vocab_size,
         enable_prefix_caching=config.cache.enable_prefix_caching,
@@ -195,8 +197,9 @@ def run(bootstrap: Bootstrap) -> None:
         facts = executor.start(epoch)
         core = EngineCore(config, executor, front, facts, epoch)
         logger.info(
-            "serving %s with %d K/V blocks of %d tokens (%s on %s)",
+            "serving %s with %d K/V blocks of %d tokens (%s on %s) and %d on the host",
             config.served_model_name, facts.num_kv_blocks, config.cache.block_size, facts.dtype, facts.device,
+            facts.num_host_blocks,
         )  # fmt: skip
         # What was loaded so far lives as long as the process; the many small rows of a step die young, without cycles.
         gc.freeze()

@@ -27,7 +27,8 @@ from configs.errors import (
     RequestError,
     from_wire,
 )
-from nanoengine.engine_view import Latencies, Observer
+from nanoengine.bad_words import with_bad_word_ids
+from nanoengine.engine_view import Observer
 from nanoengine.journal import RequestJournal, SequenceJournal
 from nanoengine.messages import (
     Abort,
@@ -64,13 +65,17 @@ _LONGEST_WATCH_GAP = 2.0
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class CheckedRequest:
-    """A request that was checked and may be added; `max_tokens` is what fits into max_model_len."""
+    """A request that was checked and may be added.
+
+    `max_tokens` is what fits into max_model_len, `grammar` what its structured_outputs were compiled to.
+    """
 
     prompt: str | None
     prompt_token_ids: list[int]
     params: SamplingParams
     max_tokens: int
     cache_salt: str = ""
+    grammar: str = ""
 
 
 class EngineClient:
@@ -99,8 +104,8 @@ class EngineClient:
         self.outbox: deque[Message] = deque()
         self.facts: Ready | None = None  # what the scheduler told of itself; None until it is ready
         self.failure: EngineDeadError | None = None  # why no request can be served any more
-        self.observer = Observer()
         self._live: dict[str, RequestJournal] = {}  # by wire id
+        self.observer = Observer(self._live.values())
         self._by_request_id: dict[str, RequestJournal] = {}
         self._queued: dict[str, int] = {}  # prompt tokens of what waits for its first token, by wire id
         self._serial = itertools.count()
@@ -115,10 +120,6 @@ class EngineClient:
     def num_unfinished(self) -> int:
         """Requests that will still get tokens."""
         return len(self._live)
-
-    def latencies(self) -> Latencies:
-        """How long recent requests of this front end took."""
-        return self.observer.latencies(journal.measured() for journal in self._live.values())
 
     def open_request_ids(self) -> list[str]:
         """Ids of the requests that will still get tokens, oldest first."""
@@ -139,26 +140,28 @@ class EngineClient:
             )
         return dataclasses.replace(prompt, token_ids=self.tokenizer.encode(prompt.text))
 
-    def check(self, prompt: Prompt, params: SamplingParams | None = None) -> CheckedRequest:
+    def check(self, prompt: Prompt, params: SamplingParams | None = None, grammar: str = "") -> CheckedRequest:
         """Check a request against model and settings; nothing is sent.
 
         A prompt must leave room for one token within max_model_len. More tokens than fit are not refused: the
         output ends there with finish reason `length`, as vLLM's engine does it, and so does max_tokens None.
-        Parameters that are given are taken as they are; the checkpoint's defaults stand in for None.
+        Parameters that are given are taken as they are; the checkpoint's defaults stand in for None. Whoever calls
+        has compiled their structured_outputs to `grammar`.
 
         Raises:
             RequestError: it cannot be served as it stands; `param` names the field at fault.
         """
         params = check_params(params) or SamplingParams(**self.config.default_sampling)
+        assert bool(grammar) == (params.structured_outputs is not None), "compile structured_outputs first"
         encoded = self.encode(prompt)
         token_ids = encoded.token_ids or []
         self._check_prompt(token_ids)
         self._check_against_model(params)
         if params.bad_words:
-            params = self._tokenise_bad_words(params)
+            params = with_bad_word_ids(params, self.tokenizer)
         room = self.config.max_model_len - len(token_ids)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
-        return CheckedRequest(encoded.text, token_ids, params, max_tokens, encoded.cache_salt)
+        return CheckedRequest(encoded.text, token_ids, params, max_tokens, encoded.cache_salt, grammar)
 
     def _check_prompt(self, token_ids: list[int]) -> None:
         if not token_ids:
@@ -191,24 +194,6 @@ class EngineClient:
                 "use stop_token_ids",
                 "stop",
             )
-
-    def _tokenise_bad_words(self, params: SamplingParams) -> SamplingParams:
-        """Add each word's ids, and those of the word behind a space unless they end in the former anyway."""
-        if self.tokenizer is None:
-            raise RequestError(
-                "bad_words need a tokenizer, and the engine runs without one (skip_tokenizer_init): "
-                "use bad_words_token_ids",
-                "bad_words",
-            )
-        found = [tuple(ids) for ids in params.bad_words_token_ids or ()]
-        for word in params.bad_words or ():
-            try:
-                bare = tuple(self.tokenizer.encode(word.lstrip() or word, add_special_tokens=False))
-                spaced = tuple(self.tokenizer.encode(" " + word.lstrip(), add_special_tokens=False))
-            except RequestError as error:
-                raise RequestError(f"bad_words: {error.message}", "bad_words") from None
-            found += [bare] if spaced[-len(bare) :] == bare else [bare, spaced]
-        return dataclasses.replace(params, bad_words_token_ids=tuple(dict.fromkeys(filter(None, found))))
 
     def _check_vocabulary(self, token_ids: Iterable[int], param: str, what: str) -> None:
         vocab_size = self.config.resolved_checkpoint.vocab_size
@@ -274,6 +259,7 @@ class EngineClient:
             self.tokenizer,
             request.cache_salt,
             self._timeout(timeout),
+            request.grammar,
         )
         self._queued[journal.wire_id] = len(request.prompt_token_ids)
         self._live[journal.wire_id] = self._by_request_id[request_id] = journal
@@ -332,7 +318,7 @@ class EngineClient:
     def _forget_if_finished(self, journal: RequestJournal) -> None:
         if journal.finished:
             journal.metrics.finished_time = time.time()
-            self.observer.ended(journal.measured())
+            self.observer.ended(journal)
             self._queued.pop(journal.wire_id, None)
             del self._live[journal.wire_id]
             del self._by_request_id[journal.request_id]
@@ -389,16 +375,17 @@ class EngineClient:
 
     def _apply(self, journal: RequestJournal, sequence: SequenceJournal, delta: TokenDelta) -> bool:
         """Accept the next tokens and how they end, if they do; says whether anything changed."""
+        told = delta.prompt_logprobs is not None and journal.add_prompt_logprobs(delta.prompt_logprobs)
         if delta.finish_reason in ("abort", "error"):  # true whatever tokens are missing
             return self._apply_ended(journal, sequence, delta)
         length = len(sequence.token_ids)
-        if delta.start > length:
-            return self._ask_again(journal, urgent=delta.finish_reason is not None)
+        if delta.start > length or journal.lacks_prompt_before(delta):
+            return self._ask_again(journal, urgent=delta.finish_reason is not None) or told
         if delta.start + len(delta.token_ids) < length:
-            return False  # known already, and so is what follows it
+            return told  # known already, and so is what follows it
         new = delta.token_ids[length - delta.start :]
         if not new and delta.finish_reason is None:
-            return False
+            return told
         logprobs = None if delta.logprobs is None else delta.logprobs[length - delta.start :]
         matched = sequence.append(new, hide_last=delta.finish_reason == "stop", logprobs=logprobs)
         if new:

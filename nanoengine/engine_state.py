@@ -35,8 +35,11 @@ class _Family(NamedTuple):
     num_shared: list[int]
 
 
-def engine_state(scheduler: Scheduler, incarnation: int) -> EngineState:
-    """The state between two steps. Call it there only: counters and tables agree then."""
+def engine_state(scheduler: Scheduler, incarnation: int, now: float) -> EngineState:
+    """The state between two steps. Call it there only: counters and tables agree then.
+
+    `now` is in seconds on the scale of `AddRequest.arrival_time`.
+    """
     blocks, running = scheduler.blocks, scheduler.running
     ref_counts = blocks.ref_counts
     device = map_blocks(ref_counts, blocks.cached_blocks)
@@ -49,7 +52,7 @@ def engine_state(scheduler: Scheduler, incarnation: int) -> EngineState:
     swapped = sum(seq.status is SequenceStatus.SWAPPED for seq in scheduler.waiting)
     return EngineState(
         incarnation=incarnation,
-        time=scheduler.now(),
+        time=now,
         num_running=len(running),
         num_waiting=len(scheduler.waiting) - swapped,
         num_swapped=swapped,
@@ -59,10 +62,10 @@ def engine_state(scheduler: Scheduler, incarnation: int) -> EngineState:
         num_query_tokens=blocks.num_query_tokens,
         num_hit_tokens=blocks.num_hit_tokens,
         device=device,
-        host=map_blocks([], []),
+        host=map_blocks(blocks.host.ref_counts, blocks.host.cached_blocks),
         prefixes=prefixes,
         prefix_cells=prefix_cells,
-        rows=[_row(seq, num_shared.get(seq, 0), scheduler.now()) for seq in shown],
+        rows=[_row(seq, num_shared.get(seq, 0), now) for seq in shown],
     )
 
 

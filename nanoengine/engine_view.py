@@ -9,8 +9,9 @@ import dataclasses
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
+from nanoengine.journal import RequestJournal
 from nanoengine.messages import EngineState
 from nanoengine.outputs import RequestMetrics
 
@@ -55,20 +56,22 @@ class EngineView:
 class Observer:
     """Keeps the latest `state`, and the times of requests that ended."""
 
-    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, still_open: Collection[RequestJournal], clock: Callable[[], float] = time.time) -> None:
+        """`still_open` always holds the requests that have not ended."""
         self.state: EngineState | None = None
+        self._still_open = still_open
         self._clock = clock
         self._ended: deque[RequestMetrics] = deque(maxlen=MAX_RECENT)
 
-    def ended(self, metrics: RequestMetrics) -> None:
+    def ended(self, journal: RequestJournal) -> None:
         """A request has ended, in whichever way."""
-        self._ended.append(metrics)
+        self._ended.append(journal.measured())
 
-    def latencies(self, still_open: Iterable[RequestMetrics]) -> Latencies:
+    def latencies(self) -> Latencies:
         """Of the requests that ended lately and of those that are open and have tokens."""
         horizon = self._clock() - RECENT_SECONDS
         recent = [each for each in self._ended if (each.finished_time or 0.0) >= horizon]
-        recent.extend(still_open)
+        recent.extend(journal.measured() for journal in self._still_open)
         return Latencies(
             Percentiles.of(each.ttft for each in recent if each.ttft is not None),
             Percentiles.of(each.tpot for each in recent if each.tpot is not None),

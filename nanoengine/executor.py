@@ -17,7 +17,7 @@ from pathlib import Path
 
 from configs.engine import EngineConfig
 from configs.errors import ChannelError, DeadlineError, NanoEngineError, WorkerError
-from nanoengine.channel import Allocate
+from nanoengine.channel import Allocate, BlockCounts
 from nanoengine.step import Epoch, StepInput, StepOutput
 from nanoengine.worker_group import WATCH_SECONDS, WorkerGroup
 
@@ -33,11 +33,12 @@ FIRST_STEPS = 3
 
 @dataclasses.dataclass(frozen=True)
 class ExecutorFacts:
-    """What was learnt while the ranks started; `num_kv_blocks` is the minimum over ranks."""
+    """What was learnt while the ranks started; numbers of blocks are the minimum over ranks."""
 
     num_kv_blocks: int
     dtype: str
     device: str
+    num_host_blocks: int = 0
 
 
 class Executor(abc.ABC):
@@ -139,14 +140,14 @@ class MultiprocessExecutor(Executor):
             logger.info("started %d rank(s), epoch %d.%d", len(group.ranks), *epoch)
             group.await_all(lambda rank: rank.loaded is not None, "loading the model", began + limit, limit)
             loaded = [rank.loaded for rank in group.ranks if rank.loaded is not None]
-            num_blocks = min(each.max_kv_blocks for each in loaded)
-            group.broadcast(Allocate(num_blocks))
+            blocks = BlockCounts.least(BlockCounts(each.max_kv_blocks, each.max_host_blocks) for each in loaded)
+            group.broadcast(Allocate(*blocks))
             group.await_all(lambda rank: rank.ready, "warming up", began + limit, limit)
         except BaseException:
             self._end(gently=False)
             raise
-        logger.info("every rank is ready after %.1f s, %d K/V blocks", time.monotonic() - began, num_blocks)
-        return ExecutorFacts(num_blocks, loaded[0].dtype, loaded[0].device)
+        logger.info("every rank is ready after %.1f s, %d K/V blocks", time.monotonic() - began, blocks.device)
+        return ExecutorFacts(blocks.device, loaded[0].dtype, loaded[0].device, blocks.host)
 
     def submit(self, step: StepInput) -> None:
         """See `Executor.submit`. Raises ChannelError for a step that is too large, which harms nobody else."""
@@ -170,7 +171,7 @@ class MultiprocessExecutor(Executor):
             group = self._running()
             if self._in_flight and not group.outputs:
                 self._guard(group.receive_outputs)  # whoever has answered lives
-            if not group.outputs:
+            if not group.outputs and group.wants_check():
                 self.watch()
             if group.outputs:
                 return self._take(group.outputs.popleft())

@@ -21,10 +21,18 @@ class Start(NamedTuple):
     hits: list[int]
     parent: Sequence | None = None
 
+    def num_new_blocks(self, seq: Sequence, blocks: BlockManager) -> int:
+        """How many blocks `seq` needs beside the hits, or beside the full ones of its parent."""
+        return blocks.blocks_for(seq.num_tokens) - (len(self.hits) or self.num_tokens // blocks.block_size)
+
 
 def find_start(seq: Sequence, blocks: BlockManager) -> Start | None:
     """Where the waiting `seq` starts; None when a running sequence is computing just now what it needs."""
-    parent, num_shared = _sibling(seq), _num_shared(seq)
+    if seq.status is SequenceStatus.SWAPPED:
+        return Start(seq.num_computed_tokens, blocks.match_prefix(seq))
+    num_shared = _num_shared(seq)
+    # One that is to tell of its prompt takes over no position whose logits are still wanted.
+    parent = _sibling(seq) if num_shared <= seq.num_hittable_tokens else None
     # Without tokens of its own no prefix hit is longer than what it shares with its siblings.
     hits = [] if parent is not None and not seq.num_completion_tokens else blocks.match_prefix(seq)
     num_hit_tokens = len(hits) * blocks.block_size

@@ -106,13 +106,22 @@ def merge(deltas: Sequence[TokenDelta | TokenColumns]) -> list[TokenDelta]:
     for delta in spelt_out(deltas):
         key = (delta.request_id, delta.index)
         last = joined.get(key)
-        if last is None or last.finish_reason or last.start + len(last.token_ids) != delta.start:
+        if last is None or last.finish_reason or not _follows(delta, last):
             joined[key] = delta
             merged.append(delta)
             continue
         last.token_ids = last.token_ids + delta.token_ids
         if last.logprobs is not None and delta.logprobs is not None:
             last.logprobs = last.logprobs + delta.logprobs
+        if last.prompt_logprobs is None:
+            last.prompt_logprobs = delta.prompt_logprobs
+        elif delta.prompt_logprobs is not None:
+            last.prompt_logprobs = last.prompt_logprobs.joined(delta.prompt_logprobs)
         last.finish_reason, last.stop_reason = delta.finish_reason, delta.stop_reason
         last.error, last.metrics = delta.error, delta.metrics
     return merged
+
+
+def _follows(delta: TokenDelta, last: TokenDelta) -> bool:
+    told, more = last.prompt_logprobs, delta.prompt_logprobs
+    return last.start + len(last.token_ids) == delta.start and (told is None or more is None or told.end == more.start)

@@ -15,6 +15,7 @@ from typing import Protocol, TypeVar
 
 from configs.engine import EngineConfig
 from configs.errors import DeadlineError, EngineError, NanoEngineError, WorkerError
+from nanoengine.channel import BlockCounts
 from nanoengine.executor import MAX_IN_FLIGHT, Executor, ExecutorFacts
 from nanoengine.rank_process import resolve
 from nanoengine.step import Epoch, StepInput, StepOutput
@@ -32,10 +33,10 @@ class Rank(Protocol):
     dtype_name: str
     device_name: str
 
-    def load(self) -> int:
+    def load(self) -> BlockCounts:
         """Load the model; returns how many K/V blocks would fit."""
 
-    def allocate(self, num_blocks: int) -> None:
+    def allocate(self, num_blocks: BlockCounts) -> None:
         """Make the K/V cache and warm up."""
 
     def execute(self, step: StepInput) -> StepOutput | None:
@@ -77,7 +78,7 @@ class InProcessExecutor(Executor):
                 self._threads = [ThreadPoolExecutor(1, f"rank {number}") for number in range(len(ranks))]
             timeout = self._config.parallel.start_timeout
             loading = [self._call(number, rank.load) for number, rank in enumerate(ranks)]
-            num_blocks = min(self._results(loading, timeout))
+            num_blocks = BlockCounts.least(self._results(loading, timeout))
             warming: list[Future[None]] = [
                 self._call(number, rank.allocate, num_blocks) for number, rank in enumerate(ranks)
             ]
@@ -85,7 +86,7 @@ class InProcessExecutor(Executor):
         except BaseException:
             self._release(together=False)
             raise
-        return ExecutorFacts(num_blocks, ranks[0].dtype_name, ranks[0].device_name)
+        return ExecutorFacts(num_blocks.device, ranks[0].dtype_name, ranks[0].device_name, num_blocks.host)
 
     def submit(self, step: StepInput) -> None:
         """See `Executor.submit`."""

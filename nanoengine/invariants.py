@@ -17,10 +17,13 @@ def check_invariants(scheduler: Scheduler) -> None:
     live = [seq for request in scheduler.requests.values() for seq in request.seqs if not seq.is_finished]
     assert {seq.seq_id for seq in live} == {seq.seq_id for seq in queued}, "a live sequence stands in no queue"
     assert all(request.get_seqs() and not request.is_finished() for request in scheduler.requests.values())
+    blocks = scheduler.blocks
     for seq in scheduler.waiting:
-        assert seq.status is SequenceStatus.WAITING, f"{seq} waits"
+        assert seq.status in (SequenceStatus.WAITING, SequenceStatus.SWAPPED), f"{seq} waits"
         assert not seq.block_table, f"{seq} waits and holds blocks"
-        assert seq.num_computed_tokens == 0, f"{seq} waits and has computed tokens"
+        assert (seq.num_computed_tokens > 0) == (seq.status is SequenceStatus.SWAPPED), f"{seq} waits"
+        assert len(seq.host_blocks) == blocks.blocks_for(seq.num_computed_tokens), f"{seq} waits and lost blocks"
+        assert seq.num_sent_blocks is None, f"{seq} waits and the workers know it"
     for seq in scheduler.running:
         assert seq.status is SequenceStatus.RUNNING, f"{seq} runs"
         assert seq.num_computed_tokens <= len(seq.block_table) * scheduler.limits.block_size, (
@@ -30,11 +33,17 @@ def check_invariants(scheduler: Scheduler) -> None:
     sampling = [seq for flight in scheduler.in_flight for seq in flight.sampled()]
     for seq in queued:
         assert seq.num_pending_tokens == sampling.count(seq), f"{seq} waits for tokens that no step samples"
+    for seq in queued:
+        if seq.prompt_log is not None and not seq.prompt_log.is_complete:
+            starts = [record.start for flight in scheduler.in_flight for record in flight.records if record.seq is seq]
+            computed = min(starts, default=seq.num_computed_tokens)
+            assert computed <= seq.prompt_log.end, f"{seq} passed over what it is to tell of"
     assert len(scheduler.running) <= scheduler.limits.max_num_seqs
     steady = {seq.seq_id for seq in queued if seq.steady is not None}
     assert steady <= {seq.seq_id for seq in scheduler.running}, "a steady decode does not run"
     assert len(steady) == len(scheduler.steady), "somebody who does not run is a steady decode"
     scheduler.steady.check_invariants()
     if not queued:
-        assert scheduler.blocks.num_free_blocks == scheduler.limits.num_kv_blocks, "a block is held by nobody"
-    scheduler.blocks.check_invariants(queued)
+        assert blocks.num_free_blocks == scheduler.limits.num_kv_blocks, "a block is held by nobody"
+        assert blocks.host.num_free_blocks == scheduler.limits.num_host_blocks, "a host block is held by nobody"
+    blocks.check_invariants(queued)

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from configs.errors import NanoEngineError
 from nanoengine.detokenizer import IncrementalDetokenizer, StopChecker
-from nanoengine.messages import Abort, AddRequest
+from nanoengine.messages import Abort, AddRequest, TokenDelta
 from nanoengine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from nanoengine.sampling_params import SamplingParams
+from nanoengine.step import PromptLogprobs
 
 if TYPE_CHECKING:
     from nanoengine.tokenizer import Tokenizer
@@ -89,19 +90,8 @@ class SequenceJournal:
         self._chosen += [entry[1][0] for entry in known if entry is not None]
         if self.logprobs is not None:
             recorded = itertools.zip_longest(self.token_ids[first:], known)
-            self.logprobs += [self._readable(entry) for _, entry in recorded]
+            self.logprobs += [{} if entry is None else _readable(entry, self._tokenizer) for _, entry in recorded]
         return matched
-
-    def _readable(self, entry: Any) -> dict[int, Logprob]:
-        """A token's log-probabilities by token id, with texts; the chosen one may be among the likeliest as well."""
-        if entry is None:
-            return {}
-        ids, values, rank = entry
-        text = (lambda _: None) if self._tokenizer is None else self._tokenizer.token_text
-        found = {ids[0]: Logprob(values[0], rank, text(ids[0]))}
-        for place, (token_id, value) in enumerate(zip(ids[1:], values[1:], strict=True), start=1):
-            found.setdefault(token_id, Logprob(value, place, text(token_id)))
-        return found
 
     def _append_tokens(self, token_ids: list[int], hide_last: bool) -> str | None:
         if self._detokenizer is None:
@@ -170,6 +160,17 @@ class SequenceJournal:
             self._parts.append(text)
 
 
+def _readable(entry: Any, tokenizer: Tokenizer | None) -> dict[int, Logprob]:
+    """A token's log-probabilities by token id, with texts; the chosen one may be among the likeliest as well."""
+    ids, values, rank = entry
+    text = (lambda _: None) if tokenizer is None else tokenizer.token_text
+    found = {ids[0]: Logprob(values[0], rank, text(ids[0]))}
+    for place, (token_id, value) in enumerate(zip(ids[1:], values[1:], strict=True), start=1):
+        if token_id not in found:
+            found[token_id] = Logprob(value, place, text(token_id))
+    return found
+
+
 class RequestJournal:
     """Everything that is needed to show a request, or to hand it to a scheduler again.
 
@@ -191,6 +192,7 @@ class RequestJournal:
         tokenizer: Tokenizer | None,
         cache_salt: str = "",
         timeout: float | None = None,
+        grammar: str = "",
     ) -> None:
         self.request_id = request_id
         self.wire_id = wire_id
@@ -202,9 +204,14 @@ class RequestJournal:
         self.priority = priority
         self.cache_salt = cache_salt
         self.timeout = timeout
+        self.grammar = grammar
         self.metrics = RequestMetrics(arrival_time)
         self.sequences = [SequenceJournal(i, prompt_token_ids, params, tokenizer) for i in range(params.num_sequences)]
         self.failure: NanoEngineError | None = None
+        self._tokenizer = tokenizer
+        self._prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+        if params.prompt_logprobs is not None:
+            self._prompt_logprobs = [None]
         # Shared by all outputs, since copying a long prompt for each token would cost more than the token.
         self._shown_prompt = list(prompt_token_ids)
         # How often its tokens were asked for again since it last got one, and when that may be done next.
@@ -230,6 +237,33 @@ class RequestJournal:
     def num_generated_tokens(self) -> int:
         """Tokens recorded so far, over all sequences."""
         return sum(len(sequence.token_ids) for sequence in self.sequences)
+
+    @property
+    def num_prompt_logprobs(self) -> int:
+        """How many entries (see `step.PromptLogprobs`) of the prompt's log-probabilities are recorded."""
+        return 0 if self._prompt_logprobs is None else len(self._prompt_logprobs) - 1
+
+    @property
+    def lacks_prompt_logprobs(self) -> bool:
+        """Whether some that were asked for are still to come; no token of the first sequence comes before them."""
+        return self._prompt_logprobs is not None and len(self._prompt_logprobs) < self.num_prompt_tokens
+
+    def add_prompt_logprobs(self, chunk: PromptLogprobs) -> bool:
+        """Record the entries of a chunk that are next, none if it leaves a gap; says whether there were any."""
+        known = self.num_prompt_logprobs
+        if not self.lacks_prompt_logprobs or not chunk.start <= known < chunk.end:
+            return False
+        assert self._prompt_logprobs is not None
+        self._prompt_logprobs += [_readable(entry, self._tokenizer) for entry in chunk.since(known).entries()]
+        self.num_replays, self.next_replay = 0, 0.0
+        return True
+
+    def lacks_prompt_before(self, delta: TokenDelta) -> bool:
+        """Whether log-probabilities of the prompt were lost on the way that come before what `delta` brings."""
+        if delta.index or not self.lacks_prompt_logprobs:
+            return False
+        told = delta.prompt_logprobs
+        return bool(delta.token_ids or delta.finish_reason or (told and told.start > self.num_prompt_logprobs))
 
     def touch(self, now: float) -> None:
         """Tokens were recorded: note the time, and forget that some were missing."""
@@ -258,6 +292,8 @@ class RequestJournal:
             outputs,
             self.finished,
             self.measured(),
+            # Shared by all outputs, like the prompt, once nothing is added any more.
+            list(self._prompt_logprobs or ()) if self.lacks_prompt_logprobs else self._prompt_logprobs,
         )
 
     def measured(self) -> RequestMetrics:
@@ -286,7 +322,7 @@ class RequestJournal:
         params["min_tokens"] = min(self.params.min_tokens, self.max_tokens)
         if self.params.ranks_candidates and self.params.logprobs is None:
             params["logprobs"] = 0  # of the sampled tokens, to rank by
-        for name in ("stop", "bad_words"):  # text is this side's business
+        for name in ("stop", "bad_words", "structured_outputs"):  # text is this side's business
             del params[name]
         add = AddRequest(
             client_id=client_id,
@@ -299,6 +335,8 @@ class RequestJournal:
             journal=[list(sequence.token_ids) for sequence in self.sequences],
             cache_salt=self.cache_salt,
             timeout=self.timeout,
+            num_prompt_logprobs=self.num_prompt_logprobs,
+            grammar=self.grammar,
         )
         # A sequence that a stop string ended looks unfinished to a scheduler that knows its tokens only.
         ended = [sequence for sequence in self.sequences if sequence.is_finished]

@@ -112,7 +112,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
         *,
-        priority: int | Sequence[int] = 0,
+        priority: int | Sequence[int] | None = None,
         timeout: float | None = None,
     ) -> list[RequestOutput]:
         """Answer prompts; the outputs come in the order of the prompts, each with `n` sequences.
@@ -124,7 +124,8 @@ class LLM:
         Args:
             sampling_params: one for all prompts, or one for each; None takes the checkpoint's defaults.
             use_tqdm: show a progress bar.
-            priority: one for all prompts, or one for each; under the policy `priority` the lower is served the sooner.
+            priority: one for all prompts, or one for each; under the policy `priority` the lower is served the sooner,
+                and None is 0.
             timeout: seconds after which a request that is not complete ends with an error.
 
         Raises:
@@ -133,13 +134,7 @@ class LLM:
             EngineDeadError: the engine was gone before this call.
         """
         parsed = parse_prompts(prompts)
-        priorities = [priority] * len(parsed) if isinstance(priority, int) else list(priority)
-        if len(priorities) != len(parsed):
-            raise RequestError(
-                f"priority must be one for all prompts or one for each, got {len(priorities)} for {len(parsed)}",
-                "priority",
-            )
-        options = [{"priority": each, "timeout": timeout} for each in priorities]
+        options = _options(priority, timeout, len(parsed))
         return self._run(parsed, pair_params(sampling_params, len(parsed)), use_tqdm, options)
 
     def chat(
@@ -150,6 +145,8 @@ class LLM:
         *,
         add_generation_prompt: bool = True,
         chat_template_kwargs: dict[str, Any] | None = None,
+        priority: int | Sequence[int] | None = None,
+        timeout: float | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation (a list of messages with role and content), or a list of conversations.
 
@@ -158,7 +155,8 @@ class LLM:
         variables = {**(chat_template_kwargs or {}), "add_generation_prompt": add_generation_prompt}
         conversations = parse_conversations(messages)
         prompts = _each(conversations, lambda index: self._engine.render_chat(conversations[index], variables))
-        return self._run(prompts, pair_params(sampling_params, len(prompts)), use_tqdm)
+        options = _options(priority, timeout, len(prompts))
+        return self._run(prompts, pair_params(sampling_params, len(prompts)), use_tqdm, options)
 
     def beam_search(self, prompts: object, params: BeamSearchParams) -> list[RequestOutput]:
         """Refused until it is built. Raises RequestError."""
@@ -169,11 +167,10 @@ class LLM:
         prompts: list[Prompt],
         params: list[SamplingParams | None],
         use_tqdm: bool,
-        options: list[dict[str, Any]] | None = None,
+        options: list[dict[str, Any]],
     ) -> list[RequestOutput]:
         checked = _each(prompts, lambda index: self._engine.check(prompts[index], params[index]))
         try:
-            options = options or [{}] * len(checked)
             requests = [self._engine.submit(each, **more) for each, more in zip(checked, options, strict=True)]
             self._finish(requests, use_tqdm)
         except BaseException:
@@ -202,9 +199,15 @@ class LLM:
     # -- one request at a time ----------------------------------------------------------------------------------
 
     def add_request(
-        self, prompt: PromptInput, sampling_params: SamplingParams | None = None, request_id: str | None = None
+        self,
+        prompt: PromptInput,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        timeout: float | None = None,
     ) -> str:
-        """Submit one request and return its id at once; `step` brings its outputs.
+        """Submit one request and return its id at once; `step` brings its outputs. The rest is as in `generate`.
 
         Raises:
             RequestError: it cannot be served, or the id belongs to a request that still runs.
@@ -213,7 +216,7 @@ class LLM:
         checked = self._engine.check(parse_prompt(prompt), check_params(sampling_params))
         if request_id is not None and request_id in self._added:
             raise RequestError(f"request_id {request_id!r} belongs to a request that still runs", "request_id")
-        request = self._engine.submit(checked, request_id)
+        request = self._engine.submit(checked, request_id, priority=priority, timeout=timeout)
         self._added.add(request.request_id)
         return request.request_id
 
@@ -268,6 +271,16 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _options(priority: int | Sequence[int] | None, timeout: float | None, count: int) -> list[dict[str, Any]]:
+    """What `submit` is told of each of `count` requests. Raises RequestError for another number of priorities."""
+    priorities = list(priority) if isinstance(priority, list | tuple) else [0 if priority is None else priority] * count
+    if len(priorities) != count:
+        raise RequestError(
+            f"priority must be one for all prompts or one for each, got {len(priorities)} for {count}", "priority"
+        )
+    return [{"priority": each, "timeout": timeout} for each in priorities]
 
 
 def _each(items: Sequence[Any], make: Callable[[int], Any]) -> list[Any]:

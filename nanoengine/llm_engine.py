@@ -13,9 +13,11 @@ from configs.errors import DeadlineError, EngineDeadError, RequestError
 from nanoengine.connection import SchedulerConnection
 from nanoengine.engine_client import CheckedRequest, EngineClient
 from nanoengine.engine_process import EngineProcess
+from nanoengine.grammar_compiler import GrammarCompiler
 from nanoengine.journal import RequestJournal
 from nanoengine.prompts import Message, Prompt
 from nanoengine.sampling_params import SamplingParams
+from nanoengine.structured_outputs import StructuredOutputsParams
 from nanoengine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -45,6 +47,7 @@ class LLMEngine:
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self._process = EngineProcess(config)
+        self._grammars = GrammarCompiler(config)
         # Ends the process also when the engine is forgotten or the interpreter ends; `stop` is harmless twice.
         self._finalizer = weakref.finalize(self, self._process.stop)
         self._connection: SchedulerConnection | None = None
@@ -62,8 +65,13 @@ class LLMEngine:
             raise
 
     def check(self, prompt: Prompt, params: SamplingParams | None) -> CheckedRequest:
-        """Check a request and encode its prompt; nothing is sent. Raises RequestError."""
-        return self.client.check(prompt, params)
+        """Check a request, encode its prompt and compile its grammar; nothing is sent. Raises RequestError."""
+        wanted = None if params is None else params.structured_outputs
+        grammar = ""
+        if isinstance(wanted, StructuredOutputsParams):
+            self.client.check_alive()
+            grammar = self._grammars.compile(wanted).result()
+        return self.client.check(prompt, params, grammar)
 
     def submit(
         self,
@@ -130,6 +138,7 @@ class LLMEngine:
         if connection is not None:
             self._tell(self.client.fail(EngineDeadError("the engine was closed")))
             self._connection_finalizer()
+        self._grammars.close()
         self._process.stop()
         self._finalizer.detach()
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import msgpack
 
 from configs.errors import ChannelError
+from nanoengine.step import PromptLogprobs
 
 MAX_MESSAGE_BYTES = 256 * 2**20
 
@@ -31,7 +32,9 @@ class AddRequest:
     `journal[i]` holds the tokens already journalled for sequence `i`: after a restart they are computed again as
     if they had just been sampled, and the answer goes on behind them. `seed` was drawn by the front end.
     `params` is `SamplingParams.to_dict()`. Only requests of the same `cache_salt` share cached prefixes.
-    `timeout` seconds after its arrival the request ends with an error, complete or not.
+    `timeout` seconds after its arrival the request ends with an error, complete or not. `num_prompt_logprobs` entries
+    of the prompt's log-probabilities are journalled already. `grammar` is what the outputs must match, in llguidance's
+    form; the front end has compiled it.
     """
 
     client_id: str
@@ -44,6 +47,8 @@ class AddRequest:
     journal: list[list[int]]
     cache_salt: str = ""
     timeout: float | None = None
+    num_prompt_logprobs: int = 0
+    grammar: str = ""
 
 
 @dataclasses.dataclass(slots=True)
@@ -80,7 +85,8 @@ class TokenDelta:
     `finish_reason` is stop, length, abort or error with the last delta, else None; `stop_reason` is the stop
     token id that matched, if one did (never eos). `error` is `configs.errors.to_wire` of what failed.
     `metrics` comes with the last delta: seconds and counts, see `outputs.RequestMetrics`. `logprobs`, where they are
-    asked for, holds a `step.TokenLogprobs` for each of `token_ids`.
+    asked for, holds a `step.TokenLogprobs` for each of `token_ids`. `prompt_logprobs` holds further entries of the
+    prompt's, which come before the first token; their positions are accepted and asked for again like those of tokens.
     """
 
     request_id: str
@@ -92,6 +98,7 @@ class TokenDelta:
     error: dict[str, Any] | None = None
     metrics: dict[str, float] | None = None
     logprobs: list[Any] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 @dataclasses.dataclass(slots=True)
@@ -247,7 +254,12 @@ def _values(message: Any) -> list[Any]:
 
 def _delta(values: list[Any]) -> TokenDelta | TokenColumns:
     """An entry of `Deltas`: columns begin with a list of request ids where a delta has its one."""
-    return TokenColumns(*values) if isinstance(values[0], list) else TokenDelta(*values)
+    if isinstance(values[0], list):
+        return TokenColumns(*values)
+    delta = TokenDelta(*values)
+    if delta.prompt_logprobs is not None:
+        delta.prompt_logprobs = PromptLogprobs.checked(delta.prompt_logprobs)
+    return delta
 
 
 def encode(message: Message) -> bytes:

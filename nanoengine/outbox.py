@@ -9,6 +9,7 @@ from configs.errors import RequestError, to_wire
 from nanoengine.decode_set import SteadyRows
 from nanoengine.messages import AddRequest, TokenColumns, TokenDelta, spelt_out
 from nanoengine.sequence import Sequence
+from nanoengine.step import PromptLogprobs
 
 
 class ClientDelta(NamedTuple):
@@ -83,6 +84,12 @@ class Outbox:
                 [token_ids[i] for i in numbers],
             )
             self._entries.append((client_id, columns))
+
+    def emit_prompt(self, seq: Sequence, chunk: PromptLogprobs | None) -> None:
+        """Queue log-probabilities of the prompt of `seq`, if there are any; they come before its first token."""
+        if chunk is not None:
+            delta = TokenDelta(seq.request.request_id, seq.index, 0, [], prompt_logprobs=chunk)
+            self._entries.append((seq.request.client_id, delta))
 
     def _metrics(self, seq: Sequence) -> dict[str, float]:
         request = seq.request

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 
-@dataclasses.dataclass(slots=True, frozen=True)
+@dataclasses.dataclass(slots=True)
 class Logprob:
     """One token's natural log-probability under the model's own logits, before anything changed them.
 
@@ -82,7 +82,12 @@ class RequestMetrics:
 
 @dataclasses.dataclass(slots=True)
 class RequestOutput:
-    """The state of one request: everything generated so far. `prompt` is None when token ids came in."""
+    """The state of one request: everything generated so far. `prompt` is None when token ids came in.
+
+    `prompt_logprobs` is None unless they were asked for. Then there is an entry for each prompt token told of so far,
+    for all of them once there is an output token: None for the first, which nothing predicts, then a dict by token id
+    as in `CompletionOutput.logprobs`.
+    """
 
     request_id: str
     prompt: str | None
@@ -90,3 +95,4 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     metrics: RequestMetrics
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None

@@ -11,6 +11,7 @@ import dataclasses
 import http.client
 import itertools
 import json
+import math
 import queue
 import socket
 import time
@@ -28,7 +29,7 @@ from configs.errors import (
     RequestTimeoutError,
     UnknownModelError,
 )
-from nanoengine.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from nanoengine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from nanoengine.prompts import Message, Prompt
 from nanoengine.sampling_params import SamplingParams
 
@@ -50,6 +51,7 @@ class RemoteRequest:
     metrics: RequestMetrics
     outputs: list[CompletionOutput] = dataclasses.field(default_factory=list)
     prompt_token_ids: list[int] = dataclasses.field(default_factory=list)
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
     finished: bool = False
@@ -78,6 +80,7 @@ class RemoteRequest:
             self.outputs or [CompletionOutput(0, "", [])],
             self.finished,
             dataclasses.replace(self.metrics),
+            self.prompt_logprobs,
         )
 
 
@@ -117,8 +120,6 @@ class RemoteEngine:
         """Check what can be known without the model. Raises RequestError."""
         if not (prompt.text or prompt.token_ids or prompt.messages):
             raise RequestError("the prompt must not be empty", "prompt")
-        if params is not None and params.logprobs is not None:
-            raise RequestError("logprobs are not handed on from a remote engine: ask the server itself", "logprobs")
         return prompt, params
 
     def submit(
@@ -230,6 +231,8 @@ class RemoteEngine:
             body["cache_salt"] = prompt.cache_salt
         if prompt.messages is not None:
             body["messages"] = [dict(message) for message in prompt.messages]
+            if "logprobs" in body:
+                body |= {"logprobs": True, "top_logprobs": given["logprobs"]}
         else:
             body["prompt"] = prompt.text if prompt.token_ids is None else prompt.token_ids
         try:
@@ -306,7 +309,10 @@ def _read_answer(remote: RemoteRequest, answer: dict[str, Any]) -> None:
     """Take over a completion or chat completion object."""
     outputs = []
     prompt_token_ids = remote.prompt.token_ids or answer.get("prompt_token_ids")
+    prompt_logprobs = answer.get("prompt_logprobs")
     for choice in answer["choices"]:
+        prompt_logprobs = prompt_logprobs or choice.get("prompt_logprobs")
+        logprobs = _read_logprobs(choice)
         text = choice["message"].get("content") if "message" in choice else choice["text"]
         prompt_token_ids = prompt_token_ids or choice.get("prompt_token_ids")
         outputs.append(
@@ -314,6 +320,8 @@ def _read_answer(remote: RemoteRequest, answer: dict[str, Any]) -> None:
                 choice["index"],
                 text or "",
                 list(choice.get("token_ids") or []),
+                _cumulative(logprobs),
+                logprobs,
                 finish_reason=choice["finish_reason"],
                 stop_reason=choice.get("stop_reason"),
             )
@@ -321,6 +329,8 @@ def _read_answer(remote: RemoteRequest, answer: dict[str, Any]) -> None:
     usage = answer.get("usage") or {}
     remote.outputs = sorted(outputs, key=lambda output: output.index)
     remote.prompt_token_ids = list(prompt_token_ids or [])
+    if prompt_logprobs is not None:
+        remote.prompt_logprobs = [None if entry is None else _read_entry(entry) for entry in prompt_logprobs]
     remote.num_prompt_tokens = int(usage.get("prompt_tokens", len(remote.prompt_token_ids)))
     details = usage.get("prompt_tokens_details") or {}
     remote.metrics.num_cached_tokens = int(details.get("cached_tokens") or 0)
@@ -329,3 +339,23 @@ def _read_answer(remote: RemoteRequest, answer: dict[str, Any]) -> None:
         usage.get("completion_tokens", sum(len(output.token_ids) for output in outputs))
     )
     remote.finish()
+
+
+def _read_logprobs(choice: dict[str, Any]) -> list[dict[int, Logprob]] | None:
+    """The log-probabilities of a choice's tokens by token id. OpenAI's own shape names tokens by their text alone."""
+    if choice.get("logprobs") is None:
+        return None
+    if "output_logprobs" not in choice:
+        raise EngineError("the server's log-probabilities come without token ids; nanoengine's have them")
+    return [_read_entry(entry) for entry in choice["output_logprobs"]]
+
+
+def _read_entry(entry: dict[str, Any]) -> dict[int, Logprob]:
+    return {
+        int(token_id): Logprob(told["logprob"], told["rank"], told["decoded_token"]) for token_id, told in entry.items()
+    }
+
+
+def _cumulative(logprobs: list[dict[int, Logprob]] | None) -> float | None:
+    """The sum over the chosen tokens, each the first of its entry."""
+    return None if logprobs is None else math.fsum(next(iter(entry.values())).logprob for entry in logprobs if entry)

@@ -23,7 +23,7 @@ def row_params(seq: Sequence) -> RowParams:
 
 def row_extras(seq: Sequence, eos_token_ids: frozenset[int]) -> RowExtras | None:
     """What else changes its logits; None, which costs nothing, for a sequence that asks for none of it."""
-    params = seq.request.sampling_params
+    params, log = seq.request.sampling_params, seq.prompt_log
     stops: tuple[int, ...] = ()
     if params.min_tokens:
         stops = tuple(sorted({*eos_token_ids, *(params.stop_token_ids or ())}))
@@ -37,5 +37,12 @@ def row_extras(seq: Sequence, eos_token_ids: frozenset[int]) -> RowExtras | None
         min_tokens=params.min_tokens,
         stop_token_ids=stops,
         num_logprobs=-1 if params.logprobs is None else params.logprobs,
+        grammar=seq.request.grammar,
+        ignore_eos=params.ignore_eos and bool(seq.request.grammar),
     )
+    if log is not None:
+        # What is computed already was told, or a step in flight tells it.
+        first = max(log.end, seq.num_computed_tokens)
+        if first < log.total:
+            extras = extras._replace(num_prompt_logprobs=params.prompt_logprobs or 0, first_prompt_logprob=first)
     return None if extras == _NO_EXTRAS else extras

@@ -17,6 +17,7 @@ from typing import Any
 from configs.engine import ModelConfig
 from configs.errors import ConfigError, RequestError
 from configs.fields import setting, validate
+from nanoengine.structured_outputs import StructuredOutputsParams
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,9 @@ class SamplingParams:
     logprobs: int | None = setting(
         None, "likeliest tokens whose log-probabilities are told beside the chosen one's", minimum=0, maximum=20
     )
+    prompt_logprobs: int | None = setting(
+        None, "the same for each token of the prompt but the first; 0 tells of that token alone", minimum=0, maximum=20
+    )
     include_stop_str_in_output: bool = setting(False, "show the stop string, or stop token, that ended the text")
     skip_special_tokens: bool = setting(True, "leave special tokens out of the text")
     detokenize: bool = setting(True, "make text; false gives token ids alone")
@@ -78,6 +82,8 @@ class SamplingParams:
     bad_words: Sequence[str] | None = ()
     # What the front end makes of bad_words, or what is given where there is no tokenizer.
     bad_words_token_ids: Sequence[Sequence[int]] | None = ()
+    # The form that the output must have; an eos ends it where the form is complete, even under ignore_eos.
+    structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         self._normalise_lists()
@@ -117,6 +123,7 @@ class SamplingParams:
             "allowed_token_ids": allowed,
             "bad_words": _strings("bad_words", self.bad_words, MAX_BAD_WORDS, MAX_BAD_WORD_CHARS),
             "bad_words_token_ids": tuple(_token_ids("bad_words_token_ids", ids, MAX_BAD_WORD_CHARS) for ids in words),
+            "structured_outputs": StructuredOutputsParams.of(self.structured_outputs),
         }
         for name, value in normalised.items():
             object.__setattr__(self, name, value)
@@ -141,6 +148,8 @@ class SamplingParams:
         data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         if self.logit_bias is not None:  # neither JSON nor our msgpack has keys that are numbers
             data["logit_bias"] = {str(token): bias for token, bias in self.logit_bias.items()}
+        if isinstance(self.structured_outputs, StructuredOutputsParams):  # always, where there are any
+            data["structured_outputs"] = self.structured_outputs.to_dict()
         return data
 
     @classmethod

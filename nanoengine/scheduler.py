@@ -2,7 +2,8 @@
 
 A step mixes decodes and prefill chunks. Decodes come first, then the prompts that are under way, then new ones, so
 a long prompt cannot stop a stream. When blocks run out, the running sequence that is last in the policy's order (the
-newest, under fcfs) is preempted: its blocks are freed and it is computed again later; the first always progresses.
+newest, under fcfs) is preempted: its blocks are freed, and it is computed again later, or swapped to the host and
+back where that is asked for and the host has room; the first always progresses.
 
 Two steps may be in flight, collected in order (`commit`): while the workers compute step k, step k + 1 is scheduled.
 A sequence that step k samples is given its next row before that token is known; the row says PREVIOUS_SAMPLE. A
@@ -24,8 +25,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from configs.errors import RequestError, RequestTimeoutError, to_wire
-from nanoengine.admission import SchedulerLimits, check_admissible, serving_order
+from configs.errors import RequestError, RequestTimeoutError, from_wire, to_wire
+from nanoengine.admission import SchedulerLimits, check_admissible, reserved_blocks, serving_order
 from nanoengine.block_manager import BlockManager
 from nanoengine.decode_set import DecodeSet, StepInFlight
 from nanoengine.forking import Start, after_siblings, chunk_before_fork, find_start
@@ -42,9 +43,6 @@ __all__ = ["Scheduler", "SchedulerLimits"]
 
 logger = logging.getLogger(__name__)
 
-# Share of the blocks that admission leaves free, so that the sequences which run already can grow a little before
-# somebody must be preempted.
-WATERMARK = 0.01
 # How many requests that wait for a prefix are passed over in search of one that does not.
 MAX_PASSED = 16
 
@@ -57,12 +55,14 @@ class Scheduler:
         self.limits = limits
         self._clock = clock
         self.epoch = epoch
-        self.blocks = BlockManager(limits.num_kv_blocks, limits.block_size, limits.enable_prefix_caching)
+        self.blocks = BlockManager(
+            limits.num_kv_blocks, limits.block_size, limits.enable_prefix_caching, limits.num_host_blocks
+        )
         self._order = serving_order(limits.policy)
         self.waiting: list[Sequence] = []  # both in serving order
         self.running: list[Sequence] = []
         self.requests: dict[tuple[str, str], Request] = {}
-        self.num_preemptions = 0
+        self.num_preemptions = self.num_swaps = 0  # of all preemptions, those by swapping
         self.num_finished_tokens = 0  # generated for sequences that have ended
         self._seq_ids = itertools.count(1)
         self._step_id = 0
@@ -74,7 +74,6 @@ class Scheduler:
         self._deadlines: list[tuple[float, tuple[str, str]]] = []  # a heap of (time, request key)
         self._dropped: list[int] = []  # seq_ids that the workers need not keep any longer
         self._outbox = Outbox(clock)
-        self._watermark = max(1, int(WATERMARK * limits.num_kv_blocks)) if limits.num_kv_blocks > 1 else 0
 
     # -- requests -----------------------------------------------------------------------------------------------
 
@@ -85,7 +84,7 @@ class Scheduler:
         """
         known = self.requests.get((message.client_id, message.request_id))
         if known is not None:
-            self._replay(known, message.journal)
+            self._replay(known, message)
             return
         try:
             params = SamplingParams.from_dict(message.params)
@@ -102,6 +101,8 @@ class Scheduler:
             priority=message.priority,
             seed=message.seed,
             cache_salt=message.cache_salt,
+            num_prompt_logprobs=message.num_prompt_logprobs,
+            grammar=message.grammar,
         )
         self.requests[request.key] = request
         if message.timeout is not None:
@@ -116,12 +117,14 @@ class Scheduler:
                 self._finish(seq, self._stop_status(seq), start=seq.num_completion_tokens)
 
     def _queue(self, seq: Sequence) -> None:
-        seq.status = SequenceStatus.WAITING
+        seq.status = SequenceStatus.SWAPPED if seq.host_blocks else SequenceStatus.WAITING
         bisect.insort(self.waiting, seq, key=self._order)
 
-    def _replay(self, request: Request, journal: list[list[int]]) -> None:
+    def _replay(self, request: Request, message: AddRequest) -> None:
         for seq in request.seqs:
-            start = len(journal[seq.index]) if seq.index < len(journal) else 0
+            start = len(message.journal[seq.index]) if seq.index < len(message.journal) else 0
+            if seq.prompt_log is not None:
+                self._outbox.emit_prompt(seq, seq.prompt_log.since(message.num_prompt_logprobs))
             self._outbox.emit(seq, start)
 
     def abort(self, client_id: str, request_id: str, index: int | None = None) -> None:
@@ -207,13 +210,15 @@ class Scheduler:
 
     def _grow_steady(self, batch: _Batch) -> list[Sequence]:
         """Give each steady decode that comes to a block's boundary a new block; returns who got one."""
-        grown = []
-        for seq in self.steady.at_boundary() if self.steady else ():
+        due, grown = self.steady.at_boundary(), []
+        if self.blocks.can_allocate(len(due)):
+            self.blocks.extend(due)
+            return due
+        for seq in due:
             if seq.steady is None:
                 continue  # it had to give way to an older one
             if self._make_room(seq, 1, batch):
                 self.blocks.allocate(seq, seq.num_computed_tokens + 1)
-                seq.num_sent_blocks = len(seq.block_table)
                 grown.append(seq)
             elif seq.steady is not None:
                 self.steady.leave(seq)  # it cannot take this step
@@ -279,11 +284,14 @@ class Scheduler:
     def _preempt(self, seq: Sequence) -> None:
         self.steady.leave(seq)
         self.running.remove(seq)
-        self.blocks.free(seq)
-        seq.forget_computation()
         seq.num_preemptions += 1
         self.num_preemptions += 1
         self._dropped.append(seq.seq_id)
+        if self.limits.preemption_mode == "swap" and self.blocks.swap_out(seq):
+            self.num_swaps += 1
+        else:
+            self.blocks.free(seq)
+            seq.forget_computation()
         self._queue(seq)
 
     def _schedule_waiting(self, batch: _Batch) -> None:
@@ -307,8 +315,8 @@ class Scheduler:
             if uncomputed > batch.budget and not self.limits.enable_chunked_prefill:
                 break
             # All blocks of its tokens are taken at once: several half-prefilled prompts could block each other.
-            num_new = self.blocks.blocks_for(seq.num_tokens) - start.num_tokens // self.limits.block_size
-            if not self.blocks.can_allocate(num_new, start.hits, self._watermark if self.running else 0):
+            reserve = reserved_blocks(seq, len(self.running), self.limits)
+            if not self.blocks.can_allocate(start.num_new_blocks(seq, self.blocks), start.hits, reserve):
                 if self.running:
                     break
                 # Every block is free and still it does not fit: a new worker group may have fewer than the last.
@@ -322,7 +330,7 @@ class Scheduler:
         """Let a sequence run that waited, on the blocks that it starts with and on new ones."""
         if start.parent is not None:
             self.blocks.fork(start.parent, seq, start.num_tokens)
-        else:
+        elif seq.status is not SequenceStatus.SWAPPED:
             self.blocks.count_query(seq, len(start.hits))
         self.blocks.allocate(seq, seq.num_tokens, start.hits)
         self.blocks.announce(seq)
@@ -343,7 +351,7 @@ class Scheduler:
         if seq.num_sent_blocks is None:
             row.params, row.num_prompt_tokens = row_params(seq), seq.num_prompt_tokens
             row.extras = row_extras(seq, self.limits.eos_token_ids)
-            if row.extras is not None and row.extras.looks_back:
+            if row.extras is not None and row.extras.needs_past:
                 # All of it, whatever is cached: a penalty counts the tokens behind a prefix hit too.
                 row.past_token_ids = list(seq.token_ids)
         seq.num_sent_blocks = len(seq.block_table)
@@ -362,6 +370,12 @@ class Scheduler:
         flight = self.in_flight.popleft()
         assert flight.step_id == output.step_id, f"step {output.step_id} was collected where {flight.step_id} was due"
         self._costs.observe(flight.num_decodes, flight.num_prefill_tokens, output.compute_seconds)
+        for row, chunk in output.prompt_logprobs.items():
+            seq = flight.record(row).seq
+            if seq.prompt_log is not None and not seq.is_finished:
+                self._outbox.emit_prompt(seq, seq.prompt_log.add(chunk))
+        for row, error in output.errors.items():
+            self._fail(flight.seq_of(row).request, from_wire(error))
         if flight.steady:
             self._commit_steady(flight, output)
         for row, record in enumerate(flight.records, start=len(flight.steady)):
@@ -375,7 +389,7 @@ class Scheduler:
         if token_ids:
             self._outbox.emit_columns(rows, flight.age, token_ids)
         for row in odd:
-            self._commit_row(flight.steady_record(row), output, row)
+            self._commit_row(flight.record(row), output, row)
 
     def _commit_row(self, record: ScheduledRow, output: StepOutput, row: int) -> None:
         seq = record.seq
@@ -401,7 +415,7 @@ class Scheduler:
     def _stop_status(self, seq: Sequence) -> SequenceStatus | None:
         """Whether the newest token ends the sequence, and how."""
         params, token_id = seq.request.sampling_params, seq.token_ids[-1]
-        if token_id in self.limits.eos_token_ids and not params.ignore_eos:
+        if token_id in self.limits.eos_token_ids and not seq.request.ignores_eos:
             return SequenceStatus.FINISHED_STOPPED
         if token_id in (params.stop_token_ids or ()):
             seq.stop_reason = token_id
@@ -434,16 +448,12 @@ class Scheduler:
         """What the front ends have to be told since the last call, in order."""
         return self._outbox.take()
 
-    def now(self) -> float:
-        """Seconds on the scale of `AddRequest.arrival_time`."""
-        return self._clock()
-
     # -- recovery and checks ------------------------------------------------------------------------------------
 
-    def new_epoch(self, epoch: Epoch, num_kv_blocks: int) -> None:
+    def new_epoch(self, epoch: Epoch, num_kv_blocks: int, num_host_blocks: int = 0) -> None:
         """Start over with a fresh worker group: its cache is empty, so every sequence is computed again.
 
-        Steps in flight are forgotten, and so is every block hash: a hit on one would be a lie.
+        Steps in flight are forgotten, and so is every block hash, the host's too: a hit on one would be a lie.
         """
         self.epoch = epoch
         self._step_id = 0
@@ -458,10 +468,8 @@ class Scheduler:
             seq.block_table.clear()
             seq.forget_computation()
             seq.num_pending_tokens = 0
-        self.limits = dataclasses.replace(self.limits, num_kv_blocks=num_kv_blocks)
-        counted = self.blocks.num_query_tokens, self.blocks.num_hit_tokens
-        self.blocks = BlockManager(num_kv_blocks, self.limits.block_size, self.limits.enable_prefix_caching)
-        self.blocks.num_query_tokens, self.blocks.num_hit_tokens = counted
+        self.limits = dataclasses.replace(self.limits, num_kv_blocks=num_kv_blocks, num_host_blocks=num_host_blocks)
+        self.blocks.reset(num_kv_blocks, num_host_blocks)
 
     def check_invariants(self) -> None:
         """Raise AssertionError unless queues, requests and blocks agree."""

@@ -11,6 +11,7 @@ import enum
 import time
 from typing import TYPE_CHECKING, Any
 
+from nanoengine.prompt_log import PromptLog
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.step import TokenLogprobs
 
@@ -53,6 +54,7 @@ class Sequence:
     `num_pending_tokens` counts the tokens that steps in flight sample: they follow `token_ids`, their ids unknown.
     `num_sent_blocks` counts the entries of `block_table` that the workers know; None: they know nothing of this
     sequence, and its full state travels with its next row.
+    `host_blocks` holds what is computed of a swapped sequence, block by block, in the place of `block_table`.
 
     While it is a steady decode (`steady` is the set it is in) both counters follow from the set's clock, and whoever
     wants to change them makes it leave the set first.
@@ -64,11 +66,13 @@ class Sequence:
         "block_hashes",
         "block_table",
         "error",
+        "host_blocks",
         "index",
         "logprobs",
         "num_preemptions",
         "num_prompt_tokens",
         "num_sent_blocks",
+        "prompt_log",
         "request",
         "seq_id",
         "status",
@@ -90,12 +94,17 @@ class Sequence:
         self.num_sent_blocks: int | None = None
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []
+        self.host_blocks: list[int] = []
         self.status = SequenceStatus.WAITING
         self.stop_reason: int | None = None
         self.error: dict[str, Any] | None = None
         # One entry an output token, where they are asked for. Those of the journal are with the front end.
         asked = request.sampling_params.logprobs is not None
         self.logprobs: list[TokenLogprobs | None] | None = [None] * len(journal) if asked else None
+        # Those of the prompt are told once, by the first sequence.
+        self.prompt_log: PromptLog | None = None
+        if index == 0 and request.sampling_params.prompt_logprobs is not None:
+            self.prompt_log = PromptLog(request.num_prompt_logprobs, self.num_prompt_tokens - 1)
 
     @property
     def num_tokens(self) -> int:
@@ -154,6 +163,16 @@ class Sequence:
         return 1 if self.steady is not None else len(self.token_ids) + self._num_pending - self._num_computed
 
     @property
+    def num_hittable_tokens(self) -> int:
+        """How many tokens a prefix hit may cover: what has an output to give must be computed, the last token for one.
+
+        So must every prompt token whose logits somebody waits for.
+        """
+        if self.prompt_log is None or self.prompt_log.is_complete:
+            return len(self.token_ids) - 1
+        return self.prompt_log.end
+
+    @property
     def is_finished(self) -> bool:
         """Whether no token will follow."""
         return self.status.is_finished
@@ -168,6 +187,8 @@ class Sequence:
         """Go back to nothing computed (its blocks are freed by whoever calls): after preemption or a new epoch."""
         self.num_computed_tokens = 0
         self.num_sent_blocks = None
+        if self.status is SequenceStatus.SWAPPED:
+            self.status, self.host_blocks = SequenceStatus.WAITING, []
 
     def fork(self, seq_id: int, index: int) -> Sequence:
         """A copy that goes its own way from here; it shares nothing that may change with its parent."""
@@ -189,7 +210,9 @@ class Sequence:
 class Request:
     """One client request and its sequences. `prompt` is the text it came from, where that is known here.
 
-    Only requests of the same `cache_salt` share cached prefixes.
+    Only requests of the same `cache_salt` share cached prefixes. `num_prompt_logprobs` entries of the prompt's
+    log-probabilities are with the front end already. An eos ends an output that matches a `grammar` even under
+    ignore_eos: the workers let it come only where nothing else can.
     """
 
     __slots__ = (
@@ -197,7 +220,10 @@ class Request:
         "cache_salt",
         "client_id",
         "first_scheduled_time",
+        "grammar",
+        "ignores_eos",
         "num_cached_tokens",
+        "num_prompt_logprobs",
         "priority",
         "prompt",
         "prompt_token_ids",
@@ -219,6 +245,8 @@ class Request:
         priority: int = 0,
         seed: int = 0,
         cache_salt: str = "",
+        num_prompt_logprobs: int = 0,
+        grammar: str = "",
     ) -> None:
         self.request_id = request_id
         self.client_id = client_id
@@ -229,6 +257,9 @@ class Request:
         self.priority = priority
         self.seed = seed
         self.cache_salt = cache_salt
+        self.num_prompt_logprobs = num_prompt_logprobs
+        self.grammar = grammar
+        self.ignores_eos = sampling_params.ignore_eos and not grammar
         self.first_scheduled_time: float | None = None
         self.num_cached_tokens = 0  # of the prompt, when the first of its sequences was scheduled first
         self.seqs: list[Sequence] = []

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from configs.errors import ChannelError
+from nanoengine.prompt_log import PromptLogprobs as PromptLogprobs  # a part of the messages, for workers too
 
 # A token id that stands for "the id sampled for this row in step_id - 1": rank 0 knows it and hands it to the
 # others through the collective, so that a step can be submitted before the one before it has returned.
@@ -156,6 +157,10 @@ class RowExtras(NamedTuple):
     Primitives only. `allowed_token_ids` empty allows all; `stop_token_ids` (eos among them) are masked while fewer
     than `min_tokens` tokens are generated; each of `bad_words` is a sequence of ids whose last is masked where the
     others were just generated. `num_logprobs` of the likeliest tokens' log-probabilities are told, none if it is -1.
+    The same goes for `num_prompt_logprobs` and the prompt's tokens, from entry `first_prompt_logprob` on (see
+    `PromptLogprobs`); the entries before it were told already.
+    `grammar`, in llguidance's form, is what the output must match; under `ignore_eos` eos then waits until the
+    grammar allows nothing else.
     """
 
     presence_penalty: float = 0.0
@@ -167,11 +172,29 @@ class RowExtras(NamedTuple):
     min_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
     num_logprobs: int = -1
+    num_prompt_logprobs: int = -1
+    first_prompt_logprob: int = 0
+    grammar: str = ""
+    ignore_eos: bool = False
 
     @property
     def looks_back(self) -> bool:
-        """Whether the row's tokens so far matter: they travel with its state then, cached ones included."""
-        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0 or self.bad_words)
+        """Whether what is sampled depends on the row's tokens so far, cached ones included."""
+        penalised = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
+        return bool(penalised or self.bad_words or self.grammar)
+
+    @property
+    def needs_past(self) -> bool:
+        """Whether the row's tokens so far travel with its state.
+
+        They do for the prompt's log-probabilities too: the last position of a chunk predicts the next chunk's first.
+        """
+        return self.looks_back or self.num_prompt_logprobs >= 0
+
+    @property
+    def concerns_sampling(self) -> bool:
+        """Whether there is anything but the prompt's log-probabilities."""
+        return self._replace(num_prompt_logprobs=-1, first_prompt_logprob=0) != RowExtras()
 
 
 @dataclasses.dataclass(slots=True)
@@ -190,7 +213,7 @@ class SequenceState:
         num_prompt_tokens: length of the prompt; together with `params` only.
         params: sent when the row is new to the workers or resumed: the row's state starts afresh. Else None.
         extras: together with `params` only, for a row that has any.
-        past_token_ids: prompt and output so far, together with `extras` that look back.
+        past_token_ids: prompt and output so far, together with `extras` that need them.
     """
 
     seq_id: int
@@ -361,6 +384,8 @@ class StepOutput:
         token_ids: one list a row; empty for a row that did not sample, several under speculation. Kept as columns.
         compute_seconds: wall time of the step on rank 0.
         logprobs: for each row (by its number) that asked for them, one entry a sampled token.
+        prompt_logprobs: for each row (by its number) that asked for them, what this step told of its prompt.
+        errors: `configs.errors.to_wire` of what ended a row, by its number; such a row has no token.
     """
 
     epoch: Epoch
@@ -369,6 +394,8 @@ class StepOutput:
     token_ids: Sequence[Sequence[int]]
     compute_seconds: float = 0.0
     logprobs: dict[int, list[TokenLogprobs]] = dataclasses.field(default_factory=dict)
+    prompt_logprobs: dict[int, PromptLogprobs] = dataclasses.field(default_factory=dict)
+    errors: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.seq_ids, self.token_ids = int_column(self.seq_ids), TokenLists.of(self.token_ids)
@@ -389,6 +416,8 @@ class StepOutput:
             _pack_column(tokens.flat),
             self.compute_seconds,
             self.logprobs,
+            {row: tuple(chunk) for row, chunk in self.prompt_logprobs.items()},
+            self.errors,
         )
         return pickle.dumps(columns, protocol=5)
 
@@ -396,13 +425,18 @@ class StepOutput:
     def unpack(cls, columns: Any) -> StepOutput:
         """Rebuild from what the channel's restricted unpickler read. Raises ChannelError when malformed."""
         try:
-            epoch, step_id, packed_seq_ids, counts, flat, seconds, logprobs = columns
+            epoch, step_id, packed_seq_ids, counts, flat, seconds, logprobs, told, errors = columns
             seq_ids = _unpack_column(packed_seq_ids)
             tokens = TokenLists(_unpack_column(flat), None if counts is None else _unpack_column(counts))
             if len(tokens) != len(seq_ids) or (tokens.counts is not None and sum(tokens.counts) != len(tokens.flat)):
                 raise ValueError("columns of different lengths")
             if any(len(entries) != len(tokens[row]) for row, entries in logprobs.items()):
                 raise ValueError("a sampled token lacks its log-probabilities")
-            return cls(Epoch(*epoch), step_id, seq_ids, tokens, seconds, logprobs)
+            prompt_logprobs = {row: PromptLogprobs.checked(fields) for row, fields in told.items()}
+            if not all(0 <= row < len(seq_ids) for row in prompt_logprobs):
+                raise ValueError("prompt log-probabilities of no row")
+            if any(tokens[row] for row in errors):
+                raise ValueError("a row that failed has a token")
+            return cls(Epoch(*epoch), step_id, seq_ids, tokens, seconds, logprobs, prompt_logprobs, errors)
         except (TypeError, ValueError, IndexError, AttributeError) as error:
             raise ChannelError(f"malformed step output: {error}") from error

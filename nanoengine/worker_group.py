@@ -107,6 +107,13 @@ class WorkerGroup:
         """Take in what rank 0 has said, for whoever is in a hurry. Raises ChannelError when the link is broken."""
         self.outputs.extend(self.ranks[0].receive())
 
+    def wants_check(self) -> bool:
+        """Whether `check` may find something: a rank spoke or ended, or the last one is a while ago. Costs little."""
+        # Often enough for a rank that falls silent not to be taken for a suspension of this process.
+        if time.monotonic() - self._last_check > min(WATCH_SECONDS, self._silence_limit / 4):
+            return True
+        return bool(self._sentinels.poll(0)) or any(rank.link.is_readable() for rank in self.ranks)
+
     def check(self, starting: bool = False) -> None:
         """Raise when a rank died, failed or fell silent; the cause is preferred to its consequences.
 

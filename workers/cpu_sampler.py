@@ -11,7 +11,6 @@ import math
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 Float32Row = npt.NDArray[np.float32]
 Int64Row = npt.NDArray[np.int64]
@@ -23,6 +22,17 @@ _BLOCK = 1024
 def weight_scale(vocab_size: int) -> float:
     """The integer weight of the likeliest token: as large as lets the sum of a row's weights stay below 2**63."""
     return 2.0 ** (62 - vocab_size.bit_length())
+
+
+def scaled_exp(relative: npt.NDArray[np.float32], vocab_size: int) -> npt.NDArray[np.float32]:
+    """exp(relative) * weight_scale(vocab_size); an element's result depends on nothing but the element.
+
+    By numpy in the calling thread: torch wakes all its threads for so little, which costs more than it saves, and
+    many times as much while they have to wait for a core.
+    """
+    scaled: npt.NDArray[np.float32] = np.exp(relative)
+    scaled *= np.float32(weight_scale(vocab_size))
+    return scaled
 
 
 def draw(row: Float32Row, temperature: float, top_k: int, top_p: float, min_p: float, uniform: float) -> int:
@@ -41,8 +51,7 @@ def draw(row: Float32Row, temperature: float, top_k: int, top_p: float, min_p: f
     relative = (row if ids is None else row[ids]) - highest
     relative /= np.float32(temperature)
     kept = relative >= np.float32(np.log(min_p)) if min_p > 0 else None
-    scaled = _exp(relative)
-    scaled *= np.float32(weight_scale(len(row)))
+    scaled = scaled_exp(relative, len(row))
     weights = scaled.astype(np.int64)
     if top_p < 1:
         likely = weights >= _top_p_threshold(scaled, weights, top_p)
@@ -77,12 +86,6 @@ def _kth_largest(values: Float32Row, k: int) -> np.float32:
     at = len(values) - k
     kth: np.float32 = np.partition(values, at)[at]
     return kth
-
-
-def _exp(values: Float32Row) -> Float32Row:
-    """In place; torch's, an element's result from which depends neither on its place nor on the number of elements."""
-    result: Float32Row = torch.from_numpy(values).exp_().numpy()
-    return result
 
 
 def _top_p_threshold(scaled: Float32Row, weights: Int64Row, top_p: float) -> int:

@@ -16,10 +16,21 @@ import numpy.typing as npt
 import torch
 
 from configs.errors import EngineError
-from nanoengine.step import PREVIOUS_SAMPLE, DecodeRows, IntColumn, RowParams, SequenceState, StepInput, int_column
+from nanoengine.step import (
+    PREVIOUS_SAMPLE,
+    DecodeRows,
+    IntColumn,
+    PromptLogprobs,
+    RowParams,
+    SequenceState,
+    StepInput,
+    int_column,
+)
 from workers.forward_context import AttentionMetadata
 from workers.logits_processors import RowProcessor
+from workers.prompt_logprobs import PromptRows, PromptSpan
 from workers.sampler import SamplingRows
+from workers.structured import GrammarMatchers
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -110,6 +121,8 @@ class Batch:
         previous: (token, seq_id) of each token that the step before sampled, in the order of the rows.
         processors: (row of the logits, position of the sampled token, processor) of the rows that have extras.
         argmax_ids: what came of the rows that need no logits, once computed, on rank 0.
+        prompt_spans: tokens whose logits are told of, of prompts that ask for it.
+        prompt_logprobs: what came of them, by row of the step; rank 0 only.
     """
 
     seq_ids: list[int]
@@ -123,6 +136,8 @@ class Batch:
     previous: list[tuple[int, int]]
     processors: list[tuple[int, int, RowProcessor]]
     argmax_ids: torch.Tensor | None = None
+    prompt_spans: list[PromptSpan] = dataclasses.field(default_factory=list)
+    prompt_logprobs: dict[int, PromptLogprobs] = dataclasses.field(default_factory=dict)
 
 
 class InputBatch:
@@ -135,6 +150,7 @@ class InputBatch:
         vocab_size: every token id is below it.
         device: where the tensors of a step go.
         samples: whether this rank samples; others need nothing of a row's past.
+        grammars: makes the matchers of rows that have a grammar; not needed where nothing is sampled.
     """
 
     def __init__(
@@ -145,6 +161,7 @@ class InputBatch:
         vocab_size: int,
         device: torch.device,
         samples: bool = True,
+        grammars: GrammarMatchers | None = None,
     ) -> None:
         self._num_blocks = num_blocks
         self._block_size = block_size
@@ -152,9 +169,11 @@ class InputBatch:
         self._vocab_size = vocab_size
         self._device = device
         self._samples = samples
+        self._grammars = grammars
         self._rows = _Rows(-(-max_model_len // block_size))
         self._line_of: dict[int, int] = {}  # by seq_id
         self._processors: dict[int, RowProcessor] = {}  # of the few that have extras, by seq_id
+        self._prompts = PromptRows()
         self._steady = self._no_decodes = self._name_decodes(int_column([]))
 
     def __len__(self) -> int:
@@ -188,6 +207,7 @@ class InputBatch:
 
     def _drop(self, seq_id: int) -> None:
         line = self._line_of.pop(seq_id, None)
+        self._prompts.drop(seq_id)
         if line is not None:
             self._rows.give_back(line)
             self._processors.pop(seq_id, None)
@@ -249,6 +269,7 @@ class InputBatch:
             self._processors.pop(seq_id, None)
             if processor is not None:
                 self._processors[seq_id] = processor
+            self._prompts.begin(state)
             self._steady = self._steady if seq_id not in self._steady.seq_ids else self._no_decodes
         elif line is None:
             raise _unknown(seq_id)
@@ -265,11 +286,15 @@ class InputBatch:
         return line
 
     def _make_processor(self, state: SequenceState) -> RowProcessor | None:
-        if state.extras is None or not self._samples:
+        if state.extras is None or not self._samples or not state.extras.concerns_sampling:
             return None
         if state.extras.looks_back and len(state.past_token_ids) < state.num_computed_tokens + len(state.token_ids):
             raise EngineError(f"sequence {state.seq_id} came with parameters that look at its past, and without it")
-        return RowProcessor(state.extras, state.num_prompt_tokens, state.past_token_ids)
+        matcher = None
+        if state.extras.grammar:
+            assert self._grammars is not None, "a rank that samples has them"
+            matcher = self._grammars.row(state.extras.grammar, state.past_token_ids[state.num_prompt_tokens :])
+        return RowProcessor(state.extras, state.num_prompt_tokens, state.past_token_ids, matcher)
 
     def _check_tokens(self, state: SequenceState) -> None:
         tokens, computed = state.token_ids, state.num_computed_tokens
@@ -343,6 +368,7 @@ class InputBatch:
                 (end, seq_ids[row]) for row, end in enumerate((ends - 1).tolist()) if tokens[end] == PREVIOUS_SAMPLE
             ],
             processors=self._sampling_processors(seq_ids, sampled, seq_lens),
+            prompt_spans=self._prompts.spans(step.states, len(step.decodes)),
         )
 
     def _sampling(self, lines: Int64Array, sampled: list[int], num_logits: int) -> SamplingRows:

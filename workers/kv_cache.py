@@ -1,27 +1,32 @@
-"""The paged K/V cache: how many blocks the memory holds, their allocation, and copies between them.
+"""The paged K/V cache and the host tier below it: how many blocks fit, their allocation, and copies between them.
 
-One tensor a layer, the block its first axis. It knows neither sequences nor how attention reads a block.
+On the device there is one tensor a layer, the block its first axis. On the host a block is one piece of memory over
+all layers, so that it moves in one transfer. This module knows neither sequences nor how attention reads a block.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from configs.engine import EngineConfig
 from configs.errors import CapacityError, EngineError
-from nanoengine.step import DEVICE_TO_DEVICE
+from nanoengine.step import DEVICE_TO_DEVICE, DEVICE_TO_HOST, HOST_TO_DEVICE, BlockCopy
 from workers.attention.base import AttentionBackend
 
 GIB = 1 << 30
 # DESIGN.md, section 8: what all ranks on a CPU share by default.
 MAX_CPU_BUDGET = 4 * GIB
 CPU_SHARE = 4
+# So many blocks at most are gathered at once on their way: it bounds the memory that this takes on the device.
+MAX_BLOCKS_PER_COPY = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +63,34 @@ class KVCacheSpec:
                 f"{num_blocks} K/V blocks of {_gib(self.bytes_per_block * num_blocks)} in all do not fit: {error}"
             ) from error
 
+    def allocate_host(self, num_blocks: int, device: torch.device) -> torch.Tensor | None:
+        """The host tier of a rank on `device`: (num_blocks, num_layers, *shape of a layer's block); None without any.
+
+        On CPU, pages are taken from the system as they are first written. For a GPU they are pinned, all of them now:
+        only so can transfers run beside the computing, and memory that is not there is noticed before serving.
+
+        Raises:
+            CapacityError: the host has not that much memory, or cannot pin it.
+        """
+        if not num_blocks:
+            return None
+        try:
+            host = _zeros((num_blocks, self.num_layers, *self.layer_shape(1)[1:]), self.dtype, torch.device("cpu"))
+            return host if device.type != "cuda" else _pinned(host)
+        except (MemoryError, RuntimeError) as error:
+            raise CapacityError(
+                f"a swap_space of {num_blocks} K/V blocks, {_gib(self.bytes_per_block * num_blocks)}, does not fit "
+                f"the host's memory: {error}"
+            ) from error
+
+
+def _pinned(host: torch.Tensor) -> torch.Tensor:
+    """Pin the memory of `host` as it is: torch's own pinned allocator would round gigabytes up to a power of two."""
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    torch.cuda.check_error(int(runtime.cudaHostRegister(host.data_ptr(), host.nbytes, 0)))
+    weakref.finalize(host, runtime.cudaHostUnregister, host.data_ptr())
+    return host
+
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Zeros; on CPU, untouched pages of the system, where torch would write gigabytes of them at once."""
@@ -73,14 +106,14 @@ def max_kv_blocks(config: EngineConfig, spec: KVCacheSpec, on_gpu: bool, measure
     Args:
         config: resolved.
         spec: this rank's cache.
-        on_gpu: the rank has a GPU of its own; else its share of the host's memory is meant.
+        on_gpu: the rank has a GPU of its own; else its share of the host's memory is meant, beside all swap_space.
         measure: bytes free for K/V: on a GPU this rank's, on CPU what the host has left for all ranks.
 
     Raises:
         CapacityError: num_kv_blocks is more than fits, or by default not one sequence of max_model_len fits.
     """
     ranks = 1 if on_gpu else config.parallel.world_size
-    free = max(0, measure())
+    free = max(0, measure() - (0 if on_gpu else _swap_bytes(config)))
     asked = config.cache.num_kv_blocks
     if asked is not None:
         fitting = free // (spec.bytes_per_block * ranks)
@@ -107,20 +140,113 @@ def max_kv_blocks(config: EngineConfig, spec: KVCacheSpec, on_gpu: bool, measure
     return min(fitting, config.scheduler.max_num_seqs * per_sequence)
 
 
-def copy_blocks(caches: list[torch.Tensor], copies: list[tuple[int, int, int]]) -> None:
-    """Perform (direction, source, destination) copies in every layer, in order.
+def max_host_blocks(config: EngineConfig, spec: KVCacheSpec, measure: Callable[[], int]) -> int:
+    """How many blocks of this rank `swap_space` holds.
+
+    Args:
+        config: resolved.
+        spec: this rank's cache.
+        measure: bytes of free host memory, which all ranks share.
 
     Raises:
-        EngineError: a block that does not exist, or a copy to or from the host.
+        CapacityError: the ranks' swap space is more than that, or holds not even one block.
     """
-    num_blocks = len(caches[0])
+    swap_space, ranks = config.cache.swap_space, config.parallel.world_size
+    if not swap_space:
+        return 0
+    free = max(0, measure())
+    if _swap_bytes(config) > free:
+        raise CapacityError(
+            f"swap_space={swap_space:g} needs {_gib(_swap_bytes(config))} of host memory for {_ranks(ranks)}, but "
+            f"{_gib(free)} are free; set it to at most {free / GIB / ranks:.2f}"
+        )
+    fitting = int(swap_space * GIB) // spec.bytes_per_block
+    if not fitting:
+        raise CapacityError(
+            f"swap_space={swap_space:g} holds not one K/V block of {spec.bytes_per_block} bytes; set it to at least "
+            f"{math.ceil(spec.bytes_per_block / GIB * 1e6) / 1e6:g}, or to 0"
+        )
+    return fitting
+
+
+def _swap_bytes(config: EngineConfig) -> int:
+    """Host memory that the swap space of all ranks takes."""
+    return int(config.cache.swap_space * GIB) * config.parallel.world_size
+
+
+def copy_blocks(caches: list[torch.Tensor], copies: list[BlockCopy], host: torch.Tensor | None = None) -> None:
+    """Perform (direction, source, destination) copies in every layer, in order.
+
+    On a GPU they are queued on the current stream, like all that reads or writes either side, and nothing waits.
+
+    Args:
+        caches: one tensor a layer, block first.
+        copies: as in `StepInput`.
+        host: what `KVCacheSpec.allocate_host` made, if there is a host tier.
+
+    Raises:
+        EngineError: a block or a direction that does not exist; nothing has been copied then.
+    """
+    num_blocks, num_host_blocks = len(caches[0]), 0 if host is None else len(host)
+    sides = {
+        DEVICE_TO_DEVICE: (num_blocks, num_blocks),
+        DEVICE_TO_HOST: (num_blocks, num_host_blocks),
+        HOST_TO_DEVICE: (num_host_blocks, num_blocks),
+    }
     for direction, source, destination in copies:
-        if direction != DEVICE_TO_DEVICE:
-            raise EngineError(f"block copy {source} -> {destination} involves the host: swapping is not built yet")
-        if not (0 <= source < num_blocks and 0 <= destination < num_blocks):
-            raise EngineError(f"block copy {source} -> {destination} is outside the cache of {num_blocks} blocks")
-        for cache in caches:
-            cache[destination].copy_(cache[source])
+        limits = sides.get(direction, (0, 0))
+        if not (0 <= source < limits[0] and 0 <= destination < limits[1]):
+            raise EngineError(
+                f"block copy {source} -> {destination} (direction {direction}) is outside the cache of {num_blocks} "
+                f"blocks and {num_host_blocks} on the host"
+            )
+    for direction, sources, destinations in _independent(copies):
+        if direction == DEVICE_TO_DEVICE:
+            _copy_on_device(caches, sources, destinations)
+        elif host is not None:
+            copy = _copy_to_host if direction == DEVICE_TO_HOST else _copy_from_host
+            copy(caches, host, sources, destinations)
+
+
+def _independent(copies: list[BlockCopy]) -> Iterator[tuple[int, list[int], list[int]]]:
+    """Runs of copies of one direction that may as well happen at once: direction, sources, destinations."""
+    direction = -1
+    sources: list[int] = []
+    destinations: list[int] = []
+    for kind, source, destination in copies:
+        depends = destination in destinations or (kind == DEVICE_TO_DEVICE and source in destinations)
+        if sources and (kind != direction or depends or len(sources) == MAX_BLOCKS_PER_COPY):
+            yield direction, sources, destinations
+            sources, destinations = [], []
+        direction = kind
+        sources.append(source)
+        destinations.append(destination)
+    if sources:
+        yield direction, sources, destinations
+
+
+def _copy_on_device(caches: list[torch.Tensor], sources: list[int], destinations: list[int]) -> None:
+    taken, put = (torch.tensor(ids, device=caches[0].device) for ids in (sources, destinations))
+    for cache in caches:
+        cache.index_copy_(0, put, cache.index_select(0, taken))
+
+
+def _copy_to_host(caches: list[torch.Tensor], host: torch.Tensor, sources: list[int], destinations: list[int]) -> None:
+    taken = torch.tensor(sources, device=caches[0].device)
+    gathered = torch.stack([cache.index_select(0, taken) for cache in caches], dim=1)  # (copies, layers, ...)
+    for block, destination in zip(gathered, destinations, strict=True):
+        host[destination].copy_(block, non_blocking=True)
+
+
+def _copy_from_host(
+    caches: list[torch.Tensor], host: torch.Tensor, sources: list[int], destinations: list[int]
+) -> None:
+    put = torch.tensor(destinations, device=caches[0].device)
+    gathered = torch.empty((len(sources), *host.shape[1:]), dtype=host.dtype, device=caches[0].device)
+    for block, source in zip(gathered, sources, strict=True):
+        block.copy_(host[source], non_blocking=True)
+    for layer, cache in enumerate(caches):
+        cache.index_copy_(0, put, gathered[:, layer])
 
 
 def free_host_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:

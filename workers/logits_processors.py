@@ -8,12 +8,16 @@ elementwise, so a row's bits do not depend on the batch.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from nanoengine.step import RowExtras
+
+if TYPE_CHECKING:
+    from workers.structured import RowMatcher
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -52,10 +56,18 @@ class RowProcessor:
         extras: of the row.
         num_prompt_tokens: where its output begins.
         past_token_ids: prompt and output so far when `extras` look back, else not needed.
+        matcher: behind the output so far, where the extras have a grammar; what masks the row then is `constrain`.
     """
 
-    def __init__(self, extras: RowExtras, num_prompt_tokens: int, past_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        extras: RowExtras,
+        num_prompt_tokens: int,
+        past_token_ids: Sequence[int],
+        matcher: RowMatcher | None = None,
+    ) -> None:
         self.extras = extras
+        self.matcher = matcher
         self.num_prompt_tokens = num_prompt_tokens
         self.bias_ids = np.array([token for token, _ in extras.logit_bias], dtype=np.int64)
         self.biases = np.array([bias for _, bias in extras.logit_bias], dtype=np.float32)
@@ -78,25 +90,32 @@ class RowProcessor:
         for token in token_ids[max(0, self._num_tokens - start) :]:
             self._num_tokens += 1
             self._generated.append(token)
+            if self.matcher is not None:
+                self.matcher.observe(token)
             if self.extras.repetition_penalty != 1.0:
                 self.seen.add(token)
             if self.extras.frequency_penalty or self.extras.presence_penalty:
                 self.output.add(token)
 
-    def banned(self, num_generated: int) -> set[int]:
-        """Ids that may not come next. What would leave no allowed token at all is not banned."""
+    def bad_token_ids(self) -> set[int]:
+        """Ids that would complete a bad word."""
         banned = set(self._bad_tokens)
         if self._generated:
             for word in self._bad_words.get(self._generated[-1], ()):
                 if tuple(self._generated[1 - len(word) :]) == word[:-1]:
                     banned.add(word[-1])
+        return banned
+
+    def banned(self, num_generated: int) -> set[int]:
+        """Ids that may not come next. What would leave no allowed token at all is not banned."""
+        banned = self.bad_token_ids()
         if num_generated < self.extras.min_tokens:
             banned.update(self.extras.stop_token_ids)
         return set() if banned and self._allowed and self._allowed <= banned else banned
 
 
 def process(logits: torch.Tensor, rows: Sequence[tuple[int, int, RowProcessor]]) -> None:
-    """Change the logits of some rows, in place.
+    """Change the logits of some rows, in place. Those that have a grammar are masked by `structured.constrain`.
 
     Args:
         logits: (num_rows, vocab_size) float32.
@@ -105,12 +124,13 @@ def process(logits: torch.Tensor, rows: Sequence[tuple[int, int, RowProcessor]])
     _add_bias(logits, [(row, each) for row, _, each in rows if len(each.bias_ids)])
     _penalise_repetition(logits, [(row, each) for row, _, each in rows if len(each.seen.ids)])
     _penalise_output(logits, [(row, each) for row, _, each in rows if len(each.output.ids)])
-    for row, _, each in rows:
+    free = [row for row in rows if row[2].matcher is None]
+    for row, _, each in free:
         if len(each.allowed_ids):
             allowed = torch.from_numpy(each.allowed_ids).to(logits.device)
             kept = logits[row].index_select(0, allowed)
             logits[row].fill_(-torch.inf).index_copy_(0, allowed, kept)
-    banned = [(row, each.banned(position - each.num_prompt_tokens)) for row, position, each in rows]
+    banned = [(row, each.banned(position - each.num_prompt_tokens)) for row, position, each in free]
     where = _places(logits, [(row, np.array(sorted(ids), dtype=np.int64)) for row, ids in banned if ids])
     if where is not None:
         logits.index_put_(where, logits.new_tensor(-torch.inf))

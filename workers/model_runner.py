@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,14 +21,23 @@ from nanoengine.step import PREVIOUS_SAMPLE, Epoch, RowParams, SequenceState, St
 from workers.attention import get_backend
 from workers.forward_context import ForwardContext, forward_context
 from workers.input_batch import Batch, InputBatch
-from workers.kv_cache import KVCacheSpec, copy_blocks, free_gpu_memory, free_host_memory, max_kv_blocks
+from workers.kv_cache import (
+    KVCacheSpec,
+    copy_blocks,
+    free_gpu_memory,
+    free_host_memory,
+    max_host_blocks,
+    max_kv_blocks,
+)
 from workers.layers.attention import Attention
 from workers.logits_processors import process
 from workers.logprobs import log_probabilities, token_logprobs
 from workers.model_loader import ModelLoader, resolve_dtype
 from workers.models.decoder import Decoder
 from workers.parallel import Communicator
+from workers.prompt_logprobs import tell_prompts
 from workers.sampler import sample
+from workers.structured import BoolArray, GrammarMatchers, constrain
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +66,13 @@ class ModelRunner:
         self._dtype = resolve_dtype(config, device)
         self._model: Decoder | None = None
         self._kv_caches: list[torch.Tensor] = []
+        self._host_cache: torch.Tensor | None = None
         self._batch: InputBatch | None = None
         # Rank 0 only: what the last step sampled, for rows of the next step that say PREVIOUS_SAMPLE.
         self._previous: dict[int, int] = {}
+        # Rank 0 only: what the outputs' grammars allow, computed beside the forward pass.
+        self._grammars = GrammarMatchers(config, torch.get_num_threads()) if communicator.rank == 0 else None
+        self._masks: Future[BoolArray] | None = None
 
     @property
     def dtype_name(self) -> str:
@@ -75,6 +91,8 @@ class ModelRunner:
         Raises:
             CheckpointError: the checkpoint is incomplete, misshapen or of a refused format.
         """
+        if self._grammars is not None:
+            self._grammars.load()
         self._model = ModelLoader(self._config).load_model(self._device, self._communicator, self._dtype)
 
     def max_kv_blocks(self) -> int:
@@ -93,13 +111,22 @@ class ModelRunner:
             lambda: free_gpu_memory(self._device, share, self._run_largest_step),
         )
 
-    def allocate(self, num_blocks: int) -> None:
+    def max_host_blocks(self) -> int:
+        """How many K/V blocks this rank's swap space holds.
+
+        Raises:
+            CapacityError: the host has not that much memory.
+        """
+        return max_host_blocks(self._config, self._spec(), free_host_memory)
+
+    def allocate(self, num_blocks: int, num_host_blocks: int = 0) -> None:
         """Make the cache, of as many blocks as all ranks agreed on, and forget every row.
 
         Raises:
             CapacityError: the memory is not there after all.
         """
         self._kv_caches = self._spec().allocate(num_blocks, self._device)
+        self._host_cache = self._spec().allocate_host(num_host_blocks, self._device)
         self._batch = self._make_batch(num_blocks)
         self._previous = {}
 
@@ -134,14 +161,17 @@ class ModelRunner:
             return None
         token_ids: list[list[int]] = [[] for _ in range(step.num_rows)]
         logprobs: dict[int, list[TokenLogprobs]] = {}
+        errors: dict[int, dict[str, Any]] = {}
         self._previous = {}
         if batch is not None:
-            ids, logprobs = _sample(logits, batch)
+            ids, logprobs, errors = _sample(logits, batch, self._constrain)
             for row, token in zip(batch.sampled, ids, strict=True):
-                token_ids[row] = [token]
+                # The next step may hold a row behind one that failed; it goes on with any token, to no avail.
+                token_ids[row] = [] if row in errors else [token]
                 self._previous[batch.seq_ids[row]] = token
-        seq_ids = [] if batch is None else batch.seq_ids
-        return StepOutput(step.epoch, step.step_id, seq_ids, token_ids, time.perf_counter() - began, logprobs)
+        seq_ids, told = ([], {}) if batch is None else (batch.seq_ids, batch.prompt_logprobs)
+        seconds = time.perf_counter() - began
+        return StepOutput(step.epoch, step.step_id, seq_ids, token_ids, seconds, logprobs, told, errors)
 
     @torch.inference_mode()
     def compute_logits(self, step: StepInput) -> tuple[Batch | None, torch.Tensor | None]:
@@ -152,17 +182,24 @@ class ModelRunner:
             of the rows that need them, None when there are none.
         """
         assert self._batch is not None, "allocate() comes first"
-        copy_blocks(self._kv_caches, step.copies)
+        if step.copies:
+            copy_blocks(self._kv_caches, step.copies, self._host_cache)
         batch = self._batch.apply(step, self.all_logits)
         if batch is None:
             return None, None
         if batch.previous:
             self._fill_previous(batch, self._batch)
+        if self._grammars is not None and batch.processors:
+            rows = [each.matcher for _, _, each in batch.processors if each.matcher is not None]
+            self._masks = self._grammars.start_masks(rows)
         return batch, self._forward(batch, self._kv_caches)
 
     def _forward(self, batch: Batch, kv_caches: list[torch.Tensor]) -> torch.Tensor | None:
         with forward_context(ForwardContext(batch.metadata, kv_caches)):
             hidden = self.model(batch.input_ids, batch.positions)  # (num_tokens, hidden_size)
+        if batch.prompt_spans:
+            vocab_size = self._config.resolved_checkpoint.vocab_size
+            batch.prompt_logprobs = tell_prompts(self.model.compute_logits, hidden, batch.prompt_spans, vocab_size)
         if not batch.sampled:
             return None
         rows = hidden.index_select(0, batch.logits_rows)
@@ -183,6 +220,14 @@ class ModelRunner:
         sampled = self._communicator.broadcast(torch.from_numpy(ids).to(self._device), source=0)
         tokens = torch.tensor([token for token, _ in batch.previous], device=self._device)
         batch.input_ids.index_copy_(0, tokens, sampled)
+
+    def _constrain(self, logits: torch.Tensor, batch: Batch) -> dict[int, dict[str, Any]]:
+        """Keep the rows that have a grammar to it; returns the errors of those that failed, by row of the logits."""
+        masks, self._masks = self._masks, None
+        if masks is None:
+            return {}
+        rows = [row for row in batch.processors if row[2].matcher is not None]
+        return constrain(logits, rows, masks.result(), self._config.resolved_checkpoint.eos_token_ids)
 
     def _spec(self) -> KVCacheSpec:
         layers = [module for module in self.model.modules() if isinstance(module, Attention)]
@@ -205,6 +250,7 @@ class ModelRunner:
             vocab_size,
             self._device,
             samples=self._communicator.rank == 0,
+            grammars=self._grammars,
         )
 
     @torch.inference_mode()
@@ -227,18 +273,28 @@ class ModelRunner:
 
 
 @torch.inference_mode()
-def _sample(logits: torch.Tensor | None, batch: Batch) -> tuple[list[int], dict[int, list[TokenLogprobs]]]:
-    """A token for each of `batch.sampled`; log-probabilities, by row of the step, are of the untouched logits."""
+def _sample(
+    logits: torch.Tensor | None,
+    batch: Batch,
+    keep_to_grammars: Callable[[torch.Tensor, Batch], dict[int, dict[str, Any]]],
+) -> tuple[list[int], dict[int, list[TokenLogprobs]], dict[int, dict[str, Any]]]:
+    """A token for each of `batch.sampled`; log-probabilities, of the untouched logits, and errors by row of the step.
+
+    The token of a row that has an error is any.
+    """
     ids: list[int] = [] if batch.argmax_ids is None else batch.argmax_ids.tolist()
     if logits is None:
-        return ids, {}
+        return ids, {}, {}
     if not batch.processors:
-        return sample(logits, batch.sampling).tolist() + ids, {}
+        return sample(logits, batch.sampling).tolist() + ids, {}, {}
     asked = [(row, each.extras.num_logprobs) for row, _, each in batch.processors if each.extras.num_logprobs >= 0]
     raw = log_probabilities(logits, [row for row, _ in asked]) if asked else None
     process(logits, batch.processors)
+    failed = keep_to_grammars(logits, batch)
     ids = sample(logits, batch.sampling).tolist() + ids
+    errors = {batch.sampled[row]: error for row, error in failed.items()}
     if raw is None:
-        return ids, {}
+        return ids, {}, errors
     told = token_logprobs(raw, [ids[row] for row, _ in asked], [number for _, number in asked])
-    return ids, {batch.sampled[row]: [entry] for (row, _), entry in zip(asked, told, strict=True)}
+    entries = {batch.sampled[row]: [entry] for (row, _), entry in zip(asked, told, strict=True) if row not in failed}
+    return ids, entries, errors

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from workers import cpu_sampler
-from workers.cpu_sampler import weight_scale
+from workers.cpu_sampler import scaled_exp, weight_scale
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -137,7 +137,11 @@ def keep_weights(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
     # Relative to the largest, so that no temperature overflows.
     relative = logits - logits.amax(dim=-1, keepdim=True)
     relative /= _column(rows.temperature, logits)
-    weights = relative.exp().mul_(weight_scale(vocab_size)).to(torch.int64)  # (num_rows, vocab_size)
+    if logits.device.type == "cpu":
+        scaled = torch.from_numpy(scaled_exp(relative.numpy(), vocab_size))
+    else:
+        scaled = relative.exp().mul_(weight_scale(vocab_size))
+    weights = scaled.to(torch.int64)  # (num_rows, vocab_size)
 
     some = np.flatnonzero((rows.top_k > 0) & (rows.top_k < vocab_size))
     if len(some):

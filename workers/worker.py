@@ -12,7 +12,7 @@ import torch
 
 from configs.engine import EngineConfig
 from configs.errors import ConfigError
-from nanoengine.channel import RankPort
+from nanoengine.channel import BlockCounts, RankPort
 from nanoengine.step import StepInput, StepOutput
 from workers.model_runner import ModelRunner
 from workers.parallel import (
@@ -45,14 +45,15 @@ class Worker:
         """Type of weights and activations; known after `load`."""
         return self.runner.dtype_name
 
-    def load(self) -> int:
+    def load(self) -> BlockCounts:
         """Load this rank's share of the model; returns how many K/V blocks would fit."""
         self.runner.load_model()
-        return self.runner.max_kv_blocks()
+        host = self.runner.max_host_blocks()  # first: a swap space that cannot be would leave no room for a cache, too
+        return BlockCounts(self.runner.max_kv_blocks(), host)
 
-    def allocate(self, num_blocks: int) -> None:
+    def allocate(self, num_blocks: BlockCounts) -> None:
         """Make the K/V cache and run one step of each kind that needs it before the first request."""
-        self.runner.allocate(num_blocks)
+        self.runner.allocate(*num_blocks)
         self.runner.warm_up()
 
     def execute(self, step: StepInput) -> StepOutput | None:

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from configs.errors import ConfigError, NanoEngineError, UnknownModelError
-from launch.bench import control_plane, lifecycle, serve, simulate, throughput
+from launch.bench import control_plane, decode_gap, lifecycle, sampling, serve, simulate, throughput
 
 
 def main() -> int:
@@ -18,6 +18,8 @@ def main() -> int:
     simulate.add_parser(commands)
     serve.add_parser(commands)
     throughput.add_parser(commands)
+    sampling.add_parser(commands)
+    decode_gap.add_parser(commands)
     arguments = parser.parse_args()
     try:
         return arguments.run(arguments) or 0

@@ -9,7 +9,7 @@ from array import array
 
 import numpy as np
 
-from nanoengine.channel import RankPort
+from nanoengine.channel import BlockCounts, RankPort
 from nanoengine.step import PREVIOUS_SAMPLE, StepInput, StepOutput, TokenLists
 
 VOCAB_SIZE = 151_936
@@ -33,7 +33,7 @@ def invented_output(step: StepInput) -> StepOutput:
 
 def run_worker(port: RankPort) -> None:
     """Entry of a rank's process."""
-    if port.report_loaded(UNBOUNDED_BLOCKS, "none", "none") is None:
+    if port.report_loaded(BlockCounts(UNBOUNDED_BLOCKS), "none", "none") is None:
         return
     port.report_ready()
     for step in port.steps():

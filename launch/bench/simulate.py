@@ -20,41 +20,46 @@ from typing import Any
 
 from launch.bench.figures import percentile, table
 from launch.bench.traces import TracedRequest, TraceSpec, generate
-from nanoengine.messages import AddRequest
+from nanoengine.messages import AddRequest, TokenColumns
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.scheduler import Scheduler, SchedulerLimits
-from nanoengine.step import Epoch, StepInput, StepOutput
+from nanoengine.step import DEVICE_TO_DEVICE, Epoch, StepInput, StepOutput, TokenLists
 
 BLOCK_SIZE = 16
 EPOCH = Epoch(1, 1)
 _PARAMS = SamplingParams(temperature=0, ignore_eos=True).to_dict()
-_TOKEN = [1]
-_NO_TOKEN: list[int] = []
 
 
 @dataclasses.dataclass(frozen=True)
 class StepTimeModel:
-    """Seconds of a step: base + tokens x per_token + decode rows x per_decode_row + attended x per_attended.
+    """Seconds of a step: base + tokens x per_token + decode rows x per_decode_row + attended x per_attended, and
+    per_swapped_block for each block that is copied to the host or back before it.
 
     `attended` counts the cached tokens that the step's rows read: a decode its context, a prefill chunk the context
     before it once for each _CHUNK_QUERIES of its tokens (a kernel reads K/V once for a tile of queries).
 
     The defaults are an 8B Llama in bfloat16 on one H100, from its data sheet and not measured: 16 GB of weights
     at 3 TB/s (base), 16 GFLOP a token at 400 TFLOP/s (per_token), 128 KiB of K/V a token at 3 TB/s (per_attended),
-    and 2 microseconds a row for sampling and the control plane.
+    2 microseconds a row for sampling and the control plane, and 2 MiB a block at 50 GB/s of PCIe (per_swapped_block).
     """
 
     base: float = 5.3e-3
     per_token: float = 40e-6
     per_decode_row: float = 2e-6
     per_attended: float = 44e-9
+    per_swapped_block: float = 42e-6
 
     def seconds(self, step: StepInput) -> float:
         """How long the step takes; a step that only drops rows takes no time."""
-        if not step.rows:
-            return 0.0
-        num_tokens = num_decodes = attended = 0
-        for row in step.rows:
+        copying = 0.0
+        if step.copies:
+            copying = self.per_swapped_block * sum(copy[0] != DEVICE_TO_DEVICE for copy in step.copies)
+        if not step.num_rows:
+            return copying
+        decodes = step.decodes
+        num_tokens = num_decodes = len(decodes)
+        attended = sum(decodes.starts) + decodes.age * num_decodes
+        for row in step.states:
             count = len(row.token_ids)
             num_tokens += count
             if count == 1:
@@ -62,9 +67,8 @@ class StepTimeModel:
                 attended += row.num_computed_tokens
             else:
                 attended += row.num_computed_tokens * -(-count // _CHUNK_QUERIES)
-        return (
-            self.base + self.per_token * num_tokens + self.per_decode_row * num_decodes + self.per_attended * attended
-        )
+        computing = self.per_token * num_tokens + self.per_decode_row * num_decodes + self.per_attended * attended
+        return self.base + computing + copying
 
 
 _CHUNK_QUERIES = 64
@@ -81,6 +85,8 @@ class Simulation:
         self.num_prefill_tokens = 0
         self._arrival: dict[str, float] = {}
         self._first: dict[str, float] = {}
+        self._last: dict[str, float] = {}  # when a request's latest token came
+        self.gaps = array("f")  # seconds between two tokens of a request
 
     def run(self, trace: Iterator[TracedRequest]) -> None:
         """Play the whole trace to its end."""
@@ -119,24 +125,34 @@ class Simulation:
         seconds = self.model.seconds(step)
         self.clock += seconds
         self.busy += seconds
-        self.num_steps += bool(step.rows)
-        sampled = [_TOKEN if row.sample else _NO_TOKEN for row in step.rows]
-        self.scheduler.commit(StepOutput(step.epoch, step.step_id, [row.seq_id for row in step.rows], sampled))
+        self.num_steps += bool(step.num_rows)
+        # A token 1 for each row that samples, as the columns that workers send.
+        counts = array("i", [1]) * len(step.decodes) + array("i", [row.sample for row in step.states])
+        tokens = TokenLists(array("i", [1]) * sum(counts), counts if 0 in counts else None)
+        self.scheduler.commit(StepOutput(step.epoch, step.step_id, [], tokens, seconds))
         self._deliver()
 
     def _deliver(self) -> None:
         """Take note of what the clients would have been told."""
         now = self.clock
-        for item in self.scheduler.take_deltas():
-            delta = item.delta
+        for _, delta in self.scheduler.take_deltas().entries:
             self.num_output_tokens += len(delta.token_ids)
-            if delta.start == 0 and delta.token_ids:
-                self._first[delta.request_id] = now
+            if isinstance(delta, TokenColumns):  # sequences that neither begin nor end
+                self.gaps.extend([now - self._last[request_id] for request_id in delta.request_ids])
+                self._last.update(dict.fromkeys(delta.request_ids, now))
+                continue
+            if delta.token_ids:
+                if delta.start == 0:
+                    self._first[delta.request_id] = now
+                else:
+                    self.gaps.append(now - self._last[delta.request_id])
+                self._last[delta.request_id] = now
             if delta.finish_reason is not None:
                 self._end(delta.request_id, delta.start + len(delta.token_ids), delta.finish_reason)
 
     def _end(self, name: str, num_tokens: int, finish_reason: str) -> None:
         arrival, first = self._arrival.pop(name), self._first.pop(name, None)
+        self._last.pop(name, None)
         if finish_reason == "error" or first is None:
             self.num_refused += 1
             return
@@ -148,6 +164,7 @@ class Simulation:
     def figures(self) -> dict[str, Any]:
         """What came of it; times in the trace's seconds."""
         ttft, tpot, blocks = sorted(self.ttft), sorted(self.tpot), self.scheduler.blocks
+        gaps = sorted(self.gaps)
         return {
             "seconds": round(self.clock, 3),
             "finished": self.num_finished,
@@ -158,9 +175,19 @@ class Simulation:
             "steps": self.num_steps,
             **{f"ttft_p{q}_ms": round(1e3 * percentile(ttft, q / 100), 1) for q in (50, 90, 99)},
             **{f"tpot_p{q}_ms": round(1e3 * percentile(tpot, q / 100), 2) for q in (50, 90, 99)},
+            "gap_p99_ms": round(1e3 * percentile(gaps, 0.99), 2),
+            "gap_max_ms": round(1e3 * percentile(gaps, 1), 2),
             "preemptions": self.scheduler.num_preemptions,
-            "hit_rate": round(blocks.num_hit_tokens / blocks.num_query_tokens, 4) if blocks.num_query_tokens else 0.0,
+            "swaps": self.scheduler.num_swaps,
+            "blocks_swapped_out": blocks.num_blocks_swapped_out,
+            "blocks_swapped_in": blocks.num_blocks_swapped_in,
+            "hit_rate": _share(blocks.num_hit_tokens, blocks.num_query_tokens),
+            "host_hit_rate": _share(blocks.num_host_hit_tokens, blocks.num_query_tokens),
         }
+
+
+def _share(part: int, whole: int) -> float:
+    return round(part / whole, 4) if whole else 0.0
 
 
 def add_parser(commands: Any) -> None:
@@ -180,6 +207,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--num-kv-blocks", type=int, nargs="+", default=[24_000], help="one run each (default: 24000)")
     parser.add_argument("--max-num-batched-tokens", type=int, nargs="+", default=[2048], help="(default: 2048)")
     parser.add_argument("--max-num-seqs", type=int, nargs="+", default=[256], help="one run each (default: 256)")
+    parser.add_argument(
+        "--max-decode-gap", type=float, nargs="+", default=[0.0], help="0 = off; one run each (default: 0)"
+    )
+    parser.add_argument(
+        "--num-host-blocks", type=int, nargs="+", default=[0], help="of the swap space; one run each (default: 0)"
+    )
+    parser.add_argument("--preemption-mode", choices=("recompute", "swap"), nargs="+", default=["recompute"])
     parser.add_argument("--no-prefix-caching", action="store_true")
     parser.add_argument("--seed", type=int, default=spec.seed)
     for field in dataclasses.fields(model):
@@ -195,10 +229,17 @@ def run(arguments: argparse.Namespace) -> None:
     spec = TraceSpec(num_requests=arguments.requests, **{name: getattr(arguments, name) for name in names})
     if min(spec.num_requests, spec.prompt_median, spec.output_median, spec.num_prefixes) < 1 or spec.rate <= 0:
         raise SystemExit("--requests, --rate, the medians and --num-prefixes must be greater than 0")
+    if "swap" in arguments.preemption_mode and not all(arguments.num_host_blocks):
+        raise SystemExit("--preemption-mode swap needs --num-host-blocks greater than 0")
     model = StepTimeModel(*(getattr(arguments, f"step_{f.name}") for f in dataclasses.fields(StepTimeModel)))
     results = []
-    for num_blocks, budget, num_seqs in itertools.product(
-        arguments.num_kv_blocks, arguments.max_num_batched_tokens, arguments.max_num_seqs
+    for num_blocks, budget, num_seqs, gap, num_host_blocks, preemption_mode in itertools.product(
+        arguments.num_kv_blocks,
+        arguments.max_num_batched_tokens,
+        arguments.max_num_seqs,
+        arguments.max_decode_gap,
+        arguments.num_host_blocks,
+        arguments.preemption_mode,
     ):
         limits = SchedulerLimits(
             max_num_batched_tokens=budget,
@@ -206,7 +247,10 @@ def run(arguments: argparse.Namespace) -> None:
             max_model_len=spec.max_prompt + spec.prefix_length + spec.max_output + 1,
             num_kv_blocks=num_blocks,
             block_size=BLOCK_SIZE,
+            num_host_blocks=num_host_blocks,
+            preemption_mode=preemption_mode,
             enable_prefix_caching=not arguments.no_prefix_caching,
+            max_decode_gap=gap,
         )
         results.append(simulate(spec, limits, model))
         if sys.stderr.isatty():
@@ -226,20 +270,39 @@ def simulate(spec: TraceSpec, limits: SchedulerLimits, model: StepTimeModel) -> 
         "num_kv_blocks": limits.num_kv_blocks,
         "max_num_batched_tokens": limits.max_num_batched_tokens,
         "max_num_seqs": limits.max_num_seqs,
+        "max_decode_gap": limits.max_decode_gap,
+        "num_host_blocks": limits.num_host_blocks,
+        "preemption_mode": limits.preemption_mode,
         **simulation.figures(),
         "replay_s": round(time.process_time() - began, 2),
     }
 
 
+_SETTINGS = {
+    "num_kv_blocks": "K/V blocks",
+    "num_host_blocks": "host blocks",
+    "preemption_mode": "preemption",
+    "max_num_batched_tokens": "budget",
+    "max_num_seqs": "seqs",
+    "max_decode_gap": "gap",
+}
+
+
 def render(results: list[dict[str, Any]]) -> str:
-    """The table: times in milliseconds as p50/p90/p99."""
-    header = ["K/V blocks", "budget", "seqs", "tokens/s", "busy", "TTFT ms", "TPOT ms", "preempted", "hits", "refused"]
+    """The table: settings that differ, times in milliseconds as p50/p90/p99, gaps between tokens as p99/largest."""
+    shown = [name for name in _SETTINGS if name == "num_kv_blocks" or len({result[name] for result in results}) > 1]
+    header = [
+        *(_SETTINGS[name] for name in shown), "tokens/s", "busy", "TTFT ms", "TPOT ms", "gap ms", "preempted",
+        "blocks out/in", "hits (host)", "refused", "replay CPU s",
+    ]  # fmt: skip
     rows = []
     for result in results:
         ttft = "/".join(f"{result[f'ttft_p{q}_ms']:.0f}" for q in (50, 90, 99))
         tpot = "/".join(f"{result[f'tpot_p{q}_ms']:.1f}" for q in (50, 90, 99))
-        settings = [result[name] for name in ("num_kv_blocks", "max_num_batched_tokens", "max_num_seqs")]
+        gap = f"{result['gap_p99_ms']:.1f}/{result['gap_max_ms']:.1f}"
         speed = [f"{result['output_tokens_per_s']:.0f}", f"{result['busy_share']:.0%}"]
-        rest = [result["preemptions"], f"{result['hit_rate']:.1%}", result["refused"]]
-        rows.append([*settings, *speed, ttft, tpot, *rest, f"{result['replay_s']:.1f}"])
-    return table([*header, "replay CPU s"], rows)
+        moved = f"{result['blocks_swapped_out']}/{result['blocks_swapped_in']}"
+        hits = f"{result['hit_rate']:.1%} ({result['host_hit_rate']:.1%})"
+        rest = [result["preemptions"], moved, hits, result["refused"], f"{result['replay_s']:.1f}"]
+        rows.append([*(result[name] for name in shown), *speed, ttft, tpot, gap, *rest])
+    return table(header, rows)

@@ -10,10 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from launch.server.echo import LEAST_LOGPROB, Echo, TokenEntry, show_entries
 from nanoengine.outputs import CompletionOutput, Logprob, RequestOutput
-
-# JSON has no infinity; OpenAI and vLLM send this for what can hardly come.
-LEAST_LOGPROB = -9999.0
 
 
 @dataclasses.dataclass(slots=True)
@@ -44,6 +42,7 @@ class AnswerFormat:
         with_usage: bool,
         token_bytes: Callable[[int], bytes] | None = None,
         num_top_logprobs: int = 0,
+        echo: Echo | None = None,
     ) -> None:
         self._base: dict[str, Any] = {"id": answer_id, "created": int(time.time()), "model": model}
         self._with_ids, self._with_usage = with_ids, with_usage
@@ -52,29 +51,34 @@ class AnswerFormat:
         self._sent = [_Sent() for _ in range(num_prompts * num_outputs)]
         self._token_bytes = token_bytes  # None without a tokenizer
         self._num_top = num_top_logprobs
+        self._echo = echo
 
     # -- whole --------------------------------------------------------------------------------------------------
 
     def whole(self, outputs: list[RequestOutput]) -> dict[str, Any]:
         """The answer as one object."""
+        outputs = [self._echoed(number, output) for number, output in enumerate(outputs)]
         self._latest = list(outputs)
         choices = []
         for number, output in enumerate(outputs):
             for each in output.outputs:
                 index = number * self._num_outputs + each.index
                 choice = {"index": index, **self._whole_text(each.text)}
-                choice["logprobs"] = self._new_logprobs(each, self._sent[index])
+                self._add_logprobs(choice, output, each, self._sent[index])
                 choice |= {"finish_reason": each.finish_reason, "stop_reason": each.stop_reason}
                 if self._with_ids:
                     choice |= {"token_ids": each.token_ids, "prompt_token_ids": output.prompt_token_ids}
-                choices.append(choice)
-        return {**self._base, "object": self.object_name, "choices": choices, "usage": self.usage()}
+                choices.append(choice | self._prompt_of_choice(output))
+        prompt = self._prompt_of_answer(outputs[0])
+        return {**self._base, "object": self.object_name, "choices": choices, "usage": self.usage(), **prompt}
 
     def usage(self) -> dict[str, Any]:
         """Token counts over all prompts, each counted once, and all that was generated for them."""
         known = [output for output in self._latest if output is not None]
         prompt = sum(len(output.prompt_token_ids) for output in known)
-        completion = sum(output.metrics.num_completion_tokens for output in known)
+        # Alone, an echo shows none of what was generated.
+        alone = self._echo is not None and self._echo.alone
+        completion = 0 if alone else sum(output.metrics.num_completion_tokens for output in known)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
@@ -86,35 +90,37 @@ class AnswerFormat:
 
     def chunks(self, number: int, output: RequestOutput) -> Iterator[dict[str, Any]]:
         """What an output of prompt `number` adds to its choices: for each no chunk, or one or two."""
-        self._latest[number] = output
+        if not output.finished and not any(each.token_ids for each in output.outputs):
+            return  # some of its prompt was told of, as far as it is computed
+        output = self._latest[number] = self._echoed(number, output)
         for each in output.outputs:
-            index = number * self._num_outputs + each.index
-            yield from self._choice_chunks(index, each, output.prompt_token_ids)
+            yield from self._choice_chunks(number * self._num_outputs + each.index, output, each)
 
-    def _choice_chunks(
-        self, index: int, output: CompletionOutput, prompt_token_ids: list[int]
-    ) -> Iterator[dict[str, Any]]:
+    def _choice_chunks(self, index: int, output: RequestOutput, each: CompletionOutput) -> Iterator[dict[str, Any]]:
         sent = self._sent[index]
         if sent.ended:
             return
-        text, ids, is_first = output.text[sent.chars :], output.token_ids[sent.ids :], not sent.begun
-        if not text and not ids and output.finish_reason is None:
+        text, ids, is_first = each.text[sent.chars :], each.token_ids[sent.ids :], not sent.begun
+        if not text and not ids and each.finish_reason is None:
             return  # one of the others has news
-        sent.begun, sent.ended = True, output.finish_reason is not None
+        sent.ended = each.finish_reason is not None
         sent.chars += len(text)
         sent.ids += len(ids)
         choice: dict[str, Any] = {"index": index, **self._new_text(text)}
-        choice["logprobs"] = self._new_logprobs(output, sent)
-        choice["finish_reason"] = output.finish_reason
+        self._add_logprobs(choice, output, each, sent)
+        sent.begun = True
+        choice["finish_reason"] = each.finish_reason
         if sent.ended:
-            choice["stop_reason"] = output.stop_reason
+            choice["stop_reason"] = each.stop_reason
         if self._with_ids:
             choice["token_ids"] = ids
             if is_first:
-                choice["prompt_token_ids"] = prompt_token_ids
+                choice["prompt_token_ids"] = output.prompt_token_ids
+        prompt = self._prompt_of_choice(output) if is_first else {}
+        choice |= prompt
         if is_first:
-            yield from self._opening(index)
-        if text or (ids and self._with_ids) or choice["logprobs"] or sent.ended:
+            yield from self._opening(index, output)
+        if text or (ids and self._with_ids) or choice["logprobs"] or prompt or sent.ended:
             yield self._chunk([choice])
 
     def usage_chunk(self) -> dict[str, Any] | None:
@@ -127,19 +133,39 @@ class AnswerFormat:
             chunk["usage"] = None
         return chunk
 
-    def _new_logprobs(self, output: CompletionOutput, sent: _Sent) -> dict[str, Any] | None:
-        """The log-probabilities that were not sent yet; None when there are none."""
-        if output.logprobs is None:
-            return None
-        first = sent.logprobs
-        entries = list(zip(output.token_ids[first:], output.logprobs[first:], strict=True))
-        sent.logprobs += len(entries)
-        return self._show_logprobs(entries, sent) if entries or not first else None
+    def _add_logprobs(self, choice: dict[str, Any], output: RequestOutput, each: CompletionOutput, sent: _Sent) -> None:
+        """Give a choice the log-probabilities that were not sent yet; null when there are none.
 
-    def _show_logprobs(self, entries: list[tuple[int, dict[int, Logprob]]], sent: _Sent) -> dict[str, Any]:
+        OpenAI's shapes name a token by its text. `output_logprobs`, beside the ids where these are asked for, names it
+        by id, as vLLM's `prompt_logprobs` does.
+        """
+        choice["logprobs"] = None
+        if each.logprobs is None:
+            return
+        first = sent.logprobs
+        new: list[TokenEntry] = list(zip(each.token_ids[first:], each.logprobs[first:], strict=True))
+        sent.logprobs += len(new)
+        prompt = [] if sent.begun or self._echo is None else self._echo.entries(output)
+        if prompt or new or not first:
+            choice["logprobs"] = self._show_logprobs([*prompt, *new], sent)
+        if self._with_ids:
+            choice["output_logprobs"] = show_entries([entry for _, entry in new])
+
+    def _echoed(self, number: int, output: RequestOutput) -> RequestOutput:
+        return output if self._echo is None else self._echo.applied(number, output)
+
+    def _prompt_of_choice(self, output: RequestOutput) -> dict[str, Any]:
+        """Log-probabilities of the prompt where vLLM puts them for this shape: beside each choice, or …"""
+        return {}
+
+    def _prompt_of_answer(self, output: RequestOutput) -> dict[str, Any]:
+        """… once, beside all choices."""
+        return {}
+
+    def _show_logprobs(self, entries: list[TokenEntry], sent: _Sent) -> dict[str, Any]:
         raise NotImplementedError
 
-    def _opening(self, index: int) -> Iterator[dict[str, Any]]:
+    def _opening(self, index: int, output: RequestOutput) -> Iterator[dict[str, Any]]:
         """Chunks in front of the first text of a choice."""
         return iter(())
 
@@ -155,20 +181,26 @@ class CompletionFormat(AnswerFormat):
 
     object_name = chunk_name = "text_completion"
 
-    def _show_logprobs(self, entries: list[tuple[int, dict[int, Logprob]]], sent: _Sent) -> dict[str, Any]:
+    def _show_logprobs(self, entries: list[TokenEntry], sent: _Sent) -> dict[str, Any]:
         """Parallel lists. A token's offset counts the characters of the tokens before it."""
         shown: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token_id, logprobs in entries:
-            text = _token_text(token_id, logprobs.get(token_id))
+            if logprobs is None:
+                assert self._echo is not None
+                text = self._echo.token_text(token_id)
+                chosen = top = None
+            else:
+                text = _token_text(token_id, logprobs.get(token_id))
+                chosen, top = _finite(logprobs.get(token_id)), _by_text(logprobs)
             shown["tokens"].append(text)
-            shown["token_logprobs"].append(_finite(logprobs.get(token_id)))
-            top: dict[str, float] = {}
-            for each, logprob in sorted(logprobs.items(), key=lambda item: item[1].rank):
-                top.setdefault(_token_text(each, logprob), _finite(logprob))
+            shown["token_logprobs"].append(chosen)
             shown["top_logprobs"].append(top)
             shown["text_offset"].append(sent.offset)
             sent.offset += len(text)
         return shown
+
+    def _prompt_of_choice(self, output: RequestOutput) -> dict[str, Any]:
+        return _prompt_logprobs(output)
 
     def _whole_text(self, text: str) -> dict[str, Any]:
         return {"text": text}
@@ -182,9 +214,10 @@ class ChatFormat(AnswerFormat):
 
     object_name = "chat.completion"
 
-    def _show_logprobs(self, entries: list[tuple[int, dict[int, Logprob]]], sent: _Sent) -> dict[str, Any]:
+    def _show_logprobs(self, entries: list[TokenEntry], sent: _Sent) -> dict[str, Any]:
         content = []
         for token_id, logprobs in entries:
+            assert logprobs is not None, "a chat shows none of its prompt's"
             likeliest = sorted(logprobs.items(), key=lambda item: item[1].rank)[: self._num_top]
             shown = self._show_token(token_id, logprobs.get(token_id))
             content.append(shown | {"top_logprobs": [self._show_token(*each) for each in likeliest]})
@@ -202,9 +235,25 @@ class ChatFormat(AnswerFormat):
     def _new_text(self, text: str) -> dict[str, Any]:
         return {"delta": {"content": text} if text else {}}
 
-    def _opening(self, index: int) -> Iterator[dict[str, Any]]:
+    def _prompt_of_answer(self, output: RequestOutput) -> dict[str, Any]:
+        return _prompt_logprobs(output)
+
+    def _opening(self, index: int, output: RequestOutput) -> Iterator[dict[str, Any]]:
         delta = {"role": "assistant", "content": ""}
-        yield self._chunk([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}])
+        chunk = self._chunk([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}])
+        yield chunk if index else chunk | self._prompt_of_answer(output)
+
+
+def _prompt_logprobs(output: RequestOutput) -> dict[str, Any]:
+    return {} if output.prompt_logprobs is None else {"prompt_logprobs": show_entries(output.prompt_logprobs)}
+
+
+def _by_text(logprobs: dict[int, Logprob]) -> dict[str, float]:
+    """The likeliest first; of tokens with the same text the likeliest is shown."""
+    top: dict[str, float] = {}
+    for token_id, logprob in sorted(logprobs.items(), key=lambda item: item[1].rank):
+        top.setdefault(_token_text(token_id, logprob), _finite(logprob))
+    return top
 
 
 def _token_text(token_id: int, logprob: Logprob | None) -> str:

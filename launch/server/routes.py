@@ -11,6 +11,7 @@ from fastapi import APIRouter, Body, Request
 from fastapi.responses import JSONResponse, Response
 
 from configs.errors import RequestError
+from launch.server.echo import Echo
 from launch.server.engine import Engine
 from launch.server.errors import UNAVAILABLE, ApiError, model_not_found
 from launch.server.formats import ChatFormat, CompletionFormat
@@ -23,6 +24,7 @@ from launch.server.schema import (
     TokenizeRequest,
     chat_messages,
     check_num_sequences,
+    repeated_message,
 )
 from nanoengine.tokenizer import Tokenizer
 from nanoengine.version import __version__
@@ -73,6 +75,7 @@ async def create_completion(request: Request, body: Annotated[CompletionRequest,
     params, prompts = body.sampling_params(engine.config.default_sampling), body.prompts()
     check_num_sequences(len(prompts), params)
     engine.check_queue(len(prompts))
+    echo = await _echo(engine, body, prompts) if body.echo else None
     if isinstance(prompts[0], str):
         # In a thread: a long text takes milliseconds, which every open stream would wait.
         prompts = await asyncio.to_thread(_tokenizer(engine, "prompt").encode_batch, prompts)
@@ -84,10 +87,25 @@ async def create_completion(request: Request, body: Annotated[CompletionRequest,
         params.n,
         bool(body.return_token_ids),
         body.include_usage,
+        echo=echo,
     )
-    return await respond(
-        request, engine, body.salted(prompts), params, answer_id, answer, bool(body.stream), body.scheduling()
-    )
+    with body.own_words():
+        return await respond(
+            request, engine, body.salted(prompts), params, answer_id, answer, bool(body.stream), body.scheduling()
+        )
+
+
+async def _echo(engine: Engine, body: CompletionRequest, prompts: list[str] | list[list[int]]) -> Echo:
+    """The prompts as they are shown in front of their answers: texts as they came, token ids decoded."""
+    tokenizer = _tokenizer(engine, "echo")
+
+    def texts() -> list[str]:
+        try:
+            return [each if isinstance(each, str) else tokenizer.decode(each, False) for each in prompts]
+        except RequestError as error:
+            raise RequestError(error.message, "prompt", error.code) from None
+
+    return Echo(await asyncio.to_thread(texts), tokenizer.token_text, body.echo_alone, body.logprobs)
 
 
 @router.post("/v1/chat/completions")
@@ -97,7 +115,8 @@ async def create_chat_completion(request: Request, body: Annotated[ChatCompletio
     body.check()
     params, messages = body.sampling_params(engine.config.default_sampling), chat_messages(body.messages)
     engine.check_queue()
-    prompt = await asyncio.to_thread(_tokenizer(engine, "messages").apply_chat_template, messages)
+    tokenizer, repeated = _tokenizer(engine, "messages"), repeated_message(messages, body.echo)
+    prompt = await asyncio.to_thread(tokenizer.apply_chat_template, messages)
     answer_id = f"chatcmpl-{uuid.uuid4().hex}"
     answer = ChatFormat(
         answer_id,
@@ -106,12 +125,14 @@ async def create_chat_completion(request: Request, body: Annotated[ChatCompletio
         params.n,
         bool(body.return_token_ids),
         body.include_usage,
-        None if engine.tokenizer is None else engine.tokenizer.token_bytes,
+        tokenizer.token_bytes,
         body.top_logprobs or 0,
+        Echo([repeated], tokenizer.token_text) if repeated else None,
     )
-    return await respond(
-        request, engine, body.salted([prompt]), params, answer_id, answer, bool(body.stream), body.scheduling()
-    )
+    with body.own_words():
+        return await respond(
+            request, engine, body.salted([prompt]), params, answer_id, answer, bool(body.stream), body.scheduling()
+        )
 
 
 # -- models -----------------------------------------------------------------------------------------------------

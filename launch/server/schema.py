@@ -6,16 +6,19 @@ of fields that they do not use.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from configs.errors import RequestError
+from launch.server.response_format import FIELDS, AskedForm, asked_form
 from nanoengine.prompts import PromptInput, check_cache_salt
 from nanoengine.sampling_params import SamplingParams
 
 MAX_PROMPTS = 1024
+DEFAULT_MAX_TOKENS = 16
 # What one request may generate at once, over all of its prompts.
 MAX_SEQUENCES = 16384
 _ANYTHING = object()
@@ -29,7 +32,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "continue_final_message": (False,),
     "documents": ([],),
     "early_stopping": (False,),
-    "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
     "include_reasoning": (_ANYTHING,),
@@ -39,9 +41,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (_ANYTHING,),
     "prediction": (),
     "prompt_cache_key": (_ANYTHING,),
-    "prompt_logprobs": (),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
     "safety_identifier": (_ANYTHING,),
     "service_tier": ("auto", "default"),
     "spaces_between_special_tokens": (True,),
@@ -77,6 +77,7 @@ _SAMPLING_FIELDS = (
     "min_p",
     "seed",
     "min_tokens",
+    "prompt_logprobs",
     "ignore_eos",
     "presence_penalty",
     "frequency_penalty",
@@ -141,6 +142,8 @@ class SamplingFields(Body):
     seed: int | None = None
     max_tokens: int | None = None
     min_tokens: int | None = None
+    prompt_logprobs: int | None = None
+    echo: bool | None = None
     ignore_eos: bool | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
@@ -153,6 +156,13 @@ class SamplingFields(Body):
     logit_bias: dict[str, float] | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
@@ -192,6 +202,9 @@ class SamplingFields(Body):
         Raises RequestError for an impossible value.
         """
         given: dict[str, Any] = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
+        form = self.asked_form()
+        if form is not None:
+            given["structured_outputs"] = form.params
         params = SamplingParams(**{**defaults, **given, **self.own_params()})
         if self.stream and params.ranks_candidates:
             raise RequestError(
@@ -200,8 +213,21 @@ class SamplingFields(Body):
             )  # fmt: skip
         return params
 
+    def asked_form(self) -> AskedForm | None:
+        """The structured output that is asked for, in whichever way. Raises RequestError for a malformed one."""
+        return asked_form({name: getattr(self, name) for name in FIELDS})
+
+    @contextlib.contextmanager
+    def own_words(self) -> Iterator[None]:
+        """Where the engine refuses the structured output, name the field that asked for it."""
+        try:
+            yield
+        except RequestError as error:
+            form = self.asked_form()
+            raise error if form is None else form.in_its_words(error) from None
+
     def own_params(self) -> dict[str, int | None]:
-        """`max_tokens` and `logprobs`, which the routes spell differently, where they are not left out."""
+        """What the routes spell or default differently: `max_tokens`, `logprobs` and what follows from them."""
         raise NotImplementedError
 
 
@@ -211,10 +237,19 @@ class CompletionRequest(SamplingFields):
     prompt: Prompt
     logprobs: int | None = None
 
+    @property
+    def echo_alone(self) -> bool:
+        """Whether the prompt is all that is asked for."""
+        return bool(self.echo) and self.max_tokens == 0
+
     def own_params(self) -> dict[str, int | None]:
-        # Left out, max_tokens is OpenAI's 16; null says "as many as fit", as in SamplingParams.
-        length = {"max_tokens": self.max_tokens} if "max_tokens" in self.model_fields_set else {}
-        return length | {"logprobs": self.logprobs}
+        # Left out, max_tokens is OpenAI's 16 whatever the checkpoint says; null says "as many as fit", as in
+        # SamplingParams. An engine that is asked for the prompt alone generates one token that nobody sees.
+        length = self.max_tokens if "max_tokens" in self.model_fields_set else DEFAULT_MAX_TOKENS
+        own = {"max_tokens": 1 if self.echo_alone else length, "logprobs": self.logprobs}
+        if self.echo and self.prompt_logprobs is None:
+            own["prompt_logprobs"] = self.logprobs
+        return own
 
     def prompts(self) -> list[str] | list[list[int]]:
         """The prompts, all text or all token ids. Raises RequestError for any other form."""
@@ -246,14 +281,14 @@ class ChatCompletionRequest(SamplingFields):
             raise RequestError(f"top_logprobs needs logprobs: true, got {self.top_logprobs}", "top_logprobs")
 
     def own_params(self) -> dict[str, int | None]:
-        return {
-            "max_tokens": self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens,
-            "logprobs": (self.top_logprobs or 0) if self.logprobs else None,
-        }
+        length = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        own = {"logprobs": (self.top_logprobs or 0) if self.logprobs else None}
+        # Left out or null, it is what the checkpoint says, or as many as fit.
+        return own if length is None else own | {"max_tokens": length}
 
     def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         try:
-            return super().sampling_params(defaults)
+            return super().sampling_params({"max_tokens": None, **defaults})
         except RequestError as error:
             renamed = {"logprobs": "top_logprobs"}
             if self.max_completion_tokens is not None:
@@ -280,6 +315,11 @@ class DetokenizeRequest(Body):
 
     model: str | None = None
     tokens: list[int]
+
+
+def repeated_message(messages: list[dict[str, Any]], echo: bool | None) -> str:
+    """What `echo` puts in front of the answer to a conversation: a last message of the assistant's, as in vLLM."""
+    return str(messages[-1]["content"]) if echo and messages[-1]["role"] == "assistant" else ""
 
 
 def check_num_sequences(num_prompts: int, params: SamplingParams) -> None:

@@ -42,7 +42,8 @@ def write_config(path: Path, **changes: Any) -> str:
         ({"data_parallel_size": 2}, "data_parallel_size"),
         ({"gpu_memory_utilization": 0.0}, "gpu_memory_utilization must be greater than 0 and at most 1, got 0.0"),
         ({"gpu_memory_utilization": float("nan")}, "finite"),
-        ({"swap_space": 4}, "swap_space"),
+        ({"swap_space": -1}, "swap_space must be at least 0 and at most 1048576, got -1"),
+        ({"preemption_mode": "drop"}, "preemption_mode must be one of recompute, swap"),
         ({"dtype": "int8"}, "dtype must be one of auto, half"),
         ({"tokenizer_mode": "fast"}, "auto, slow"),
         ({"policy": "lifo"}, "policy must be one of fcfs, priority"),
@@ -91,6 +92,17 @@ def test_resolve_makes_the_layers_agree(tmp_path: Path) -> None:
         EngineConfig.create(model=str(tmp_path), max_model_len=513).resolve()
     with pytest.raises(ConfigError, match="max_num_batched_tokens must be at least max_model_len"):
         EngineConfig.create(model=str(tmp_path), enable_chunked_prefill=False, max_num_batched_tokens=100).resolve()
+
+
+def test_swapping_without_a_place_to_swap_to_is_refused(tmp_path: Path) -> None:
+    name = write_config(tmp_path)
+    with pytest.raises(
+        ConfigError, match="preemption_mode swap needs a swap_space greater than 0 GiB, got 0"
+    ) as caught:
+        EngineConfig.create(model=name, preemption_mode="swap").resolve()
+    assert caught.value.field == "swap_space"
+    EngineConfig.create(model=name, preemption_mode="swap", swap_space=0.25).resolve()
+    EngineConfig.create(model=name, swap_space=1).resolve()  # for evicted prefixes alone
 
 
 @pytest.mark.parametrize("tp", [3, 5, 16])
@@ -175,7 +187,7 @@ def test_generation_config_gives_sampling_defaults_unless_it_is_ignored(tmp_path
     given = {"temperature": 0.6, "top_k": 20, "top_p": None, "do_sample": True, "max_new_tokens": 5, "eos_token_id": 9}
     (tmp_path / "generation_config.json").write_text(json.dumps(given))
     config = EngineConfig.create(model=write_config(tmp_path)).resolve()
-    assert config.default_sampling == {"temperature": 0.6, "top_k": 20}
+    assert config.default_sampling == {"temperature": 0.6, "top_k": 20, "max_tokens": 5}
     assert EngineConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     ignored = EngineConfig.create(model=write_config(tmp_path), generation_config="none").resolve()
     assert ignored.default_sampling == {}

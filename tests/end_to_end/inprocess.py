@@ -12,24 +12,34 @@ from nanoengine.messages import AddRequest, TokenDelta
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.scheduler import Scheduler
 from nanoengine.step import Epoch
+from nanoengine.structured_outputs import StructuredOutputsParams
 
 
 class InProcessEngine:
     """One engine in this process; `generate` returns token ids in the order of the prompts."""
 
     def __init__(self, run_dir: Path, **settings: Any) -> None:
-        self.config = EngineConfig.create(executor="inprocess", device="cpu", **settings).resolve()
+        self.config = EngineConfig.create(**({"executor": "inprocess", "device": "cpu"} | settings)).resolve()
         self.executor = create_executor(self.config, run_dir)
         facts = self.executor.start(Epoch(1, 1))
         self.scheduler = Scheduler(limits_of(self.config, facts), Epoch(1, 1))
 
+    def add(
+        self, request_id: str, prompt: list[int], params: SamplingParams, seed: int, journal: list[int] | None = None
+    ) -> None:
+        """Queue a request as a front end does, its structured outputs compiled."""
+        form = params.structured_outputs
+        grammar = form.to_grammar() if isinstance(form, StructuredOutputsParams) else ""
+        message = AddRequest("c", request_id, prompt, params.to_dict(), seed, 0.0, 0, [journal or []], grammar=grammar)
+        self.scheduler.add(message)
+
     def generate_deltas(
-        self, prompts: list[list[int]], params: SamplingParams, seeds: list[int] | None = None
+        self, prompts: list[list[int]], params: SamplingParams | list[SamplingParams], seeds: list[int] | None = None
     ) -> list[list[TokenDelta]]:
-        """The deltas of each prompt, in their order."""
+        """The deltas of each prompt, in their order; parameters for all, or for each."""
         for i, prompt in enumerate(prompts):
-            seed = seeds[i] if seeds else 0
-            self.scheduler.add(AddRequest("c", str(i), prompt, params.to_dict(), seed, 0.0, 0, [[]]))
+            own = params[i] if isinstance(params, list) else params
+            self.add(str(i), prompt, own, seeds[i] if seeds else 0)
         deltas: list[list[TokenDelta]] = [[] for _ in prompts]
         while self.scheduler.has_work:
             self.step()
@@ -41,7 +51,7 @@ class InProcessEngine:
         return deltas
 
     def generate(
-        self, prompts: list[list[int]], params: SamplingParams, seeds: list[int] | None = None
+        self, prompts: list[list[int]], params: SamplingParams | list[SamplingParams], seeds: list[int] | None = None
     ) -> list[list[int]]:
         """The output token ids of each prompt, in their order."""
         deltas = self.generate_deltas(prompts, params, seeds)

@@ -24,6 +24,7 @@ from nanoengine.messages import BlockMap, EngineState, SequenceRow, SharedPrefix
 from nanoengine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from nanoengine.prompts import PromptInput, parse_prompt
 from nanoengine.sampling_params import SamplingParams
+from nanoengine.structured_outputs import StructuredOutputsParams
 from nanoengine.tokenizer import Tokenizer
 from tests.nanoengine.tokenizers_for_tests import write_byte_level
 
@@ -65,7 +66,9 @@ class FakeEngine:
         request_id: str | None = None,
         **scheduling: Any,
     ) -> AsyncGenerator[RequestOutput, None]:
-        request = EngineClient(self.config, self.tokenizer).check(parse_prompt(prompt), sampling_params)
+        form = None if sampling_params is None else sampling_params.structured_outputs
+        grammar = form.to_grammar() if isinstance(form, StructuredOutputsParams) else ""
+        request = EngineClient(self.config, self.tokenizer).check(parse_prompt(prompt), sampling_params, grammar)
         prompt = request.prompt_token_ids
         self.salts.append(request.cache_salt)
         self.scheduling.append(scheduling)
@@ -77,7 +80,7 @@ class FakeEngine:
         self.open.add(request_id)
         finished = False
         try:
-            for output in self._outputs(request_id, prompt, request.params, request.max_tokens):
+            for output in self._told(prompt, request.params, request_id, request.max_tokens):
                 await asyncio.sleep(self.delay)
                 finished = output.finished
                 yield output
@@ -113,6 +116,22 @@ class FakeEngine:
             rows=[SequenceRow(f"{each}.0", 0, "running", 8, 8, 2, 3, 2, 0, 1.5) for each in sorted(self.open)],
         )
         return EngineView(state, Latencies(Percentiles(3, 0.05, 0.12), Percentiles(0, None, None)))
+
+    def _told(
+        self, prompt: list[int], params: SamplingParams, request_id: str, max_tokens: int
+    ) -> Iterator[RequestOutput]:
+        """All outputs; where the prompt is told of, half of it comes before the first token."""
+        if params.prompt_logprobs is None:
+            yield from self._outputs(request_id, prompt, params, max_tokens)
+            return
+        number = params.prompt_logprobs
+        entries = [None, *(self._logprobs(token, number) for token in prompt[1:])]
+        nothing = [CompletionOutput(index, "", []) for index in range(params.n)]
+        half = entries[: 1 + len(entries) // 2]
+        yield RequestOutput(request_id, None, prompt, nothing, False, RequestMetrics(time.time()), half)
+        for output in self._outputs(request_id, prompt, params, max_tokens):
+            output.prompt_logprobs = entries
+            yield output
 
     def _outputs(
         self, request_id: str, prompt: list[int], params: SamplingParams, max_tokens: int

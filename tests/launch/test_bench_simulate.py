@@ -15,7 +15,7 @@ from launch.bench import __main__ as bench
 from launch.bench.simulate import BLOCK_SIZE, Simulation, StepTimeModel, simulate
 from launch.bench.traces import TraceSpec, generate
 from nanoengine.scheduler import SchedulerLimits
-from nanoengine.step import Epoch, SequenceState, StepInput
+from nanoengine.step import DEVICE_TO_DEVICE, DEVICE_TO_HOST, HOST_TO_DEVICE, Epoch, SequenceState, StepInput
 
 SPEC = TraceSpec(num_requests=200, rate=20, prompt_median=60, output_median=12, max_prompt=400, max_output=60)
 
@@ -85,6 +85,12 @@ def test_a_chunk_reads_the_context_before_it_once_a_tile() -> None:
     assert model.seconds(StepInput(Epoch(1, 1), 2, [], [], [2])) == 0
 
 
+def test_copies_to_the_host_and_back_take_their_time() -> None:
+    model = StepTimeModel(base=0, per_swapped_block=3)
+    copies = [(DEVICE_TO_HOST, 1, 2), (DEVICE_TO_DEVICE, 3, 4), (HOST_TO_DEVICE, 2, 5)]
+    assert model.seconds(StepInput(Epoch(1, 1), 1, copies, [], [])) == 2 * 3
+
+
 def test_bursty_arrivals_come_in_clumps_at_the_same_rate() -> None:
     variations = {}
     for arrivals in ("poisson", "bursty"):
@@ -118,9 +124,43 @@ def test_the_command_runs_each_combination(tmp_path: Path, monkeypatch: pytest.M
     assert len({run["output_tokens"] for run in report["runs"]}) == 1, "settings change the speed, not the tokens"
 
 
+def test_the_command_swaps_only_where_there_is_a_host_tier(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    options = ["--requests", "30", "--num-kv-blocks", "300", "--preemption-mode", "recompute", "swap"]
+    monkeypatch.setattr("sys.argv", ["bench", "simulate", *options])
+    with pytest.raises(SystemExit, match="needs --num-host-blocks greater than 0"):
+        bench.main()
+    monkeypatch.setattr("sys.argv", ["bench", "simulate", *options, "--num-host-blocks", "500", "--json", str(file)])
+    bench.main()
+    runs = json.loads(file.read_text())["runs"]
+    assert [(run["num_host_blocks"], run["preemption_mode"]) for run in runs] == [(500, "recompute"), (500, "swap")]
+
+
 def test_a_larger_cache_hits_more_and_preempts_less() -> None:
     spec = dataclasses.replace(SPEC, num_requests=400, rate=60)
     small, large = (simulate(spec, limits(num_kv_blocks=blocks), StepTimeModel()) for blocks in (80, 2000))
     assert small["hit_rate"] < large["hit_rate"]
     assert small["preemptions"] > large["preemptions"]
     assert small["ttft_p90_ms"] > large["ttft_p90_ms"]
+
+
+def test_a_bound_on_the_gap_between_tokens_shows() -> None:
+    """Every step takes its modelled time, which is what the scheduler learns its bound from."""
+    model = StepTimeModel(base=0.01, per_token=1e-4, per_decode_row=0, per_attended=0)
+    spec = dataclasses.replace(SPEC, rate=100)
+    free, bounded = (simulate(spec, limits(max_decode_gap=gap), model) for gap in (0, 3))
+    assert free["gap_max_ms"] > 50
+    assert bounded["gap_max_ms"] < 40
+    assert free["output_tokens"] == bounded["output_tokens"]
+
+
+@pytest.mark.parametrize("preemption_mode", ["recompute", "swap"])
+def test_a_host_tier_hits_what_the_device_evicted(preemption_mode: str) -> None:
+    spec = dataclasses.replace(SPEC, num_requests=400, rate=60)
+    changes = {"num_kv_blocks": 80, "num_host_blocks": 2000, "preemption_mode": preemption_mode}
+    alone, tiered = (simulate(spec, limits(**each), StepTimeModel()) for each in ({"num_kv_blocks": 80}, changes))
+    assert tiered["finished"] == spec.num_requests
+    assert tiered["hit_rate"] > alone["hit_rate"]
+    assert tiered["host_hit_rate"] > 0 == alone["host_hit_rate"]
+    assert tiered["blocks_swapped_out"] > tiered["blocks_swapped_in"] > 0
+    assert tiered["swaps"] == (tiered["preemptions"] if preemption_mode == "swap" else 0)

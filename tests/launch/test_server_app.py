@@ -301,10 +301,10 @@ async def test_what_fails_before_the_first_token_has_a_status(
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("best_of", 0), ("echo", True), ("suffix", "x"),
-        ("tools", [{"type": "function"}]), ("response_format", {"type": "json_object"}),
+        ("best_of", 0), ("echo", "yes"), ("suffix", "x"),
+        ("tools", [{"type": "function"}]), ("prediction", {"type": "content"}),
         ("top_logprobs", 2), ("stream_options", {"include_usage": True}), ("tool_choice", "required"),
-        ("made_up_field", 1), ("made_up_field", None), ("prompt_logprobs", 0), ("store", True), ("n", 65), ("n", 0),
+        ("made_up_field", 1), ("made_up_field", None), ("prompt_logprobs", 21), ("store", True), ("n", 65), ("n", 0),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])

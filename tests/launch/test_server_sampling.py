@@ -84,7 +84,7 @@ async def test_logprobs_out_of_range_name_the_field_of_their_route(client: httpx
 
 async def test_fields_left_out_take_the_checkpoints_defaults(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     assert engine.config.checkpoint is not None
-    defaults = (("temperature", 0.6), ("top_k", 20))
+    defaults = (("temperature", 0.6), ("top_k", 20), ("max_tokens", 5))
     checkpoint = dataclasses.replace(engine.config.checkpoint, default_sampling=defaults)
     engine.config = dataclasses.replace(engine.config, checkpoint=checkpoint)
     for path, body in (("/v1/completions", {"prompt": "a"}), ("/v1/chat/completions", HI)):
@@ -92,3 +92,7 @@ async def test_fields_left_out_take_the_checkpoints_defaults(client: httpx.Async
         assert (engine.params[-1].temperature, engine.params[-1].top_k) == (0.6, -1)
         await client.post(path, json=body | {"temperature": 1.0})
         assert (engine.params[-1].temperature, engine.params[-1].top_k) == (1.0, 20)
+        # OpenAI's 16 is a default of completions already, as in vLLM.
+        assert engine.params[-1].max_tokens == (16 if path == "/v1/completions" else 5)
+        await client.post(path, json=body | {"max_tokens": 7})
+        assert engine.params[-1].max_tokens == 7

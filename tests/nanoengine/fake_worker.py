@@ -12,10 +12,10 @@ import time
 
 from configs.engine import EngineConfig
 from configs.errors import CapacityError, ConfigError
-from nanoengine.channel import RankPort
+from nanoengine.channel import BlockCounts, RankPort
 from nanoengine.step import StepInput, StepOutput
 
-MAX_BLOCKS = (100, 70, 90, 80)
+MAX_BLOCKS = [BlockCounts(*each) for each in ((100, 6), (70, 9), (90, 8), (80, 7))]
 
 
 def invented(step: StepInput) -> StepOutput:
@@ -65,7 +65,9 @@ def run_worker(port: RankPort) -> None:
         if port.rank == 0:
             output = invented(step)
             if what == "settings":
-                output.token_ids = [[port.config.cache.block_size, port.config.scheduler.max_num_seqs, num_blocks]]
+                output.token_ids = [
+                    [port.config.cache.block_size, port.config.scheduler.max_num_seqs, num_blocks.device]
+                ]
             if what == "wrong-step":
                 output.step_id += 1
             port.send_output(output)
@@ -80,9 +82,9 @@ class FakeRank:
 
     def __init__(self, config: EngineConfig, rank: int) -> None:
         self.rank, self.what = rank, misbehaviour(config, rank)
-        self.num_blocks, self.closed, self.aborted = 0, False, False
+        self.num_blocks, self.closed, self.aborted = BlockCounts(0), False, False
 
-    def load(self) -> int:
+    def load(self) -> BlockCounts:
         match self.what:
             case "config-error":
                 raise ConfigError("tensor_parallel_size must be odd, got 2", "tensor_parallel_size")
@@ -92,7 +94,7 @@ class FakeRank:
                 time.sleep(1)
         return MAX_BLOCKS[self.rank]
 
-    def allocate(self, num_blocks: int) -> None:
+    def allocate(self, num_blocks: BlockCounts) -> None:
         self.num_blocks = num_blocks
 
     def execute(self, step: StepInput) -> StepOutput | None:

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-from collections import deque
+from array import array
+from collections import Counter, deque
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 from nanoengine.messages import AddRequest, TokenDelta
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.scheduler import Scheduler, SchedulerLimits
-from nanoengine.step import DEVICE_TO_DEVICE, PREVIOUS_SAMPLE, Epoch, StepInput, StepOutput
+from nanoengine.step import (
+    DEVICE_TO_DEVICE,
+    DEVICE_TO_HOST,
+    HOST_TO_DEVICE,
+    PREVIOUS_SAMPLE,
+    Epoch,
+    PromptLogprobs,
+    SequenceState,
+    StepInput,
+    StepOutput,
+    TokenLogprobs,
+)
 
 VOCAB = 1000
 EOS = 2
@@ -31,54 +44,106 @@ def expected_output(prompt: list[int], num_tokens: int, index: int = 0) -> list[
     return context[len(prompt) :]
 
 
+def invented_logprobs(context: list[int], following: int) -> TokenLogprobs:
+    """What is told of the token after `context`: a function of all of it."""
+    likeliest = invented_token(context)
+    return [following, likeliest], [-float(likeliest), -0.5], len(context)
+
+
+def expected_prompt_logprobs(prompt: list[int]) -> list[TokenLogprobs]:
+    """What an undisturbed run tells of a prompt."""
+    return [invented_logprobs(prompt[:length], prompt[length]) for length in range(1, len(prompt))]
+
+
+def packed(start: int, entries: list[TokenLogprobs]) -> PromptLogprobs:
+    """Entries as they travel."""
+    ids, values, ranks = zip(*entries, strict=True)
+    columns = array("i", chain.from_iterable(ids)), array("f", chain.from_iterable(values)), array("i", ranks)
+    return PromptLogprobs(start, len(ids[0]), *(column.tobytes() for column in columns))
+
+
 class FakeWorkers:
     """Holds paged "K/V" (the token ids themselves) and samples from what is really in the blocks.
 
-    A wrong block table, a stale hit, a missed copy or a wrong position shows up as a wrong token.
+    A wrong block table, a stale hit, a missed copy or a wrong position shows up as a wrong token, or as a wrong
+    log-probability of the prompt. `num_told` counts the latter, by sequence and entry.
     """
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, num_host_blocks: int = 0) -> None:
+        self.num_blocks, self.num_host_blocks = num_blocks, num_host_blocks
         self.block_size = block_size
         self.slots: dict[tuple[int, int], int] = {}
+        self.host_slots: dict[tuple[int, int], int] = {}
         self.tables: dict[int, list[int]] = {}
         self.indexes: dict[int, int] = {}
         self.previous: dict[int, int] = {}
+        self.prompts: dict[int, tuple[int, list[int]]] = {}  # entries told, and the prompt, of those that ask
+        self.num_told: Counter[tuple[int, int]] = Counter()
 
     def run(self, step: StepInput) -> StepOutput:
         step = StepInput.unpack(_through_pickle(step.pack()))
+        self._perform_copies(step)
         for seq_id in step.finished:
             self.tables.pop(seq_id, None)
-        for direction, source, destination in step.copies:
-            assert direction == DEVICE_TO_DEVICE
-            for offset in range(self.block_size):
-                self._copy_slot((source, offset), (destination, offset))
-        sampled = []
+            self.prompts.pop(seq_id, None)
+        sampled, told = [], {}
         for row in step.rows:
             if row.params is not None:
                 self.tables[row.seq_id] = []
                 self.indexes[row.seq_id] = row.params.sequence_index
+                self.prompts.pop(row.seq_id, None)
+                if row.extras is not None and row.extras.num_prompt_logprobs >= 0:
+                    prompt = list(row.past_token_ids[: row.num_prompt_tokens])
+                    self.prompts[row.seq_id] = row.extras.first_prompt_logprob, prompt
             table = self.tables[row.seq_id]
             table.extend(row.new_block_ids)
             token_ids = [self.previous[row.seq_id]] if row.token_ids == [PREVIOUS_SAMPLE] else row.token_ids
             for position, token in enumerate(token_ids, start=row.num_computed_tokens):
                 self.slots[table[position // self.block_size], position % self.block_size] = token
-        for row in step.rows:
+        for number, row in enumerate(step.rows):
             table, end = self.tables[row.seq_id], row.num_computed_tokens + len(row.token_ids)
             context = [self.slots[table[p // self.block_size], p % self.block_size] for p in range(end)]
             sampled.append([invented_token(context, self.indexes[row.seq_id])] if row.sample else [])
+            if row.seq_id in self.prompts:
+                told |= self._tell(number, row, context)
         self.previous = {row.seq_id: ids[0] for row, ids in zip(step.rows, sampled, strict=True) if ids}
-        return StepOutput(step.epoch, step.step_id, [row.seq_id for row in step.rows], sampled)
+        seq_ids = [row.seq_id for row in step.rows]
+        return StepOutput.unpack(
+            _through_pickle(StepOutput(step.epoch, step.step_id, seq_ids, sampled, prompt_logprobs=told).pack())
+        )
 
-    def _copy_slot(self, source: tuple[int, int], destination: tuple[int, int]) -> None:
-        self.slots.pop(destination, None)  # reading it later without a write would show
-        if source in self.slots:
-            self.slots[destination] = self.slots[source]
+    def _tell(self, number: int, row: SequenceState, context: list[int]) -> dict[int, PromptLogprobs]:
+        start, prompt = self.prompts[row.seq_id]
+        end = min(len(context), len(prompt) - 1)
+        if end <= start:
+            return {}
+        assert row.num_computed_tokens <= start, "positions were passed over that nobody told of"
+        self.prompts[row.seq_id] = end, prompt
+        self.num_told.update((row.seq_id, entry) for entry in range(start, end))
+        entries = [invented_logprobs(context[: entry + 1], prompt[entry + 1]) for entry in range(start, end)]
+        return {number: packed(start, entries)}
+
+    def _perform_copies(self, step: StepInput) -> None:
+        """Move the content of blocks, in order; what was never written stays so, and reading it fails."""
+        device, host = (self.slots, self.num_blocks), (self.host_slots, self.num_host_blocks)
+        sides = {DEVICE_TO_DEVICE: (device, device), DEVICE_TO_HOST: (device, host), HOST_TO_DEVICE: (host, device)}
+        for direction, source, destination in step.copies:
+            (read, num_read), (written, num_written) = sides[direction]
+            assert 0 <= source < num_read
+            assert 0 <= destination < num_written
+            content = [read.get((source, offset)) for offset in range(self.block_size)]
+            for offset, token in enumerate(content):
+                written.pop((destination, offset), None)
+                if token is not None:
+                    written[destination, offset] = token
 
     def lose_everything(self) -> None:
         """What a new worker group knows."""
         self.slots.clear()
+        self.host_slots.clear()
         self.tables.clear()
         self.previous.clear()
+        self.prompts.clear()
 
 
 def _through_pickle(frame: bytes) -> Any:
@@ -112,8 +177,10 @@ class Driver:
         self.now = 0.0
         self.step_seconds: Callable[[StepInput], float] = lambda step: 0.0
         self.scheduler = Scheduler(self.limits, EPOCH, lambda: self.now)
-        self.workers = FakeWorkers(self.limits.num_kv_blocks, self.limits.block_size)
+        self.workers = FakeWorkers(self.limits.num_kv_blocks, self.limits.block_size, self.limits.num_host_blocks)
         self.tokens: dict[str, list[int]] = {}
+        self.prompt_logprobs: dict[str, list[TokenLogprobs]] = {}
+        self._first_entry: dict[str, int] = {}
         self.finished: dict[str, str] = {}
         self.last: dict[str, TokenDelta] = {}
         self.steps: list[StepInput] = []
@@ -130,6 +197,8 @@ class Driver:
         priority: int = 0,
         timeout: float | None = None,
         journals: list[list[int]] | None = None,
+        num_prompt_logprobs: int = 0,
+        grammar: str = "",
         **params: Any,
     ) -> None:
         """`journal` is that of the first sequence, `journals` those of all."""
@@ -146,9 +215,13 @@ class Driver:
             journal=journals,
             cache_salt=cache_salt,
             timeout=timeout,
+            num_prompt_logprobs=num_prompt_logprobs,
+            grammar=grammar,
         )
         for index, known in enumerate(journals):
             self.tokens[output_name(request_id, index)] = list(known)
+        self.prompt_logprobs[request_id] = []
+        self._first_entry[request_id] = num_prompt_logprobs
         self.scheduler.add(message)
         self.receive()
 
@@ -182,7 +255,7 @@ class Driver:
         """The worker group is lost and another one starts; what the old one still says comes too late."""
         late, self.outputs = self.outputs, deque()
         self.workers.lose_everything()
-        self.scheduler.new_epoch(epoch, self.limits.num_kv_blocks)
+        self.scheduler.new_epoch(epoch, self.limits.num_kv_blocks, self.limits.num_host_blocks)
         self.scheduler.check_invariants()
         for output in late:
             self.scheduler.commit(output)
@@ -194,6 +267,11 @@ class Driver:
             assert name not in self.finished, "a delta after the end"
             tokens = self.tokens[name]
             assert delta.start == len(tokens), "a stream lost or repeated a token"
+            told = self.prompt_logprobs[delta.request_id]
+            if delta.prompt_logprobs is not None:
+                assert not tokens, "a token came before the prompt was told of"
+                assert delta.prompt_logprobs.start == self._first_entry[delta.request_id] + len(told)
+                told.extend(delta.prompt_logprobs.entries())
             tokens.extend(delta.token_ids)
             self.last[name] = delta
             if delta.finish_reason:
@@ -209,4 +287,6 @@ class Driver:
             self.step()
         # The workers are told of the last finished rows.
         self.step()
-        assert self.scheduler.blocks.num_free_blocks == self.limits.num_kv_blocks, "a block leaked"
+        blocks = self.scheduler.blocks
+        assert blocks.num_free_blocks == self.limits.num_kv_blocks, "a block leaked"
+        assert blocks.host.num_free_blocks == self.limits.num_host_blocks, "a host block leaked"

@@ -200,7 +200,7 @@ def test_a_malformed_payload_is_a_channel_error(payload: bytes) -> None:
         restricted_loads(payload)
 
 
-@pytest.mark.parametrize("columns", [None, 7, (), (99,), (3,), (3, 1, 2), ([], 1), {"a": 1}], ids=repr)
+@pytest.mark.parametrize("columns", [None, 7, (), (99,), (3,), (3, 1, 2, 3), ([], 1), {"a": 1}], ids=repr)
 def test_a_control_message_that_does_not_fit_is_a_channel_error(columns: Any) -> None:
     for kind in Channel:
         with pytest.raises(ChannelError):
@@ -211,8 +211,8 @@ def test_a_control_message_that_does_not_fit_is_a_channel_error(columns: Any) ->
     "message",
     [
         Hello(12),
-        Loaded(7, "bfloat16", "cpu"),
-        Allocate(3),
+        Loaded(7, "bfloat16", "cpu", 5),
+        Allocate(3, 2),
         Ready(),
         Stop(),
         Failed({"kind": "ConfigError", "message": "m", "field": None}, "trace"),

@@ -14,7 +14,17 @@ from configs.engine import EngineConfig
 from configs.errors import ChannelError, EngineDeadError, RequestError, WorkerError, to_wire
 from nanoengine.engine_client import MAX_REPLAYS, PING_INTERVAL, REPLAY_INTERVAL, EngineClient
 from nanoengine.journal import RequestJournal
-from nanoengine.messages import Abort, AddRequest, Deltas, EngineFailure, Hello, Message, Ready, TokenDelta
+from nanoengine.messages import (
+    Abort,
+    AddRequest,
+    Deltas,
+    EngineFailure,
+    Hello,
+    Message,
+    Ready,
+    TokenColumns,
+    TokenDelta,
+)
 from nanoengine.prompts import Prompt
 from nanoengine.sampling_params import BeamSearchParams, SamplingParams
 from nanoengine.tokenizer import Tokenizer
@@ -219,6 +229,14 @@ def test_a_request_has_news_once_however_many_deltas_a_message_holds(client: Eng
     journal = add(client)
     deltas = [TokenDelta(journal.wire_id, 0, position, [position]) for position in range(3)]
     assert client.handle(Deltas(1, deltas)) == [journal]
+
+
+def test_columns_are_taken_as_the_deltas_that_they_stand_for(client: EngineClient) -> None:
+    first, second = add(client), add(client)
+    columns = TokenColumns([second.wire_id, "unknown", first.wire_id], [0, 0, 0], [-5, 0, -5], 5, [7, 8, 9])
+    assert client.handle(Deltas(1, [columns])) == [second, first]
+    assert (ids_of(first), ids_of(second)) == ([9], [7])
+    assert client.handle(Deltas(1, [columns])) == [], "known already"
 
 
 def test_a_stale_end_does_not_end_a_longer_journal(client: EngineClient) -> None:

@@ -22,9 +22,12 @@ from nanoengine.messages import (
     AddRequest,
     Deltas,
     EngineFailure,
+    EngineState,
     Hello,
     Message,
     Ready,
+    StateRequest,
+    TokenColumns,
     TokenDelta,
     decode,
     encode,
@@ -167,6 +170,21 @@ def test_tokens_come_back_to_the_front_end_that_asked(served: Served) -> None:
     assert second.tokens_until_end("same-id")[0] == expected_output([8, 9], 3)
 
 
+def test_state_is_told_to_the_front_end_that_asks_and_to_nobody_else(served: Served) -> None:
+    curious, busy = served.front_end("curious"), served.front_end("busy")
+    busy.add("long", [5] * 40, max_tokens=None, ignore_eos=True)
+    busy.receive()
+    curious.send(StateRequest())
+    state = curious.receive()
+    assert isinstance(state, EngineState)
+    assert (state.incarnation, state.num_running, state.device.num_blocks) == (3, 1, 64)
+    assert [row.request_id for row in state.rows] == ["long"]
+    assert state.device.num_held >= 3
+    assert curious.socket.poll(50) == 0
+    busy.send(Abort("long", None, "test"))
+    busy.tokens_until_end("long")
+
+
 def test_refused_request_gets_its_error_and_the_next_one_is_served(served: Served) -> None:
     front = served.front_end()
     front.add("bad", [])
@@ -235,4 +253,17 @@ def test_merging_keeps_every_token_and_the_end() -> None:
         ("a", 0, [1, 2, 3], "stop"),
         ("b", 0, [9], None),
         ("a", 1, [2, 3], "stop"),
+    ]
+
+
+def test_columns_for_a_slow_front_end_are_merged_with_what_came_before_and_behind() -> None:
+    entries = [
+        TokenDelta("a", 0, 0, [1]),
+        TokenColumns(["a", "b"], [0, 1], [0, 4], 1, [2, 9]),
+        TokenColumns(["a", "b"], [0, 1], [0, 4], 2, [3, 8]),
+        TokenDelta("b", 1, 7, [7], finish_reason="length"),
+    ]
+    assert merge(entries) == [
+        TokenDelta("a", 0, 0, [1, 2, 3]),
+        TokenDelta("b", 1, 5, [9, 8, 7], finish_reason="length"),
     ]

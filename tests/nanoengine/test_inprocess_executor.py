@@ -42,7 +42,7 @@ def make() -> Iterator[Make]:
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_two_steps_in_flight_come_back_in_order(make: Make, tp: int) -> None:
     executor = make(tp=tp)
-    assert executor.start(EPOCH) == ExecutorFacts({1: 100, 2: 70, 4: 70}[tp], "float32", "cpu")
+    assert executor.start(EPOCH) == ExecutorFacts({1: 100, 2: 70, 4: 70}[tp], "float32", "cpu", 6)
     executor.submit(step(1))
     for step_id in range(2, 20):
         executor.submit(step(step_id))

@@ -267,6 +267,56 @@ def test_our_own_server_and_this_client_understand_each_other(tmp_path: Path) ->
         assert (refused.outputs[0].finish_reason, bool(refused.outputs[0].error)) == ("error", True)
 
 
+def test_log_probabilities_come_through_a_server_as_from_an_engine_of_ones_own(tmp_path: Path) -> None:
+    from tests.launch.fake_engine import FakeEngine, served
+
+    engine = FakeEngine(tmp_path)
+    conversation = [{"role": "user", "content": "hi"}]
+    with served(engine) as url, LLM(base_url=url) as llm:
+        params = SamplingParams(max_tokens=50, logprobs=2, prompt_logprobs=1)
+        outputs = llm.generate("ab", params, use_tqdm=False) + llm.chat(conversation, params, use_tqdm=False)
+        assert engine.params == [params, params]
+        for output, prompt in zip(outputs, engine.prompts, strict=True):
+            told, chosen = output.prompt_logprobs, output.outputs[0]
+            assert told == [None, *(engine._logprobs(token, 1) for token in prompt[1:])]
+            assert chosen.logprobs == [engine._logprobs(token, 2) for token in chosen.token_ids]
+            assert chosen.cumulative_logprob == -3.0 * len(chosen.token_ids)
+        plain = only(llm.generate("ab", use_tqdm=False))
+        assert (plain.prompt_logprobs, plain.outputs[0].logprobs) == (None, None)
+        assert plain.outputs[0].cumulative_logprob is None
+
+
+def test_log_probabilities_without_token_ids_are_an_error(llm: LLM, server: Server) -> None:
+    def reply(path: str, body: dict[str, Any]) -> Reply:
+        status, whole = answer(path, body)
+        whole["choices"][0]["logprobs"] = {"tokens": ["a", "b"]}
+        return status, whole
+
+    server.reply = reply
+    output = only(llm.generate("x", SamplingParams(logprobs=1), use_tqdm=False))
+    assert "without token ids" in str(output.outputs[0].error)
+    body = server.asked[-1][1]
+    assert body is not None
+    assert body["logprobs"] == 1
+
+
+def test_priority_and_timeout_of_each_way_to_ask(llm: LLM, server: Server) -> None:
+    conversations = [[{"role": "user", "content": text}] for text in "ab"]
+    llm.chat(conversations, use_tqdm=False, priority=[1, 2], timeout=3)
+    llm.generate(["a", "b"], use_tqdm=False, priority=[4, 5])
+    llm.generate("a", use_tqdm=False, priority=None)
+    llm.add_request("a", priority=6, timeout=2.5)
+    llm.step()
+    asked = [(body.get("priority"), body.get("timeout")) for _, body, _ in server.asked if body]
+    assert sorted(asked[:2]) == [(1, 3), (2, 3)]
+    assert sorted(asked[2:4]) == [(4, None), (5, None)]
+    assert asked[4:] == [(None, None), (6, 2.5)]
+    for ask in (llm.generate, llm.chat):
+        with pytest.raises(RequestError, match="priority must be one for all") as refused:
+            ask(conversations if ask == llm.chat else ["a", "b"], priority=[1])  # type: ignore[operator]
+        assert refused.value.param == "priority"
+
+
 @pytest.mark.parametrize(
     ("status", "code", "kind"), [(429, "queue_full", "QueueFullError"), (504, "request_timeout", "RequestTimeoutError")]
 )

@@ -15,7 +15,7 @@ from tests.setup.repository import PACKAGES, ROOT
 
 OURS = {"configs", "nanoengine", "workers", "launch", "examples", "tests"}
 WEB = {"fastapi", "starlette", "uvicorn"}
-STEP_SIDE = {"nanoengine." + name for name in ("step", "channel", "sampling_params", "errors")}
+STEP_SIDE = {"nanoengine." + name for name in ("step", "channel", "sampling_params", "errors", "grammar")}
 
 
 def imported_modules(source: str, module: str, is_package: bool = False) -> Iterator[tuple[int, str]]:

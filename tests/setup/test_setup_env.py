@@ -37,7 +37,8 @@ if arguments[-1].startswith("torch=="):
     write("torch/version.py", f"__version__ = {version!r}\\ncuda = {cuda!r}\\n")
     write("torch/__init__.py", "class cuda:\\n    is_available = staticmethod(lambda: False)\\n")
 elif "--editable" in arguments:
-    names = "transformers tokenizers safetensors zmq msgpack yaml fastapi uvicorn pytest hypothesis httpx openai"
+    names = "transformers tokenizers safetensors llguidance zmq msgpack yaml fastapi uvicorn"
+    names += " pytest hypothesis httpx jsonschema openai"
     for name in names.split() + ["configs", "nanoengine", "workers", "launch"]:
         write(name + "/__init__.py")
 """

@@ -215,3 +215,90 @@ def test_a_huge_top_k_does_not_overflow() -> None:
     made = apply(make_batch(), state(1, [1], 0, [3], PARAMS._replace(top_k=2**64)))
     assert made is not None
     assert made.sampling.top_k[0] > 2**24
+
+
+def decodes(*rows: SequenceState, known: bool = True) -> DecodeRows:
+    """The same rows as columns, at some age."""
+    return DecodeRows(
+        int_column([row.seq_id for row in rows]),
+        int_column([row.num_computed_tokens - 1000 for row in rows]),
+        1000,
+        int_column([row.token_ids[0] for row in rows]) if known else None,
+        [(row.seq_id, block) for row in rows for block in row.new_block_ids],
+    )
+
+
+def fields_of(batch: Batch | None) -> list:
+    assert batch is not None
+    tensors = (batch.input_ids, batch.positions, batch.logits_rows, batch.metadata.slot_mapping)
+    return [
+        [tensor.tolist() for tensor in (*tensors, batch.metadata.block_tables)],
+        [batch.seq_ids, batch.sampled, batch.previous, batch.metadata.query_lens, batch.metadata.seq_lens],
+        [getattr(batch.sampling, name).tolist() for name in ("temperature", "top_k", "seed", "index", "position")],
+        [(number, position, processor._generated) for number, position, processor in batch.processors],
+    ]
+
+
+def test_steady_rows_make_the_batch_that_the_same_rows_make_one_by_one() -> None:
+    """Rows come, go, change places, get blocks and look back; columns and states must not differ."""
+    columns, single = make_batch(), make_batch()
+    rng, live, computed = np.random.default_rng(1), list[int](), dict[int, int]()
+    for step in range(40):
+        gone = [seq_id for seq_id in live if rng.random() < 0.1 or computed[seq_id] > 30]
+        live = [seq_id for seq_id in live if seq_id not in gone]
+        if rng.random() < 0.2:
+            rng.shuffle(live)
+        known = bool(rng.random() < 0.5)
+        rows = [
+            state(
+                i, [int(rng.integers(100)) if known else PREVIOUS_SAMPLE], computed[i], [step] * (computed[i] % 4 == 0)
+            )
+            for i in live
+        ]
+        prompts = []
+        if len(live) < 12:
+            extras = RowExtras(presence_penalty=1.0) if step % 3 == 0 else None
+            prompts = [SequenceState(step, [5, 6, 7], 0, [step % 50], True, 3, PARAMS, extras, [5, 6, 7])]
+            prompts.append(state(step + 100, [5] * 4, 0, [step % 50], PARAMS, sample=False))
+        one = single.apply(StepInput(Epoch(1, 1), 1, [], [*rows, *prompts], gone))
+        many = columns.apply(StepInput(Epoch(1, 1), 1, [], prompts, gone, decodes(*rows, known=known)))
+        if one is None:
+            assert many is None
+        else:
+            assert fields_of(many) == fields_of(one)
+        for seq_id in live if not known else ():
+            single.observe_previous(seq_id, step)
+            columns.observe_previous(seq_id, step)
+        computed |= {i: computed[i] + 1 for i in live} | {row.seq_id: len(row.token_ids) for row in prompts}
+        live += [row.seq_id for row in prompts]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([state(1, [1], 2, []), state(2, [1], 3, [])], "sequence 2 continues at 3, but 2"),
+        ([state(9, [1], 2, [])], "sequence 9 is unknown"),
+        ([state(1, [1], 2, []), state(1, [1], 2, [])], "twice"),
+        ([state(1, [1], 2, []), state(2, [100], 2, [])], "sequence 2 has a token id outside"),
+        ([state(1, [1], 2, []), state(2, [-2], 2, [])], "sequence 2 has a token id outside"),
+        ([state(1, [1], 2, []), state(2, [1], 2, [50])], "sequence 2 is given blocks .50. after 1 others"),
+        ([state(1, [1], 2, []), state(3, [1], 4, [])], "sequence 3 has 1 blocks of 4 tokens for 5 tokens"),
+        ([state(1, [1], 2, []), state(4, [1], 40, [])], "sequence 4 computes 1 tokens from position 40"),
+    ],
+)
+def test_steady_rows_that_do_not_fit_are_refused_by_name(rows: list[SequenceState], message: str) -> None:
+    batch = make_batch()
+    prompts = [state(i, [1] * n, 0, list(range(-(-n // 4))), PARAMS) for i, n in ((1, 2), (2, 2), (3, 4), (4, 40))]
+    batch.apply(StepInput(Epoch(1, 1), 1, [], prompts, []))
+    with pytest.raises(EngineError, match=message):
+        batch.apply(StepInput(Epoch(1, 1), 2, [], [], [], decodes(*rows)))
+
+
+def test_line_of_a_steady_row_that_left_is_not_read_for_its_successor() -> None:
+    """The same column of ids twice, with another owner of the line in between."""
+    batch = make_batch()
+    batch.apply(StepInput(Epoch(1, 1), 1, [], [state(1, [1], 0, [5], PARAMS)], []))
+    batch.apply(StepInput(Epoch(1, 1), 2, [], [], [], decodes(state(1, [1], 1, []))))
+    batch.apply(StepInput(Epoch(1, 1), 3, [], [state(2, [1], 0, [6], PARAMS)], [1]))
+    with pytest.raises(EngineError, match="sequence 1 is unknown"):
+        batch.apply(StepInput(Epoch(1, 1), 4, [], [], [], decodes(state(1, [1], 2, []))))

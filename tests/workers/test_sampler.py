@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from workers.cpu_sampler import likeliest
+from workers.cpu_sampler import likeliest, scaled_exp
 from workers.sampler import SamplingRows, _sample_on_device, keep_weights, sample, uniforms
 
 
@@ -219,6 +219,15 @@ def test_the_likeliest_are_those_of_a_sort(k: int) -> None:
     for step in (1e-4, 0.5, 4.0):
         row = (normal_logits(1, 600, seed=k)[0] / step).round().mul(step).numpy()
         assert likeliest(row, k).tolist() == np.flatnonzero(row >= np.sort(row)[-k]).tolist()
+
+
+def test_the_exponential_of_an_element_depends_on_its_place() -> None:
+    """Vectorised loops have a tail; a row's candidates stand elsewhere than the row's elements."""
+    values = -40 * np.random.default_rng(0).random(5000, dtype=np.float32)
+    whole = scaled_exp(values, 1000)
+    for start in range(0, 4000, 37):
+        for length in (1, 2, 3, 7, 15, 16, 17, 33, 1000):
+            assert np.array_equal(scaled_exp(values[start : start + length], 1000), whole[start : start + length])
 
 
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])

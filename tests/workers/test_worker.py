@@ -13,6 +13,7 @@ import torch
 
 from configs.engine import EngineConfig
 from configs.errors import ConfigError
+from nanoengine.channel import BlockCounts
 from nanoengine.control_block import anonymous_file
 from nanoengine.step import Epoch, StepInput, StepOutput
 from workers import worker as worker_module
@@ -37,7 +38,7 @@ class FakePort:
 
     config: EngineConfig
     rank: int = 0
-    num_blocks: int | None = 7
+    num_blocks: BlockCounts | None = dataclasses.field(default_factory=lambda: BlockCounts(7, 3))
     collective_fd: int | None = None
     run_dir: Path = Path("/nowhere")
     epoch: Epoch = EPOCH
@@ -48,8 +49,8 @@ class FakePort:
     def world_size(self) -> int:
         return self.config.parallel.world_size
 
-    def report_loaded(self, max_kv_blocks: int, dtype: str, device: str) -> int | None:
-        self.said.append((max_kv_blocks, dtype, device))
+    def report_loaded(self, fitting: BlockCounts, dtype: str, device: str) -> BlockCounts | None:
+        self.said.append((fitting, dtype, device))
         return self.num_blocks
 
     def report_ready(self) -> None:
@@ -79,8 +80,11 @@ class FakeRunner:
         self.calls.append("max_kv_blocks")
         return 9
 
-    def allocate(self, num_blocks: int) -> None:
-        self.calls.append(("allocate", num_blocks))
+    def max_host_blocks(self) -> int:
+        return 5
+
+    def allocate(self, num_blocks: int, num_host_blocks: int) -> None:
+        self.calls.append(("allocate", num_blocks, num_host_blocks))
 
     def warm_up(self) -> None:
         self.calls.append("warm_up")
@@ -113,20 +117,20 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_a_rank_loads_allocates_what_was_agreed_warms_up_and_answers(calls: list[Any]) -> None:
     port = FakePort(config(device="cpu"))
     run_worker(port)  # type: ignore[arg-type]
-    assert port.said == [(9, "float32", "cpu"), "ready", 1, 2]
-    assert calls[:4] == ["load_model", "max_kv_blocks", ("allocate", 7), "warm_up"]
+    assert port.said == [((9, 5), "float32", "cpu"), "ready", 1, 2]
+    assert calls[:4] == ["load_model", "max_kv_blocks", ("allocate", 7, 3), "warm_up"]
 
 
 def test_ranks_other_than_0_send_no_output(calls: list[Any]) -> None:
     port = FakePort(config(device="cpu"), rank=1)
     run_worker(port)  # type: ignore[arg-type]
-    assert port.said == [(9, "float32", "cpu"), "ready"]
+    assert port.said == [((9, 5), "float32", "cpu"), "ready"]
 
 
 def test_a_rank_told_to_leave_instead_of_allocating_leaves(calls: list[Any]) -> None:
     port = FakePort(config(device="cpu"), num_blocks=None)
     run_worker(port)  # type: ignore[arg-type]
-    assert port.said == [(9, "float32", "cpu")]
+    assert port.said == [((9, 5), "float32", "cpu")]
     assert ("allocate", 7) not in calls
 
 
