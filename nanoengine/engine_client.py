@@ -27,9 +27,10 @@ from configs.errors import (
     RequestError,
     from_wire,
 )
-from nanoengine.bad_words import with_bad_word_ids
+from nanoengine.beam_params import BeamSearchParams
+from nanoengine.beam_search import beams_of
 from nanoengine.engine_view import Observer
-from nanoengine.journal import RequestJournal, SequenceJournal
+from nanoengine.journal import CheckedRequest, RequestJournal, SequenceJournal
 from nanoengine.messages import (
     Abort,
     AddRequest,
@@ -61,21 +62,6 @@ PING_INTERVAL = 5.0
 SILENCE_GRACE = 30.0
 # Between two calls of `watch` no more than this counts as silence: this process may have been suspended itself.
 _LONGEST_WATCH_GAP = 2.0
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class CheckedRequest:
-    """A request that was checked and may be added.
-
-    `max_tokens` is what fits into max_model_len, `grammar` what its structured_outputs were compiled to.
-    """
-
-    prompt: str | None
-    prompt_token_ids: list[int]
-    params: SamplingParams
-    max_tokens: int
-    cache_salt: str = ""
-    grammar: str = ""
 
 
 class EngineClient:
@@ -140,7 +126,9 @@ class EngineClient:
             )
         return dataclasses.replace(prompt, token_ids=self.tokenizer.encode(prompt.text))
 
-    def check(self, prompt: Prompt, params: SamplingParams | None = None, grammar: str = "") -> CheckedRequest:
+    def check(
+        self, prompt: Prompt, params: SamplingParams | BeamSearchParams | None = None, grammar: str = ""
+    ) -> CheckedRequest:
         """Check a request against model and settings; nothing is sent.
 
         A prompt must leave room for one token within max_model_len. More tokens than fit are not refused: the
@@ -151,17 +139,19 @@ class EngineClient:
         Raises:
             RequestError: it cannot be served as it stands; `param` names the field at fault.
         """
-        params = check_params(params) or SamplingParams(**self.config.default_sampling)
+        beams = beams_of(params, self.config.resolved_checkpoint)
+        asked = params if beams is None else beams.sampling_params()
+        params = check_params(asked) or SamplingParams(**self.config.default_sampling)
         assert bool(grammar) == (params.structured_outputs is not None), "compile structured_outputs first"
         encoded = self.encode(prompt)
         token_ids = encoded.token_ids or []
         self._check_prompt(token_ids)
         self._check_against_model(params)
         if params.bad_words:
-            params = with_bad_word_ids(params, self.tokenizer)
+            params = self._tokenise_bad_words(params)
         room = self.config.max_model_len - len(token_ids)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
-        return CheckedRequest(encoded.text, token_ids, params, max_tokens, encoded.cache_salt, grammar)
+        return CheckedRequest(encoded.text, token_ids, params, max_tokens, encoded.cache_salt, grammar, beams)
 
     def _check_prompt(self, token_ids: list[int]) -> None:
         if not token_ids:
@@ -194,6 +184,24 @@ class EngineClient:
                 "use stop_token_ids",
                 "stop",
             )
+
+    def _tokenise_bad_words(self, params: SamplingParams) -> SamplingParams:
+        """Add each word's ids, and those of the word behind a space unless they end in the former anyway."""
+        if self.tokenizer is None:
+            raise RequestError(
+                "bad_words need a tokenizer, and the engine runs without one (skip_tokenizer_init): "
+                "use bad_words_token_ids",
+                "bad_words",
+            )
+        found = [tuple(ids) for ids in params.bad_words_token_ids or ()]
+        for word in params.bad_words or ():
+            try:
+                bare = tuple(self.tokenizer.encode(word.lstrip() or word, add_special_tokens=False))
+                spaced = tuple(self.tokenizer.encode(" " + word.lstrip(), add_special_tokens=False))
+            except RequestError as error:
+                raise RequestError(f"bad_words: {error.message}", "bad_words") from None
+            found += [bare] if spaced[-len(bare) :] == bare else [bare, spaced]
+        return dataclasses.replace(params, bad_words_token_ids=tuple(dict.fromkeys(filter(None, found))))
 
     def _check_vocabulary(self, token_ids: Iterable[int], param: str, what: str) -> None:
         vocab_size = self.config.resolved_checkpoint.vocab_size
@@ -260,6 +268,7 @@ class EngineClient:
             request.cache_salt,
             self._timeout(timeout),
             request.grammar,
+            request.beams,
         )
         self._queued[journal.wire_id] = len(request.prompt_token_ids)
         self._live[journal.wire_id] = self._by_request_id[request_id] = journal
