@@ -34,7 +34,7 @@ MAX_MODEL_LEN = 256
 
 
 class FakeEngine:
-    """Answers `ANSWER` token by token, or what `answers` holds for a prompt's text.
+    """Answers `answer` token by token, or what `answers` holds for a prompt's text.
 
     `delay` seconds lie between tokens; `fail_after` tokens the request fails; `open` and `aborted` hold request ids.
     """
@@ -48,6 +48,7 @@ class FakeEngine:
         self.delay = 0.0
         self.fail_after: int | None = None
         self.raise_at_once: Exception | None = None
+        self.answer = ANSWER
         self.answers: dict[str, str] = {}
         self.open: set[str] = set()
         self.aborted: list[str] = []
@@ -171,7 +172,7 @@ class FakeEngine:
     ) -> Iterator[CompletionOutput]:
         """What sequence `index` is after each token; its answer ends in its index, but for the first."""
         assert self.tokenizer is not None
-        text = self.answers.get(self.tokenizer.decode(prompt), ANSWER) + (f" {index}" if index else "")
+        text = self.answers.get(self.tokenizer.decode(prompt), self.answer) + (f" {index}" if index else "")
         ids = [*self.tokenizer.encode(text), self.tokenizer.eos_token_id or 0]
         stream, stops, text = IncrementalDetokenizer(self.tokenizer, prompt), StopChecker(params.stop), ""
         for count in range(1, len(ids) + 1):
