@@ -28,6 +28,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (on Deb
 
 WIDE, NARROW = {"width": 1440, "height": 900}, {"width": 390, "height": 844}
 LIGHT, DARK = "rgb(246, 247, 246)", "rgb(16, 20, 19)"
+PATIENCE_MS = 20_000
 UNAUTHORISED = "status of 401"
 
 MARKDOWN = """# Title
@@ -54,6 +55,7 @@ def browser() -> Iterator[Browser]:
     with playwright.sync_playwright() as driver:
         # As root, which CI may be, Chromium has no sandbox.
         arguments = ["--no-sandbox"] if os.getuid() == 0 else []
+        expect.set_options(timeout=PATIENCE_MS)
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=arguments)
         yield browser
         browser.close()
@@ -71,7 +73,7 @@ class Opener:
 
     def __call__(self, url: str, viewport: dict[str, int] = WIDE, scheme: str = "light", **options: Any) -> Page:
         context = self._browser.new_context(viewport=viewport, color_scheme=scheme, **options)  # type: ignore[arg-type]
-        context.set_default_timeout(10_000)
+        context.set_default_timeout(PATIENCE_MS)
         page = context.new_page()
         page.on("console", lambda message: message.type in ("error", "warning") and self._complain(message.text))
         page.on("pageerror", lambda error: self._complain(str(error)))
@@ -84,9 +86,13 @@ class Opener:
         if self.expected is None or self.expected not in text:
             self._complaints.append(text)
 
-    def check(self) -> None:
+    def close(self) -> None:
+        """Close all pages, before their server ends."""
         for context in self._browser.contexts:
             context.close()
+
+    def check(self) -> None:
+        self.close()
         assert not self._complaints
         assert self._urls
         assert all(url.startswith(tuple(f"{server}/" for server in self._servers)) for url in self._urls)
@@ -105,9 +111,10 @@ def engine(tmp_path: Path) -> FakeEngine:
 
 
 @pytest.fixture
-def url(engine: FakeEngine) -> Iterator[str]:
+def url(engine: FakeEngine, open_page: Opener) -> Iterator[str]:
     with served(engine) as url:
         yield url
+        open_page.close()
 
 
 @pytest.fixture(scope="module")
@@ -340,6 +347,36 @@ def test_errors_are_shown_where_the_answer_would_be(open_page: Opener, url: str,
     expect(stats(page)).to_contain_text("stop")
 
 
+def test_an_answer_is_had_once_more_and_its_reasoning_is_folded(
+    open_page: Opener, url: str, engine: FakeEngine
+) -> None:
+    """Reasoning, a comment in a long silence, and a stream without an end, as proxies and other models send them."""
+    page = ready(open_page(url))
+    deltas = [{"role": "assistant", "content": ""}, {"reasoning_content": "Let me see."}, {"content": "It is 42."}]
+    chunks = [
+        {"id": "chatcmpl-1", "choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas
+    ]
+    begun = ": ping\r\n\r\n" + "".join(f"data: {json.dumps(chunk)}\r\n\r\n" for chunk in chunks)
+    pattern, headers = "**/v1/chat/completions", {"Content-Type": "text/event-stream"}
+    page.route(pattern, lambda route: route.fulfill(body=begun + "data: [DONE]\n\n", headers=headers))
+    ask(page, "hi")
+    expect(page.locator(".answer .markdown")).to_have_text("It is 42.")
+    expect(page.locator(".thinking .body")).to_be_hidden()
+    page.get_by_text("Reasoning").click()
+    expect(page.locator(".thinking .body")).to_have_text("Let me see.")
+    page.unroute(pattern)
+    page.get_by_role("button", name="Again").click()
+    expect(page.locator(".answer .markdown")).to_have_text("北京 is the capital 😀.")
+    expect(page.locator(".answer")).to_have_count(1)
+    expect(stats(page)).to_contain_text("stop")
+    assert engine.tokenizer is not None
+    assert "42" not in engine.tokenizer.decode(engine.prompts[-1]), "the first answer is no part of the conversation"
+    page.route(pattern, lambda route: route.fulfill(body=begun, headers=headers))
+    ask(page, "and?")
+    expect(page.get_by_role("alert").first).to_have_text("The stream broke off.")
+    expect(page.locator(".answer .markdown").last).to_have_text("It is 42.")
+
+
 def test_the_key_is_asked_for_and_kept_for_the_tab(open_page: Opener, tmp_path: Path, shoot: Any) -> None:
     open_page.expected = UNAUTHORISED
     with served(FakeEngine(tmp_path, api_key="schlüssel")) as url:
@@ -364,6 +401,7 @@ def test_the_key_is_asked_for_and_kept_for_the_tab(open_page: Opener, tmp_path: 
         expect(stranger.get_by_role("dialog")).to_be_visible()
         stranger.keyboard.press("Escape")
         expect(stranger.locator("#status")).to_have_text("key wanted")
+        open_page.close()
 
 
 def test_the_theme_is_the_systems_or_the_chosen_one(open_page: Opener, url: str) -> None:
@@ -377,6 +415,7 @@ def test_the_theme_is_the_systems_or_the_chosen_one(open_page: Opener, url: str)
     expect(button).to_have_text("Theme: light")
     expect(body).to_have_css("background-color", LIGHT)
     button.click()
+    expect(button).to_have_text("Theme: dark")
     expect(body).to_have_css("background-color", DARK)
     button.click()
     expect(button).to_have_text("Theme: system")

@@ -2,7 +2,7 @@
 
 import { copyButton, count, duration, element, plural } from "./dom.js";
 import { renderMarkdown } from "./markdown.js";
-import { TokenView } from "./tokens.js";
+import { TokenView, tokenKey } from "./tokens.js";
 
 /** An answer. `prompt` is shown in front of the text of a completion; a chat's answer is Markdown. */
 export class Answer {
@@ -28,7 +28,8 @@ export class Answer {
     );
     this.element.classList.add("growing");
     if (prompt !== null) this.body.append(element("span", { className: "given" }, prompt), element("span", {}));
-    if (this.tokens) this.element.insertBefore(this.tokens.element, this.body);
+    this.key = tokenKey();
+    if (this.tokens) this.body.before(this.tokens.element, this.key);
     this.showTokens(withTokens);
   }
 
@@ -75,7 +76,7 @@ export class Answer {
   /** It failed; what there is of it stays. */
   fail(message) {
     this.settle();
-    this.element.insertBefore(element("p", { className: "error", role: "alert" }, message), this.element.lastChild);
+    this.element.lastChild.before(element("p", { className: "error", role: "alert" }, message));
   }
 
   settle() {
@@ -95,7 +96,7 @@ export class Answer {
   }
 
   showTokens(shown) {
-    if (this.tokens) this.tokens.element.hidden = !shown;
+    if (this.tokens) this.tokens.element.hidden = this.key.hidden = !shown;
     this.body.hidden = Boolean(this.tokens) && shown;
   }
 }

@@ -100,7 +100,7 @@ export async function* events(response) {
     for (;;) {
       const { value, done } = await reader.read();
       if (done) throw new ApiError(0, "The stream broke off.", "broken_off");
-      buffered += value.replaceAll("\r\n", "\n");
+      buffered = (buffered + value).replaceAll("\r\n", "\n");
       const pieces = buffered.split("\n\n");
       buffered = pieces.pop();
       for (const piece of pieces) {

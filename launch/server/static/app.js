@@ -77,6 +77,11 @@ async function connect() {
   }
 }
 
+/** Something failed that may be the server's end. */
+function noticeFailure() {
+  if (byId("status").dataset.state === "good") connect();
+}
+
 // -- views on a narrow window -----------------------------------------------------------------------------------
 
 function startViews() {
@@ -97,11 +102,9 @@ function startViews() {
 
 startViews();
 startKeyDialog();
-startPlayground();
+startPlayground(noticeFailure);
 connect();
 // What the engine's view notices while it asks is the server's state, too.
-startEngineView((error) => {
-  if (error === null) setStatus("good", "ready");
-  else if (byId("status").dataset.state === "good") connect();
-});
-byId("composer-text").focus({ preventScroll: true });
+startEngineView((error) => (error === null ? setStatus("good", "ready") : noticeFailure()));
+// Where there is a keyboard; elsewhere one would pop up.
+if (matchMedia("(min-width: 900px)").matches) byId("composer-text").focus({ preventScroll: true });

@@ -11,7 +11,7 @@ const SVG = "http://www.w3.org/2000/svg";
 
 let report = () => {};
 let latest = null;
-let history = []; // {time, output, prompt}: tokens a second
+let history = []; // {since, time, output, prompt}: tokens a second between two looks
 let isSeen = false;
 let asking = false;
 let maps = null;
@@ -73,7 +73,12 @@ function observe(state) {
     const seconds = state.time - before.time;
     const grown = (name) => Math.max(0, state[name] - before[name]);
     const computed = grown("num_query_tokens") - grown("num_hit_tokens");
-    history.push({ time: state.time, output: grown("num_generated_tokens") / seconds, prompt: Math.max(0, computed) / seconds });
+    history.push({
+      since: before.time,
+      time: state.time,
+      output: grown("num_generated_tokens") / seconds,
+      prompt: Math.max(0, computed) / seconds,
+    });
   } else if (before && before.incarnation !== state.incarnation) {
     history = [];
   }
@@ -100,7 +105,6 @@ function drawTiles() {
   const rates = history.at(-1);
   const rate = (value) => (value === undefined ? "–" : count(Math.round(value)));
   const used = blocks.num_held + blocks.num_shared;
-  const share = (part, whole) => (whole ? `${((100 * part) / whole).toFixed(part && part < whole / 10 ? 1 : 0)} %` : "–");
   const tiles = {
     running: [count(latest.num_running), `of ${count(latest.max_num_seqs)}`],
     waiting: [count(latest.num_waiting), latest.num_swapped ? `${count(latest.num_swapped)} swapped` : ""],
@@ -108,13 +112,20 @@ function drawTiles() {
     prompt: [rate(rates?.prompt)],
     ttft: [duration(latencies.ttft.p50), latencies.ttft.count ? `p90 ${duration(latencies.ttft.p90)}` : ""],
     tpot: [duration(latencies.tpot.p50), latencies.tpot.count ? `p90 ${duration(latencies.tpot.p90)}` : ""],
-    kv: [share(used, blocks.num_blocks), `${short(used)} of ${short(blocks.num_blocks)}`],
-    hits: [share(latest.num_hit_tokens, latest.num_query_tokens), latest.num_query_tokens ? `of ${short(latest.num_query_tokens)} tok` : ""],
+    kv: [percent(used, blocks.num_blocks), `${short(used)} of ${short(blocks.num_blocks)}`],
+    hits: [percent(latest.num_hit_tokens, latest.num_query_tokens), latest.num_query_tokens ? `of ${short(latest.num_query_tokens)} tok` : ""],
   };
   for (const [name, [value, under]] of Object.entries(tiles)) {
     byId(`t-${name}`).textContent = value;
     if (under !== undefined) byId(`t-${name}-sub`).textContent = under;
   }
+}
+
+function percent(part, whole) {
+  if (!whole) return "–";
+  const value = (100 * part) / whole;
+  if (value > 0 && value < 0.1) return "< 0.1 %";
+  return `${value.toFixed(value > 0 && value < 10 ? 1 : 0)} %`;
 }
 
 function drawRates() {
@@ -124,7 +135,9 @@ function drawRates() {
   const end = latest.time;
   const x = (time) => width * (1 - (end - time) / HISTORY_SECONDS);
   const y = (value) => height - 1 - (height - 4) * (value / peak);
-  const points = (name) => history.map((each) => `${x(each.time).toFixed(1)},${y(each[name]).toFixed(1)}`);
+  // A rate holds for the time between two looks; where nobody looked, the line is straight.
+  const point = (time, value) => `${x(time).toFixed(1)},${y(value).toFixed(1)}`;
+  const points = (name) => history.flatMap((each) => [point(each.since, each[name]), point(each.time, each[name])]);
   const shape = (tag, kind, corners) => {
     const made = document.createElementNS(SVG, tag);
     made.setAttribute("class", kind);
@@ -132,14 +145,14 @@ function drawRates() {
     return made;
   };
   const output = points("output");
-  const area = history.length ? [`${x(history[0].time).toFixed(1)},${height}`, ...output, `${width},${height}`] : [];
+  const area = history.length ? [`${x(history[0].since).toFixed(1)},${height}`, ...output, `${width},${height}`] : [];
   byId("rates").replaceChildren(
     shape("polyline", "middle", [`0,${y(peak / 2)}`, `${width},${y(peak / 2)}`]),
     shape("polygon", "area-output", area),
     shape("polyline", "line-prompt", points("prompt")),
     shape("polyline", "line-output", output),
   );
-  byId("rates-peak").textContent = history.length ? `2 minutes · peak ${count(Math.round(peak))}` : "2 minutes";
+  byId("rates-peak").textContent = history.length ? `2 min · peak ${short(Math.round(peak))}` : "2 min";
 }
 
 function drawBlocks(palette) {
@@ -187,7 +200,7 @@ function sequenceRow(seq) {
   const isOwn = [...ownRequests].some((id) => seq.request_id.startsWith(id));
   const name = seq.request_id.replace(/^(chatcmpl|cmpl)-/, "").slice(0, 8) + (seq.output_index ? `[${seq.output_index}]` : "");
   const isPrefill = seq.status === "running" && seq.num_computed_tokens < seq.num_prompt_tokens;
-  const blocks = seq.num_shared_blocks ? `${count(seq.num_blocks)} (${count(seq.num_shared_blocks)} shared)` : count(seq.num_blocks);
+  const blocks = seq.num_shared_blocks ? `${count(seq.num_blocks)} (${count(seq.num_shared_blocks)})` : count(seq.num_blocks);
   return element(
     "tr",
     { className: isOwn ? "own" : "" },

@@ -21,6 +21,7 @@ const WORDS = {
 // This close to the end, a growing answer keeps being scrolled to.
 const NEAR_END = 80;
 
+let reportFailure = () => {};
 let mode = "chat";
 let model = null;
 let running = null; // the AbortController of the answer that grows
@@ -31,7 +32,9 @@ export function setModel(name) {
   suggest();
 }
 
-export function startPlayground() {
+/** Begin. `onFailure` is called when the server cannot be reached or does not serve. */
+export function startPlayground(onFailure) {
+  reportFailure = onFailure;
   byId("composer").addEventListener("submit", (event) => {
     event.preventDefault();
     send();
@@ -196,6 +199,7 @@ async function generate(path, body, answer, read) {
     } else {
       answer.fail(error instanceof ApiError ? error.message : `This page failed: ${error.message}`);
       if (!(error instanceof ApiError)) console.error(error);
+      else if (error.status === 0 || error.status === 503) reportFailure();
     }
     return false;
   } finally {

@@ -51,7 +51,7 @@ export class TokenView {
       const probability = Math.exp(token.logprob);
       const rank = CLASSES.findIndex((least) => probability >= least);
       const made = element("span", { className: `token p${rank < 0 ? CLASSES.length : rank}` }, text || "\u200b");
-      if (!text) made.classList.add("partial");
+      if (/^<[|\/]?\w.*>$/.test(text)) made.classList.add("special");
       made.dataset.number = this.tokens.length;
       this.tokens.push(token);
       this.element.append(made);
@@ -90,6 +90,12 @@ export class TokenView {
     this.element.removeAttribute("aria-describedby");
     byId("token-tip").hidden = true;
   }
+}
+
+/** What the colours mean. */
+export function tokenKey() {
+  const classes = [...CLASSES.map((least) => `≥ ${100 * least} %`), "less"];
+  return element("p", { className: "token-key hint" }, ...classes.map((text, i) => element("span", { className: `token p${i}` }, text)));
 }
 
 function description(token) {
