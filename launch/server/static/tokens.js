@@ -126,7 +126,7 @@ const visible = (text) => text.replaceAll(" ", "·").replaceAll("\n", "↵").rep
 function place(tip, at) {
   const { width, height } = tip.getBoundingClientRect();
   const left = Math.min(Math.max(8, at.left), innerWidth - width - 8);
-  const above = at.top - height - 6;
+  const below = at.bottom + 6;
   tip.style.left = `${left}px`;
-  tip.style.top = `${above >= 8 ? above : at.bottom + 6}px`;
+  tip.style.top = `${below + height <= innerHeight - 8 ? below : at.top - height - 6}px`;
 }
