@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoengine.engine_state import FULL, MAX_CELLS, MAX_ROWS, engine_state, map_blocks
@@ -35,6 +35,7 @@ def count(level: int, per_cell: int) -> int:
 # --- the map ---
 
 
+@settings(max_examples=30, deadline=None)
 @given(st.integers(1, 800), st.randoms(use_true_random=False))
 def test_map_counts_every_block_exactly_once(num_blocks: int, draw: random.Random) -> None:
     ref_counts = [draw.choice([0, 0, 1, 2, 300]) for _ in range(num_blocks)]
