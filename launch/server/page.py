@@ -64,9 +64,11 @@ def _read_files() -> dict[str, _File]:
     """Every file of `static/` by its path."""
     files = {}
     for entry in resources.files(__package__).joinpath("static").iterdir():
-        content, suffix = entry.read_bytes(), "." + entry.name.rpartition(".")[2]
-        path = "/" if entry.name == "index.html" else f"/static/{entry.name}"
-        files[path] = _File(content, _TYPES[suffix], f'"{hashlib.sha256(content).hexdigest()[:32]}"')
+        media_type = _TYPES.get("." + entry.name.rpartition(".")[2])
+        if media_type is None:
+            continue  # what an editor leaves behind
+        content, path = entry.read_bytes(), "/" if entry.name == "index.html" else f"/static/{entry.name}"
+        files[path] = _File(content, media_type, f'"{hashlib.sha256(content).hexdigest()[:32]}"')
     return files
 
 

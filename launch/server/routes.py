@@ -234,8 +234,13 @@ async def version() -> dict[str, str]:
 
 @router.get("/engine/state")
 async def engine_state(request: Request) -> dict[str, Any]:
-    """What goes on in the engine: sequences, totals, a map of the K/V blocks, and this process's recent latencies."""
-    engine = _serving(request, None)
+    """What goes on in the engine: sequences, totals, a map of the K/V blocks, and this process's recent latencies.
+
+    Told while the server drains, too: that is when somebody wants to know what is left.
+    """
+    engine = _engine(request)
+    if not engine.is_ready and (refusal := _refusal(request)) is not None:
+        raise refusal
     return shown_view(await engine.engine_view(), engine.config)
 
 

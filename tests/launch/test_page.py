@@ -9,6 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
 from launch.server import page
 from launch.server.app import create_app
@@ -23,8 +24,13 @@ def engine(tmp_path: Path) -> FakeEngine:
 
 
 @pytest.fixture
-async def client(engine: FakeEngine) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(create_app(engine)), base_url="http://test") as client:
+def app(engine: FakeEngine) -> FastAPI:
+    return create_app(engine)
+
+
+@pytest.fixture
+async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
         yield client
 
 
@@ -59,7 +65,9 @@ async def test_nothing_but_the_files_of_the_page_is_open(client: httpx.AsyncClie
     assert (await client.get(path, headers={"Authorization": "Bearer key"})).status_code == 404
 
 
-async def test_the_engines_state_is_guarded_and_told(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_the_engines_state_is_guarded_and_told(
+    client: httpx.AsyncClient, engine: FakeEngine, app: FastAPI
+) -> None:
     assert (await client.get("/engine/state")).status_code == 401
     assert engine.num_views == 0
     client.headers["Authorization"] = "Bearer key"
@@ -72,6 +80,9 @@ async def test_the_engines_state_is_guarded_and_told(client: httpx.AsyncClient, 
         "tpot": {"count": 0, "p50": None, "p90": None},
     }
     assert state["prefixes"] == [{"root": 2, "num_seqs": 3, "num_blocks": 2, "num_saved": 4}]
+    app.state.lifecycle.draining = True
+    assert (await client.get("/engine/state")).status_code == 200
+    assert (await client.get("/readyz")).status_code == 503
     engine.is_ready = False
     assert (await client.get("/engine/state")).status_code == 503
 

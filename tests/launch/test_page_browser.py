@@ -401,6 +401,12 @@ def test_the_key_is_asked_for_and_kept_for_the_tab(open_page: Opener, tmp_path: 
         expect(stranger.get_by_role("dialog")).to_be_visible()
         stranger.keyboard.press("Escape")
         expect(stranger.locator("#status")).to_have_text("key wanted")
+        ask(stranger, "hi")
+        expect(stranger.get_by_role("dialog")).to_be_visible()
+        stranger.keyboard.type("schlüssel")
+        stranger.keyboard.press("Enter")
+        expect(stats(stranger)).to_contain_text("stop")
+        ready(stranger)
         open_page.close()
 
 

@@ -36,7 +36,11 @@ function askForKey(wasWrong) {
 
 function startKeyDialog() {
   const dialog = byId("key-dialog");
-  onKeyWanted(askForKey);
+  onKeyWanted(async (wasWrong) => {
+    const given = await askForKey(wasWrong);
+    if (given !== null) setTimeout(connect); // once the request that asked has taken it
+    return given;
+  });
   byId("key-form").addEventListener("submit", (event) => {
     event.preventDefault();
     dialog.close("use");
@@ -105,6 +109,6 @@ startKeyDialog();
 startPlayground(noticeFailure);
 connect();
 // What the engine's view notices while it asks is the server's state, too.
-startEngineView((error) => (error === null ? setStatus("good", "ready") : noticeFailure()));
+startEngineView((error) => error !== null && noticeFailure());
 // Where there is a keyboard; elsewhere one would pop up.
 if (matchMedia("(min-width: 900px)").matches) byId("composer-text").focus({ preventScroll: true });

@@ -152,7 +152,7 @@ function drawRates() {
     shape("polyline", "line-prompt", points("prompt")),
     shape("polyline", "line-output", output),
   );
-  byId("rates-peak").textContent = history.length ? `2 min · peak ${short(Math.round(peak))}` : "2 min";
+  byId("rates-peak").textContent = history.length ? `peak ${count(Math.round(peak))}` : "";
 }
 
 function drawBlocks(palette) {
