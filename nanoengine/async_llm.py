@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import itertools
+import time
 import weakref
 from collections.abc import AsyncGenerator
 from pathlib import Path
@@ -22,10 +23,11 @@ from nanoengine.connection import SchedulerConnection
 from nanoengine.engine_client import EngineClient
 from nanoengine.engine_process import EngineProcess
 from nanoengine.engine_status import EngineStatus
+from nanoengine.engine_view import EngineView
 from nanoengine.grammar_compiler import GrammarCompiler
 from nanoengine.journal import RequestJournal
 from nanoengine.llm_engine import GREETING_TIMEOUT, load_tokenizer
-from nanoengine.messages import AbortNamed, Ready
+from nanoengine.messages import AbortNamed, Ready, StateRequest
 from nanoengine.outputs import RequestOutput
 from nanoengine.prompts import Prompt, PromptInput, check_beam_params, check_params, parse_prompt
 from nanoengine.sampling_params import SamplingParams
@@ -37,6 +39,9 @@ LONG_TEXT_CHARS = 4096
 _WATCH_INTERVAL = 1.0
 # Streams that are woken up before the event loop turns to anything else: a millisecond or two.
 WAKE_BATCH = 16
+# The scheduler is asked for its state at most this often, however many watch, and has so long to answer.
+STATE_INTERVAL = 0.25
+STATE_TIMEOUT = 5.0
 
 
 class AsyncLLM:
@@ -85,6 +90,8 @@ class AsyncLLM:
         self._news: dict[RequestJournal, asyncio.Event] = {}  # of each request that somebody reads
         self._to_wake: dict[RequestJournal, None] = {}  # those whose news were not told of yet, in order
         self._watchdog: asyncio.TimerHandle | None = None
+        self._view: asyncio.Task[EngineView] | None = None  # the latest, or the one that is coming
+        self._state_news = asyncio.Event()  # set whenever there may be a new one
 
     # -- state --------------------------------------------------------------------------------------------------
 
@@ -348,6 +355,45 @@ class AsyncLLM:
         self._client.reset_prefix_cache()
         self._on_socket()
 
+    # -- a look at the engine -----------------------------------------------------------------------------------
+
+    async def engine_view(self) -> EngineView:
+        """What goes on in the engine: who runs and waits, what lies in the K/V blocks, how long requests take.
+
+        Several who ask at once share one answer, which may be STATE_INTERVAL old.
+
+        Raises:
+            EngineError: the engine is gone, does not start, or does not answer.
+        """
+        await self.start()
+        loop = asyncio.get_running_loop()
+        if self._view is None or (self._view.done() and not self._is_recent(self._view)):
+            self._view = loop.create_task(self._look())
+            self._view.add_done_callback(_retrieve)
+        return await asyncio.shield(self._view)
+
+    def _is_recent(self, view: asyncio.Task[EngineView]) -> bool:
+        failed = view.cancelled() or view.exception() is not None
+        return not failed and 0 <= time.time() - view.result().state.time < STATE_INTERVAL
+
+    async def _look(self) -> EngineView:
+        assert self._client is not None
+        self._client.check_alive()
+        observer = self._client.observer
+        observer.state = None
+        self._state_news.clear()
+        self._client.outbox.append(StateRequest())
+        self._on_socket()
+        try:
+            async with asyncio.timeout(STATE_TIMEOUT):
+                while observer.state is None:
+                    await self._state_news.wait()
+                    self._state_news.clear()
+                    self._client.check_alive()
+        except TimeoutError:
+            raise DeadlineError(f"the scheduler did not tell its state within {STATE_TIMEOUT:g} s") from None
+        return EngineView(observer.state, observer.latencies())
+
     async def _encode(self, prompt: Prompt) -> Prompt:
         assert self._client is not None
         if prompt.token_ids is None and prompt.text is not None and len(prompt.text) > LONG_TEXT_CHARS:
@@ -387,6 +433,7 @@ class AsyncLLM:
         Some at a time: each one renders and sends what is new, and those of a whole step together would keep probes,
         new requests and the scheduler's next messages waiting.
         """
+        self._state_news.set()
         is_waking = bool(self._to_wake)
         self._to_wake |= dict.fromkeys(journals)
         if not is_waking:
@@ -417,7 +464,7 @@ class AsyncLLM:
             self._start_watchdog()
 
 
-def _retrieve(task: asyncio.Task[None]) -> None:
-    """Look at a failed start, which `failure` keeps: asyncio complains about errors that nobody has seen."""
+def _retrieve(task: asyncio.Task[Any]) -> None:
+    """Look at the failure of a task that perhaps nobody waits for: asyncio complains about errors nobody has seen."""
     if not task.cancelled():
         task.exception()

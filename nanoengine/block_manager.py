@@ -23,7 +23,7 @@ from __future__ import annotations
 import secrets
 from array import array
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from hashlib import blake2b
 
 from nanoengine.host_pool import HostPool
@@ -81,6 +81,16 @@ class BlockManager:
     def num_cached_blocks(self) -> int:
         """Blocks of reference count 0 whose content may still be hit."""
         return len(self._cached)
+
+    @property
+    def cached_blocks(self) -> Collection[int]:
+        """Those blocks, least recently used first."""
+        return self._cached.keys()
+
+    @property
+    def ref_counts(self) -> list[int]:
+        """How many sequences hold it, for each block; to be read only."""
+        return self._ref_counts
 
     def blocks_for(self, num_tokens: int) -> int:
         """How many blocks hold `num_tokens` tokens."""

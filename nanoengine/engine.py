@@ -20,9 +20,19 @@ import zmq
 from configs.engine import EngineConfig
 from configs.errors import NanoEngineError, to_wire
 from nanoengine.engine_process import Bootstrap, receive_bootstrap
+from nanoengine.engine_state import engine_state
 from nanoengine.executor import MAX_IN_FLIGHT, Executor, ExecutorFacts, create_executor
 from nanoengine.front_socket import FrontSocket
-from nanoengine.messages import Abort, AbortNamed, AddRequest, EngineFailure, Hello, Ready, ResetPrefixCache
+from nanoengine.messages import (
+    Abort,
+    AbortNamed,
+    AddRequest,
+    EngineFailure,
+    Hello,
+    Ready,
+    ResetPrefixCache,
+    StateRequest,
+)
 from nanoengine.processes import configure_logging, name_process
 from nanoengine.scheduler import Scheduler, SchedulerLimits
 from nanoengine.step import Epoch
@@ -123,6 +133,8 @@ class EngineCore:
                     self.front.send(other, message)
             elif isinstance(message, ResetPrefixCache):
                 self.scheduler.blocks.reset_prefix_cache()
+            elif isinstance(message, StateRequest):
+                self.front.send(client_id, engine_state(self.scheduler, self.front.incarnation, time.time()))
             elif isinstance(message, Hello):
                 self.clients.add(client_id)
                 self.front.send(client_id, self._ready())

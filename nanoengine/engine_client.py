@@ -29,6 +29,7 @@ from configs.errors import (
 )
 from nanoengine.beam_params import BeamSearchParams
 from nanoengine.beam_search import beams_of
+from nanoengine.engine_view import Observer
 from nanoengine.journal import CheckedRequest, RequestJournal, SequenceJournal
 from nanoengine.messages import (
     Abort,
@@ -36,6 +37,7 @@ from nanoengine.messages import (
     AddRequest,
     Deltas,
     EngineFailure,
+    EngineState,
     Hello,
     Message,
     Ready,
@@ -91,6 +93,7 @@ class EngineClient:
         self.facts: Ready | None = None  # what the scheduler told of itself; None until it is ready
         self.failure: EngineDeadError | None = None  # why no request can be served any more
         self._live: dict[str, RequestJournal] = {}  # by wire id
+        self.observer = Observer(self._live.values())
         self._by_request_id: dict[str, RequestJournal] = {}
         self._queued: dict[str, int] = {}  # prompt tokens of what waits for its first token, by wire id
         self._serial = itertools.count()
@@ -278,6 +281,7 @@ class EngineClient:
     def _forget_if_finished(self, journal: RequestJournal) -> None:
         if journal.finished:
             journal.metrics.finished_time = time.time()
+            self.observer.ended(journal)
             self._queued.pop(journal.wire_id, None)
             del self._live[journal.wire_id]
             del self._by_request_id[journal.request_id]
@@ -296,7 +300,7 @@ class EngineClient:
         self._heard(self._clock())
         if isinstance(message, AbortNamed):
             return self.abort_named(message)
-        if not isinstance(message, Ready | Deltas | EngineFailure):
+        if not isinstance(message, Ready | Deltas | EngineState | EngineFailure):
             raise ChannelError(f"a scheduler does not send {type(message).__name__}")
         if message.incarnation < self._incarnation:
             return []  # last words of a scheduler that was replaced
@@ -306,6 +310,9 @@ class EngineClient:
                 self.outbox.extend(self.resubmit_all())
         if isinstance(message, Ready):
             self.facts = message
+            return []
+        if isinstance(message, EngineState):
+            self.observer.state = message
             return []
         if isinstance(message, EngineFailure):
             return self.fail(from_wire(message.error))

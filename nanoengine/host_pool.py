@@ -10,7 +10,7 @@ Content never changes while a block is held or known by hash, so sequences with 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 class HostPool:
@@ -33,6 +33,16 @@ class HostPool:
     def num_cached_blocks(self) -> int:
         """Blocks that no sequence holds and whose content may be hit."""
         return len(self._cached)
+
+    @property
+    def cached_blocks(self) -> Collection[int]:
+        """Those blocks, first to make room first."""
+        return self._cached.keys()
+
+    @property
+    def ref_counts(self) -> list[int]:
+        """How many sequences hold it, for each block; to be read only."""
+        return self._ref_counts
 
     def find(self, block_hash: bytes | None) -> int | None:
         """The block with the content of that hash, if there is one; nothing has the hash None."""

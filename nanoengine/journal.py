@@ -314,13 +314,17 @@ class RequestJournal:
             self._shown_prompt,
             outputs,
             self.finished,
-            dataclasses.replace(
-                self.metrics,
-                num_generated_tokens=max(len(sequence.token_ids) for sequence in self.sequences),
-                num_completion_tokens=self.num_generated_tokens,
-            ),
+            self.measured(),
             # Shared by all outputs, like the prompt, once nothing is added any more.
             list(self._prompt_logprobs or ()) if self.lacks_prompt_logprobs else self._prompt_logprobs,
+        )
+
+    def measured(self) -> RequestMetrics:
+        """How it went so far; a copy."""
+        return dataclasses.replace(
+            self.metrics,
+            num_generated_tokens=max(len(sequence.token_ids) for sequence in self.sequences),
+            num_completion_tokens=self.num_generated_tokens,
         )
 
     def _shown(self) -> list[SequenceJournal]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgpack
 
@@ -157,6 +157,88 @@ class Deltas:
 
 
 @dataclasses.dataclass(slots=True)
+class StateRequest:
+    """Front end → scheduler: somebody watches; answer with EngineState."""
+
+
+class BlockMap(NamedTuple):
+    """The blocks of one tier of the K/V cache by state; what is not counted is free.
+
+    Each byte of the columns stands for a cell of `blocks_per_cell` blocks that follow each other, and says which
+    share of them is in that state, from 0 (none) to 255 (all), rounded up. `held` by one sequence, `shared` by several.
+    The columns cover the first `num_mapped` blocks, behind which all are free.
+    """
+
+    num_blocks: int
+    num_mapped: int
+    blocks_per_cell: int
+    num_cached: int
+    num_held: int
+    num_shared: int
+    cached: bytes
+    held: bytes
+    shared: bytes
+
+
+class SharedPrefix(NamedTuple):
+    """Blocks at the front of several sequences: `num_blocks` of them, which save `num_saved` copies.
+
+    `root`, the first of the blocks, names it as long as it is shared.
+    """
+
+    root: int
+    num_seqs: int
+    num_blocks: int
+    num_saved: int
+
+
+class SequenceRow(NamedTuple):
+    """One sequence that runs or waits. `age` is in seconds since its request arrived."""
+
+    request_id: str
+    output_index: int
+    status: str
+    num_prompt_tokens: int
+    num_computed_tokens: int
+    num_completion_tokens: int
+    num_blocks: int
+    num_shared_blocks: int
+    num_preemptions: int
+    age: float
+
+
+@dataclasses.dataclass(slots=True)
+class EngineState:
+    """Scheduler → front end: what goes on between two steps, bounded in size; see `engine_state`.
+
+    Token counts are totals of the scheduler's life: generated ones, and those of prompts that were looked up in the
+    prefix cache and found there. `time` is in seconds of `time.time()`. A byte of `prefix_cells` says for a cell of
+    `device` which of `prefixes` lies in it, counted from 1, or 0. `rows` holds the first in serving order.
+    """
+
+    incarnation: int
+    time: float
+    num_running: int
+    num_waiting: int
+    num_swapped: int
+    num_preemptions: int
+    num_generated_tokens: int
+    num_query_tokens: int
+    num_hit_tokens: int
+    device: BlockMap
+    host: BlockMap
+    prefixes: list[SharedPrefix]
+    prefix_cells: bytes
+    rows: list[SequenceRow]
+
+    def __post_init__(self) -> None:
+        # A message brings lists where tuples were.
+        self.device, self.host = BlockMap(*self.device), BlockMap(*self.host)
+        self.prefixes = [SharedPrefix(*each) for each in self.prefixes]
+        self.rows = [SequenceRow(*each) for each in self.rows]
+
+
+@dataclasses.dataclass(slots=True)
 class EngineFailure:
     """Scheduler → front end: the engine can serve no more; `error` is `configs.errors.to_wire` of the cause."""
 
@@ -164,7 +246,9 @@ class EngineFailure:
     error: dict[str, Any]
 
 
-Message = Hello | AddRequest | Abort | AbortNamed | ResetPrefixCache | Ready | Deltas | EngineFailure
+ToScheduler = Hello | AddRequest | Abort | AbortNamed | ResetPrefixCache | StateRequest
+ToFrontEnd = Ready | Deltas | AbortNamed | EngineState | EngineFailure
+Message = ToScheduler | ToFrontEnd
 
 _TAGS: dict[int, type[Any]] = {
     1: Hello,
@@ -174,6 +258,8 @@ _TAGS: dict[int, type[Any]] = {
     5: Deltas,
     6: EngineFailure,
     7: ResetPrefixCache,
+    20: StateRequest,
+    21: EngineState,
     30: AbortNamed,
 }
 _TAG_OF = {kind: tag for tag, kind in _TAGS.items()}

@@ -65,6 +65,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.requests: dict[tuple[str, str], Request] = {}
         self.num_preemptions = self.num_swaps = 0  # of all preemptions, those by swapping
+        self.num_generated_tokens = 0  # of outputs, and of beams
         self.num_searches = 0  # beam searches among them
         self.seq_ids = itertools.count(1)
         self._step_id = 0
@@ -392,6 +393,7 @@ class Scheduler:
         for seq, num_computed in self.steady.filled(flight.age):
             self.blocks.publish(seq, num_computed - 1, num_computed)
         if token_ids:
+            self.num_generated_tokens += len(token_ids)
             self.outbox.emit_columns(rows, flight.age, token_ids)
         for row in odd:
             self._commit_row(flight.record(row), output, row)
@@ -409,11 +411,13 @@ class Scheduler:
 
     def _append(self, seq: Sequence, token_ids: list[int], logprobs: list[TokenLogprobs]) -> None:
         if seq.request.beams is not None:
+            self.num_generated_tokens += 1
             take_told(self, seq, logprobs[-1])
             return
         start = seq.num_completion_tokens
         for token_id, token_logprobs in itertools.zip_longest(token_ids, logprobs):
             seq.append_token(token_id, token_logprobs)
+            self.num_generated_tokens += 1
             status = self._stop_status(seq)
             if status is not None:
                 self._finish(seq, status, start)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from launch.keys import ApiKeys
-from launch.server import errors
+from launch.server import errors, page
 from launch.server.engine import Engine
 from launch.server.lifecycle import CountOpen, Lifecycle
 from launch.server.middleware import ApiKeyGuard, BodyLimit, HeaderLimit
@@ -27,6 +27,7 @@ def create_app(engine: Engine, keys: ApiKeys | None = None, lifecycle: Lifecycle
     app.state.engine = engine
     app.state.lifecycle = lifecycle or Lifecycle()
     app.include_router(router)
+    app.include_router(page.router)
     errors.install(app)
     # The last one added is the first to see a request: nothing is read of one without a key.
     app.add_middleware(BodyLimit)

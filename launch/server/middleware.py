@@ -11,15 +11,15 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from launch.keys import ApiKeys
+from launch.server import page
 from launch.server.errors import AUTHENTICATION, ApiError
 
 MAX_BODY_BYTES = 8 * 2**20
 MAX_HEADER_BYTES = 32 * 2**10
 # A body that takes longer than this to arrive holds a connection for nothing.
 BODY_SECONDS = 60.0
-# The page holds no data and asks for the key; its files lie under the prefix.
-OPEN_PATHS = frozenset({"/livez", "/"})
-OPEN_PREFIXES: tuple[str, ...] = ("/static/",)
+# The page holds no data and asks for the key.
+OPEN_PATHS = page.PATHS | {"/livez"}
 
 
 class ApiKeyGuard:
@@ -45,7 +45,7 @@ class ApiKeyGuard:
 
 def _is_open(scope: Scope) -> bool:
     path: str = scope["path"]
-    return scope["method"] in ("GET", "HEAD") and (path in OPEN_PATHS or path.startswith(OPEN_PREFIXES))
+    return scope["method"] in ("GET", "HEAD") and path in OPEN_PATHS
 
 
 class HeaderLimit:

@@ -16,6 +16,7 @@ from launch.server.engine import Engine
 from launch.server.errors import UNAVAILABLE, ApiError, draining, model_not_found
 from launch.server.formats import ChatFormat, CompletionFormat
 from launch.server.generation import respond
+from launch.server.page import shown_view
 from launch.server.schema import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -229,6 +230,18 @@ async def load(request: Request) -> dict[str, int]:
 async def version() -> dict[str, str]:
     """The version of nanoengine."""
     return {"version": __version__}
+
+
+@router.get("/engine/state")
+async def engine_state(request: Request) -> dict[str, Any]:
+    """What goes on in the engine: sequences, totals, a map of the K/V blocks, and this process's recent latencies.
+
+    Told while the server drains, too: that is when somebody wants to know what is left.
+    """
+    engine = _engine(request)
+    if not engine.is_ready and (refusal := _refusal(request)) is not None:
+        raise refusal
+    return shown_view(await engine.engine_view(), engine.config)
 
 
 # -- tokens -----------------------------------------------------------------------------------------------------

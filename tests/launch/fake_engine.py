@@ -21,6 +21,8 @@ from launch.server.protocol import BoundedProtocol
 from nanoengine.beam_params import BeamSearchParams
 from nanoengine.detokenizer import IncrementalDetokenizer, StopChecker
 from nanoengine.engine_client import EngineClient
+from nanoengine.engine_view import EngineView, Latencies, Percentiles
+from nanoengine.messages import BlockMap, EngineState, SequenceRow, SharedPrefix
 from nanoengine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from nanoengine.prompts import PromptInput, parse_prompt
 from nanoengine.sampling_params import SamplingParams
@@ -33,7 +35,7 @@ MAX_MODEL_LEN = 256
 
 
 class FakeEngine:
-    """Answers `ANSWER` token by token, or what `answers` holds for a prompt's text.
+    """Answers `answer` token by token, or what `answers` holds for a prompt's text.
 
     `delay` seconds lie between tokens; `fail_after` tokens the request fails; `open` and `aborted` hold request ids.
     """
@@ -47,6 +49,7 @@ class FakeEngine:
         self.delay = 0.0
         self.fail_after: int | None = None
         self.raise_at_once: Exception | None = None
+        self.answer = ANSWER
         self.answers: dict[str, str] = {}
         self.open: set[str] = set()
         self.aborted: list[str] = []
@@ -58,6 +61,7 @@ class FakeEngine:
         self.queue_is_full = False
         self.failure_kind: str | None = None
         self.num_resets = 0
+        self.num_views = 0
 
     async def generate(
         self,
@@ -116,6 +120,27 @@ class FakeEngine:
     async def reset_prefix_cache(self) -> None:
         self.num_resets += 1
 
+    async def engine_view(self) -> EngineView:
+        """A device of 6 blocks, two of them shared by the open requests, and a host tier of 4."""
+        self.num_views += 1
+        state = EngineState(
+            incarnation=1,
+            time=time.time(),
+            num_running=len(self.open),
+            num_waiting=2,
+            num_swapped=1,
+            num_preemptions=0,
+            num_generated_tokens=100 * self.num_views,
+            num_query_tokens=40,
+            num_hit_tokens=10,
+            device=BlockMap(6, 6, 1, 1, 1, 2, b"\xff" + bytes(5), b"\0\xff" + bytes(4), b"\0\0\xff\xff\0\0"),
+            host=BlockMap(4, 4, 1, 1, 1, 0, b"\xff\0\0\0", b"\0\xff\0\0", bytes(4)),
+            prefixes=[SharedPrefix(2, 3, 2, 4)],
+            prefix_cells=b"\0\0\1\1\0\0",
+            rows=[SequenceRow(f"{each}.0", 0, "running", 8, 8, 2, 3, 2, 0, 1.5) for each in sorted(self.open)],
+        )
+        return EngineView(state, Latencies(Percentiles(3, 0.05, 0.12), Percentiles(0, None, None)))
+
     def _told(
         self, prompt: list[int], params: SamplingParams, request_id: str, max_tokens: int
     ) -> Iterator[RequestOutput]:
@@ -156,7 +181,7 @@ class FakeEngine:
     ) -> Iterator[CompletionOutput]:
         """What sequence `index` is after each token; its answer ends in its index, but for the first."""
         assert self.tokenizer is not None
-        text = self.answers.get(self.tokenizer.decode(prompt), ANSWER) + (f" {index}" if index else "")
+        text = self.answers.get(self.tokenizer.decode(prompt), self.answer) + (f" {index}" if index else "")
         ids = [*self.tokenizer.encode(text), self.tokenizer.eos_token_id or 0]
         stream, stops, text = IncrementalDetokenizer(self.tokenizer, prompt), StopChecker(params.stop), ""
         for count in range(1, len(ids) + 1):

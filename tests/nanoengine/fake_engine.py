@@ -8,6 +8,7 @@ import queue
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,20 @@ import zmq
 
 from configs.engine import EngineConfig
 from configs.errors import EngineDeadError, NanoEngineError
-from nanoengine.messages import Abort, AddRequest, Deltas, Hello, Message, Ready, TokenDelta, decode, encode
+from nanoengine.messages import (
+    Abort,
+    AddRequest,
+    BlockMap,
+    Deltas,
+    EngineState,
+    Hello,
+    Message,
+    Ready,
+    StateRequest,
+    TokenDelta,
+    decode,
+    encode,
+)
 from tests.nanoengine.tokenizers_for_tests import write_byte_level
 
 VOCAB_SIZE = 400  # larger than the tokenizer's, as a padded vocabulary is
@@ -152,6 +166,8 @@ class FakeEngineProcess:
         self.received.append(message)
         if isinstance(message, Hello):
             send(Ready(self.incarnation, 8, 16, MAX_MODEL_LEN, "float32", "cpu"))
+        elif isinstance(message, StateRequest):
+            send(self._state())
         elif isinstance(message, AddRequest) and self.script is not None:
             for each in self.script(message):
                 send(each)
@@ -160,6 +176,12 @@ class FakeEngineProcess:
         elif isinstance(message, Abort):
             self.aborted.append(message)
             self._live.pop(message.request_id, None)
+
+    def _state(self) -> EngineState:
+        nothing = BlockMap(8, 8, 1, 0, 0, 0, bytes(8), bytes(8), bytes(8))
+        return EngineState(
+            self.incarnation, time.time(), len(self._live), 0, 0, 0, 0, 0, 0, nothing, nothing, [], bytes(8), []
+        )
 
     def _step(self) -> list[TokenDelta]:
         deltas = []

@@ -22,9 +22,11 @@ from nanoengine.messages import (
     AddRequest,
     Deltas,
     EngineFailure,
+    EngineState,
     Hello,
     Message,
     Ready,
+    StateRequest,
     TokenColumns,
     TokenDelta,
     decode,
@@ -166,6 +168,21 @@ def test_tokens_come_back_to_the_front_end_that_asked(served: Served) -> None:
     second.add("same-id", [8, 9], max_tokens=3)
     assert first.tokens_until_end("same-id")[0] == expected_output([5, 6, 7], 6)
     assert second.tokens_until_end("same-id")[0] == expected_output([8, 9], 3)
+
+
+def test_state_is_told_to_the_front_end_that_asks_and_to_nobody_else(served: Served) -> None:
+    curious, busy = served.front_end("curious"), served.front_end("busy")
+    busy.add("long", [5] * 40, max_tokens=None, ignore_eos=True)
+    busy.receive()
+    curious.send(StateRequest())
+    state = curious.receive()
+    assert isinstance(state, EngineState)
+    assert (state.incarnation, state.num_running, state.device.num_blocks) == (3, 1, 64)
+    assert [row.request_id for row in state.rows] == ["long"]
+    assert state.device.num_held >= 3
+    assert curious.socket.poll(50) == 0
+    busy.send(Abort("long", None, "test"))
+    busy.tokens_until_end("long")
 
 
 def test_refused_request_gets_its_error_and_the_next_one_is_served(served: Served) -> None:

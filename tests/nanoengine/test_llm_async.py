@@ -13,11 +13,20 @@ from typing import Any
 import pytest
 
 from configs.engine import EngineConfig
-from configs.errors import CapacityError, ConfigError, EngineDeadError, EngineError, RequestError, to_wire
+from configs.errors import (
+    CapacityError,
+    ConfigError,
+    DeadlineError,
+    EngineDeadError,
+    EngineError,
+    RequestError,
+    to_wire,
+)
 from nanoengine import AsyncLLM
+from nanoengine.async_llm import STATE_INTERVAL
 from nanoengine.detokenizer import IncrementalDetokenizer
 from nanoengine.journal import RequestJournal
-from nanoengine.messages import AddRequest, Deltas, Message, TokenDelta
+from nanoengine.messages import AddRequest, Deltas, Message, StateRequest, TokenDelta
 from nanoengine.outputs import RequestOutput
 from nanoengine.sampling_params import SamplingParams
 from tests.nanoengine.fake_engine import ENDLESS, VOCAB_SIZE, FakeEngineProcess, invented_tokens, write_model
@@ -346,3 +355,40 @@ async def test_a_finished_request_leaves_nothing_behind(llm: AsyncLLM) -> None:
     gc.collect()
     kept = (RequestJournal, IncrementalDetokenizer)
     assert [thing for thing in gc.get_objects() if issubclass(type(thing), kept)] == []
+
+
+# --- a look at the engine ---
+
+
+async def test_several_who_look_at_once_ask_the_scheduler_once(llm: AsyncLLM, process: FakeEngineProcess) -> None:
+    views = await asyncio.gather(*(llm.engine_view() for _ in range(5)))
+    assert await llm.engine_view() is views[0]
+    assert all(view is views[0] for view in views)
+    assert sum(isinstance(message, StateRequest) for message in process.received) == 1
+    await asyncio.sleep(STATE_INTERVAL + 0.05)
+    assert await llm.engine_view() is not views[0]
+    assert sum(isinstance(message, StateRequest) for message in process.received) == 2
+
+
+async def test_nobody_asks_for_the_state_unless_somebody_looks(llm: AsyncLLM, process: FakeEngineProcess) -> None:
+    await collect(llm, [1, 2], LONG)
+    assert not [message for message in process.received if isinstance(message, StateRequest)]
+    view = await llm.engine_view()
+    assert view.latencies.ttft.count == view.latencies.tpot.count == 1
+
+
+async def test_a_look_fails_with_the_engine_and_with_its_silence(
+    llm: AsyncLLM, process: FakeEngineProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nanoengine.async_llm.STATE_TIMEOUT", 0.05)
+    process.is_mute = True
+    with pytest.raises(DeadlineError, match="did not tell its state"):
+        await llm.engine_view()
+    monkeypatch.setattr("nanoengine.async_llm.STATE_TIMEOUT", 30.0)
+    looking = asyncio.create_task(llm.engine_view())
+    await asyncio.sleep(0.02)
+    process.die()
+    with pytest.raises(EngineDeadError, match="signal 9"):
+        await asyncio.wait_for(looking, 5)
+    with pytest.raises(EngineDeadError):
+        await llm.engine_view()
