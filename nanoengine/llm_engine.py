@@ -11,11 +11,12 @@ from typing import Any
 from configs.engine import EngineConfig
 from configs.errors import DeadlineError, EngineDeadError, RequestError
 from nanoengine.connection import SchedulerConnection
-from nanoengine.engine_client import CheckedRequest, EngineClient
+from nanoengine.engine_client import EngineClient
 from nanoengine.engine_process import EngineProcess
 from nanoengine.grammar_compiler import GrammarCompiler
 from nanoengine.journal import RequestJournal
 from nanoengine.prompts import Message, Prompt
+from nanoengine.request_checks import CheckedRequest
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.structured_outputs import StructuredOutputsParams
 from nanoengine.tokenizer import Tokenizer
