@@ -196,11 +196,14 @@ def _delta(values: list[Any]) -> TokenDelta | TokenColumns:
 
 
 def encode(message: Message) -> bytes:
-    """Pack a message; raises ChannelError when it is larger than any receiver accepts."""
+    """Pack a message; raises ChannelError when it cannot be packed, or is larger than any receiver accepts."""
     values = _values(message)
     if isinstance(message, Deltas):
         values[1] = [_values(delta) for delta in message.deltas]
-    frame: bytes = msgpack.packb([_TAG_OF[type(message)], *values])
+    try:
+        frame: bytes = msgpack.packb([_TAG_OF[type(message)], *values])
+    except (OverflowError, ValueError, TypeError) as error:  # a number of more than 64 bits, half a surrogate pair
+        raise ChannelError(f"a {type(message).__name__} cannot be packed: {error}") from error
     if len(frame) > MAX_MESSAGE_BYTES:
         raise ChannelError(f"a {type(message).__name__} of {len(frame)} bytes exceeds the limit of {MAX_MESSAGE_BYTES}")
     return frame

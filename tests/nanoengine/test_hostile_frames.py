@@ -25,9 +25,12 @@ from configs.engine import EngineConfig
 from configs.errors import ChannelError
 from nanoengine import channel, messages
 from nanoengine.channel import Channel, Direction, FrameReader, FrameWriter, Link, Stop, encode
+from nanoengine.connection import SchedulerConnection
+from nanoengine.engine_client import EngineClient
 from nanoengine.executor import MultiprocessExecutor
 from nanoengine.front_socket import FrontSocket
 from nanoengine.limited_log import LimitedLog
+from nanoengine.prompts import parse_prompt
 from nanoengine.run_dir import RunDir
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.step import Epoch
@@ -299,3 +302,29 @@ def test_the_log_of_refusals_is_bounded(caplog: pytest.LogCaptureFixture) -> Non
     now = 1.5
     log.warning("refused")
     assert caplog.messages[-1] == "refused (and 999 more since the last such line)"
+
+
+def test_a_request_that_cannot_be_packed_fails_alone() -> None:
+    """It stayed at the head of the queue: every later request failed with it. A number of 65 bits was enough."""
+    path = Path("/tmp") / f"nano-{uuid.uuid4().hex[:12]}"
+    router = zmq.Context.instance().socket(zmq.ROUTER)
+    router.linger = 0
+    router.bind(f"ipc://{path}")
+    client = EngineClient(EngineConfig.create(skip_tokenizer_init=True).resolve(), None)
+    connection = SchedulerConnection(f"ipc://{path}", client)
+    try:
+        params = SamplingParams(max_tokens=2, detokenize=False)
+        bad, good = (client.add(client.check(parse_prompt([1, 2, 3]), params)) for _ in range(2))
+        next(each for each in client.outbox if isinstance(each, messages.AddRequest)).seed = 2**64
+        updated, _ = connection.pump()
+        assert updated == [bad]
+        assert bad.failure is not None
+        assert good.failure is None
+        assert router.poll(5000)
+        sent = messages.decode(router.recv_multipart()[1])
+        assert isinstance(sent, messages.AddRequest)
+        assert sent.request_id == good.wire_id
+    finally:
+        connection.close()
+        router.close()
+        path.unlink(missing_ok=True)
