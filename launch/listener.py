@@ -72,6 +72,8 @@ def _bound(server: ServerConfig, family: socket.AddressFamily, address: Any, sha
     try:
         # Without it, a restart would wait for the old connections' TIME_WAIT. A port somebody listens on stays busy.
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Connections inherit it: an answer's second packet would wait 40 ms for the client's delayed acknowledgement.
+        bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if shared:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

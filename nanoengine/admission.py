@@ -91,3 +91,5 @@ def check_admissible(message: AddRequest, limits: SchedulerLimits) -> None:
     if min(prompt) < 0 or max(prompt) >= limits.vocab_size:
         wrong = next(token for token in prompt if not 0 <= token < limits.vocab_size)
         raise RequestError(f"token ids must be from 0 to {limits.vocab_size - 1}, got {wrong}", "prompt")
+    if any(entry and (min(entry) < 0 or max(entry) >= limits.vocab_size) for entry in message.journal):
+        raise RequestError(f"journalled token ids must be from 0 to {limits.vocab_size - 1}", "journal")

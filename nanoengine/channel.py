@@ -22,15 +22,17 @@ import os
 import pickle
 import struct
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import zmq
 
 from configs.engine import EngineConfig
-from configs.errors import ChannelError, ConfigError, DeadlineError
+from configs.errors import ChannelError, DeadlineError
 from nanoengine.control_block import ControlBlock, Phase, RankWords
+from nanoengine.limited_log import LimitedLog
+from nanoengine.listener import Listener
 from nanoengine.step import Epoch, StepInput, StepOutput
 
 logger = logging.getLogger(__name__)
@@ -39,7 +41,6 @@ MAX_FRAME_BYTES = 256 * 2**20
 """Largest frame either side accepts: far above what the settings allow (2**20 tokens a step take 5 MB)."""
 
 KEY_BYTES = 32
-MAX_SOCKET_PATH = 107  # sun_path of unix(7) less its final zero
 SEND_TIMEOUT = 0.5
 """A message waits for room only when the peer is gone or stopped: far fewer are under way than a queue holds."""
 SPIN_SECONDS = 1e-3
@@ -262,8 +263,11 @@ class FrameReader:
 class Link:
     """One end of the connection between the scheduler and one rank: an ipc socket behind typed messages.
 
-    The scheduler binds in its private run directory before it spawns the rank, the rank connects and says Hello,
-    and `unlink` takes the file away. A Link belongs to one thread.
+    The scheduler binds in its private run directory once it knows the rank's process, the only one that is let in;
+    the rank connects and says Hello, and `unlink` takes the file away. A Link belongs to one thread.
+
+    Attributes:
+        on_rejected: called with the number of refused frames whenever it has grown.
     """
 
     def __init__(self, key: bytes, epoch: Epoch, rank: int, end: Direction) -> None:
@@ -273,7 +277,9 @@ class Link:
         self._writer = FrameWriter(key, epoch, other, rank)
         self._reader = FrameReader(key, epoch, end, rank)
         self._peer = f"rank {rank}" if end is Direction.TO_SCHEDULER else "the scheduler"
-        self._bound: Path | None = None
+        self._listener: Listener | None = None
+        self._log = LimitedLog(logger)
+        self.on_rejected: Callable[[int], None] = lambda number: None
         self._recv_timeout = -1  # milliseconds, as the socket has it
         self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
         for option, value in (
@@ -285,11 +291,13 @@ class Link:
         ):
             self.socket.setsockopt(option, value)
 
-    def bind(self, path: Path) -> None:
-        """Listen at `path`. Raises ConfigError when the system cannot hold so long a path."""
-        check_socket_path(path)
-        self.socket.bind(f"ipc://{path}")
-        self._bound = path
+    def bind(self, path: Path, peer_pid: int | None = None) -> None:
+        """Listen at `path`, to the process `peer_pid` alone where one is named.
+
+        Raises:
+            ConfigError: the system cannot hold so long a path.
+        """
+        self._listener = Listener(self.socket, path, peer_pid)
 
     def connect(self, path: Path) -> None:
         """Connect to where the other end has bound."""
@@ -300,14 +308,14 @@ class Link:
 
         ZeroMQ's own unbind would end the connection too.
         """
-        if self._bound is not None:
-            self._bound.unlink(missing_ok=True)
-            self._bound = None
+        if self._listener is not None:
+            self._listener.unlink()
 
     @property
     def rejected(self) -> collections.Counter[str]:
-        """How many frames were refused, by reason."""
-        return self._reader.rejected
+        """How many frames were refused, by reason; `process` counts connections of other processes."""
+        turned_away = 0 if self._listener is None else self._listener.turned_away
+        return self._reader.rejected + collections.Counter(process=turned_away)
 
     def send(self, message: Message, timeout: float = SEND_TIMEOUT) -> None:
         """Send one message; see `send_encoded`."""
@@ -341,7 +349,8 @@ class Link:
             except ChannelError as error:
                 if self._reader.broken:
                     raise
-                logger.warning("%s", error)
+                self._log.warning(error.message)
+                self.on_rejected(self._reader.rejected.total())
                 continue
             return decode(channel, self._end, payload)
         return None
@@ -365,15 +374,6 @@ class Link:
     def close(self, linger: float = 0) -> None:
         """Close the socket, giving what was sent `linger` seconds to leave. Harmless twice."""
         self.socket.close(linger=round(linger * 1000))
-
-
-def check_socket_path(path: Path) -> None:
-    """Raise ConfigError when `path` is too long for a Unix socket."""
-    if len(os.fsencode(path)) > MAX_SOCKET_PATH:
-        raise ConfigError(
-            f"the socket path {path} has {len(os.fsencode(path))} bytes, the system allows {MAX_SOCKET_PATH}; "
-            "set XDG_RUNTIME_DIR or TMPDIR to a shorter directory"
-        )
 
 
 # -------------------------------------------------------------------------------------- the rank's end
@@ -405,6 +405,7 @@ class RankPort:
         self.run_dir, self.collective_fd, self.num_threads = run_dir, collective_fd, num_threads
         self._link, self._control = link, control
         self._words: RankWords = control.ranks[rank]
+        link.on_rejected = self._count_rejected
 
     def set_phase(self, phase: Phase) -> None:
         """Show the scheduler what this rank is doing."""
@@ -447,6 +448,9 @@ class RankPort:
     def close(self) -> None:
         """Close this end; what was sent has a second to leave."""
         self._link.close(linger=1)
+
+    def _count_rejected(self, number: int) -> None:
+        self._words.rejected = number
 
     def _expect_stop(self, command: Message) -> None:
         if not isinstance(command, Stop):

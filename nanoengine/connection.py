@@ -26,6 +26,7 @@ class SchedulerConnection:
 
     def __init__(self, address: str, client: EngineClient) -> None:
         self._client = client
+        self._refused: list[RequestJournal] = []  # failed in `flush`, and not told of yet
         # Context.instance() is the one Context of this process, and a new one after a fork.
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, client.client_id.encode())
@@ -52,6 +53,8 @@ class SchedulerConnection:
             if number and time.perf_counter() > deadline:
                 break
             self.flush()
+            updated |= dict.fromkeys(self._refused)
+            self._refused.clear()
             try:
                 message = self._receive()
                 if message is None:
@@ -72,6 +75,8 @@ class SchedulerConnection:
                 self._socket.send(encode(outbox[0]), zmq.DONTWAIT)
             except zmq.Again:
                 return
+            except ChannelError as error:  # it fails alone: at the head of the queue it would be in everybody's way
+                self._refused.extend(self._client.cannot_send(outbox[0], error))
             outbox.popleft()
 
     def wait(self, timeout: float, other_fd: int) -> bool:

@@ -15,7 +15,7 @@ import time
 _WORD = 8
 _WORDS_PER_LINE = 8  # a cache line for the scheduler and one for each rank: no writer disturbs another
 _SUBMITTED, _STOP = 0, 1
-_HEARTBEAT, _PHASE, _BEGUN, _ENDED, _BEGIN_TIME = range(5)
+_HEARTBEAT, _PHASE, _BEGUN, _ENDED, _BEGIN_TIME, _REJECTED = range(6)
 
 
 class Phase(enum.IntEnum):
@@ -124,6 +124,15 @@ class RankWords:
     def ended(self) -> int:
         """Newest step the rank has ended."""
         return self._words[_ENDED]
+
+    @property
+    def rejected(self) -> int:
+        """How many frames the rank has refused."""
+        return self._words[_REJECTED]
+
+    @rejected.setter
+    def rejected(self, number: int) -> None:
+        self._words[_REJECTED] = number
 
     def describe(self) -> str:
         """For error messages: the phase, and the step where there is one."""

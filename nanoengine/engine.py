@@ -104,6 +104,11 @@ class EngineCore:
             self.scheduler.take_deltas()
             self.clients.discard(client_id)
 
+    @property
+    def frames_rejected(self) -> int:
+        """Frames of ranks and messages of front ends that were refused."""
+        return self.executor.frames_rejected + self.front.rejected.total()
+
     def _submit_steps(self) -> None:
         """Keep the workers busy: under async scheduling the next step waits for them while they compute one."""
         wanted = MAX_IN_FLIGHT if self.config.scheduler.async_scheduling else 1

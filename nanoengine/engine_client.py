@@ -410,6 +410,15 @@ class EngineClient:
             self._forget_if_finished(journal)
         return failed
 
+    def cannot_send(self, message: Message, cause: NanoEngineError) -> list[RequestJournal]:
+        """A message does not fit the wire: its request, if it has one, ends with an error. Returns what has ended."""
+        journal = self._live.get(message.request_id) if isinstance(message, AddRequest) else None
+        if journal is None:
+            return []
+        self._fail_request(journal, RequestError(f"the request cannot be sent to the scheduler: {cause.message}"))
+        self._forget_if_finished(journal)
+        return [journal]
+
     def check_alive(self) -> None:
         """Raise EngineDeadError, with the cause, when the engine is gone."""
         if self.failure is not None:

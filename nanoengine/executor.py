@@ -54,6 +54,11 @@ class Executor(abc.ABC):
     def num_in_flight(self) -> int:
         """Steps submitted and not yet collected."""
 
+    @property
+    def frames_rejected(self) -> int:
+        """Frames on the channel to the ranks that were refused by either side, over all groups."""
+        return 0
+
     @abc.abstractmethod
     def start(self, epoch: Epoch) -> ExecutorFacts:
         """Spawn the ranks, load, agree on the number of K/V blocks, warm up; returns when every rank is ready.
@@ -118,6 +123,12 @@ class MultiprocessExecutor(Executor):
         self._in_flight: collections.deque[int] = collections.deque()  # step ids, oldest first
         self._oldest_since = 0.0  # when the oldest step in flight became the one being computed
         self._num_collected = 0
+        self._frames_rejected = 0  # in the groups that have ended
+
+    @property
+    def frames_rejected(self) -> int:
+        """See `Executor.frames_rejected`."""
+        return self._frames_rejected + (0 if self._group is None else self._group.frames_rejected)
 
     @property
     def num_in_flight(self) -> int:
@@ -243,6 +254,7 @@ class MultiprocessExecutor(Executor):
         group, self._group = self._group, None
         self._in_flight.clear()
         if group is not None:
+            self._frames_rejected += group.frames_rejected
             if gently:
                 group.leave()
             else:

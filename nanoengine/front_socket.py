@@ -6,6 +6,7 @@ One that has vanished is reported, so that its requests can be aborted.
 
 from __future__ import annotations
 
+import collections
 import errno
 import logging
 from collections.abc import Sequence
@@ -13,7 +14,17 @@ from collections.abc import Sequence
 import zmq
 
 from configs.errors import ChannelError
-from nanoengine.messages import Deltas, Message, TokenColumns, TokenDelta, decode, encode, spelt_out
+from nanoengine.limited_log import LimitedLog
+from nanoengine.messages import (
+    MAX_MESSAGE_BYTES,
+    Deltas,
+    Message,
+    TokenColumns,
+    TokenDelta,
+    decode_from_front,
+    encode,
+    spelt_out,
+)
 from nanoengine.outbox import ClientDeltas
 
 logger = logging.getLogger(__name__)
@@ -23,10 +34,16 @@ HIGH_WATER_MARK = 1000
 
 
 class FrontSocket:
-    """A ROUTER bound at `address`; a front end is known by the identity of its DEALER, which is its client id."""
+    """A ROUTER bound at `address`; a front end is known by the identity of its DEALER, which is its client id.
+
+    Attributes:
+        rejected: how many messages were refused, by reason.
+    """
 
     def __init__(self, address: str, incarnation: int) -> None:
         self.incarnation = incarnation
+        self.rejected: collections.Counter[str] = collections.Counter()
+        self._log = LimitedLog(logger)
         self._pending: dict[str, list[TokenDelta | TokenColumns]] = {}
         self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.LINGER, 0)
@@ -35,10 +52,11 @@ class FrontSocket:
         self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self.socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
         self.socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
+        self.socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         self.socket.bind(address)
 
     def receive(self) -> list[tuple[str, Message]]:
-        """Everything that has arrived, as (client id, message); never waits. A malformed message is logged."""
+        """Everything that has arrived, as (client id, message); never waits. What is malformed is counted."""
         received = []
         for _ in range(HIGH_WATER_MARK):
             try:
@@ -46,14 +64,18 @@ class FrontSocket:
             except zmq.Again:
                 break
             except ValueError:
-                logger.warning("a front end sent a message of the wrong number of parts")
+                self._reject("parts", "a front end sent a message of the wrong number of parts")
                 continue
             client_id = identity.decode(errors="replace")
             try:
-                received.append((client_id, decode(frame)))
+                received.append((client_id, decode_from_front(frame)))
             except ChannelError as error:
-                logger.warning("front end %s: %s", client_id, error)
+                self._reject("malformed", f"front end {client_id!r:.100}: {error.message:.300}")
         return received
+
+    def _reject(self, reason: str, text: str) -> None:
+        self.rejected[reason] += 1
+        self._log.warning(text)
 
     def send(self, client_id: str, message: Message) -> bool:
         """Send a message that is not a delta; says whether the front end is still there. A full queue drops it."""

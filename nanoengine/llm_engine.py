@@ -34,7 +34,8 @@ def load_tokenizer(config: EngineConfig) -> Tokenizer | None:
         return None
     source = config.model.tokenizer or config.model_dir
     assert source is not None, "resolve() comes first"
-    return Tokenizer(source, config.model.tokenizer_mode, config.resolved_checkpoint.vocab_size)
+    vocab_size = config.resolved_checkpoint.vocab_size
+    return Tokenizer(source, config.model.tokenizer_mode, vocab_size, config.max_model_len)
 
 
 class LLMEngine:

@@ -7,6 +7,7 @@ knows neither sockets nor what a message leads to.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -284,11 +285,14 @@ def _delta(values: list[Any]) -> TokenDelta | TokenColumns:
 
 
 def encode(message: Message) -> bytes:
-    """Pack a message; raises ChannelError when it is larger than any receiver accepts."""
+    """Pack a message; raises ChannelError when it cannot be packed, or is larger than any receiver accepts."""
     values = _values(message)
     if isinstance(message, Deltas):
         values[1] = [_values(delta) for delta in message.deltas]
-    frame: bytes = msgpack.packb([_TAG_OF[type(message)], *values])
+    try:
+        frame: bytes = msgpack.packb([_TAG_OF[type(message)], *values])
+    except (OverflowError, ValueError, TypeError) as error:  # a number of more than 64 bits, half a surrogate pair
+        raise ChannelError(f"a {type(message).__name__} cannot be packed: {error}") from error
     if len(frame) > MAX_MESSAGE_BYTES:
         raise ChannelError(f"a {type(message).__name__} of {len(frame)} bytes exceeds the limit of {MAX_MESSAGE_BYTES}")
     return frame
@@ -307,3 +311,78 @@ def decode(frame: bytes) -> Message:
         return message
     except (ValueError, TypeError, KeyError, IndexError, msgpack.UnpackException) as error:
         raise ChannelError(f"malformed message: {type(error).__name__}: {error}") from error
+
+
+# ------------------------------------------------------------------- what the scheduler takes from a front end
+
+_MAX_INT, _MAX_TEXT = 2**63 - 1, 1024
+_FROM_FRONT = (Hello, AddRequest, Abort, ResetPrefixCache)
+
+
+def decode_from_front(frame: bytes) -> Message:
+    """`decode` for the scheduler: a message that a front end may send, each field of its own type.
+
+    Whatever runs as this user can reach the socket, and all front ends' requests live in the process that reads it, so
+    nothing of another form may get further. Raises ChannelError.
+    """
+    message = decode(frame)
+    if not isinstance(message, _FROM_FRONT):
+        raise ChannelError(f"a front end may not send a {type(message).__name__}")
+    wrong = _wrong_field(message)
+    if wrong:
+        raise ChannelError(f"malformed {type(message).__name__}: {wrong}")
+    return message
+
+
+def _wrong_field(message: Message) -> str:
+    match message:
+        case AddRequest():
+            return _wrong_in_request(message)
+        case Abort():
+            fits = {
+                "request_id": _is_text(message.request_id),
+                "index": message.index is None or _is_int(message.index),
+                "reason": _is_text(message.reason),
+            }
+        case Hello():
+            fits = {"client_id": _is_text(message.client_id)}
+        case _:
+            fits = {}
+    return next((name for name, fit in fits.items() if not fit), "")
+
+
+def _wrong_in_request(message: AddRequest) -> str:
+    fits = {
+        "client_id": _is_text(message.client_id),
+        "request_id": _is_text(message.request_id),
+        "prompt_token_ids": _are_ints(message.prompt_token_ids),
+        "params": isinstance(message.params, dict) and all(isinstance(name, str) for name in message.params),
+        "seed": _is_int(message.seed) and message.seed >= 0,
+        "arrival_time": _is_seconds(message.arrival_time),
+        "priority": _is_int(message.priority),
+        "journal": isinstance(message.journal, list) and all(_are_ints(entry) for entry in message.journal),
+        "cache_salt": isinstance(message.cache_salt, str),
+        "timeout": message.timeout is None or _is_seconds(message.timeout),
+        "num_prompt_logprobs": _is_int(message.num_prompt_logprobs) and message.num_prompt_logprobs >= 0,
+        "grammar": isinstance(message.grammar, str),
+    }
+    return next((name for name, fit in fits.items() if not fit), "")
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= _MAX_TEXT
+
+
+def _is_int(value: object) -> bool:
+    return type(value) is int and -_MAX_INT <= value <= _MAX_INT
+
+
+def _are_ints(values: object) -> bool:
+    # By type first: min() and max() then cost a tenth of a look at each.
+    if not isinstance(values, list) or not set(map(type, values)) <= {int}:
+        return False
+    return not values or (min(values) >= -_MAX_INT and max(values) <= _MAX_INT)
+
+
+def _is_seconds(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]

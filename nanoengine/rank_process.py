@@ -31,12 +31,14 @@ from configs.errors import to_wire
 from nanoengine import processes
 from nanoengine.channel import Direction, Failed, Hello, Link, Loaded, RankPort, Ready
 from nanoengine.control_block import ControlBlock, Phase, RankWords
+from nanoengine.listener import await_listener
 from nanoengine.step import Epoch, StepOutput
 
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 0.5
 _REAP_SECONDS = 5.0
+_LISTEN_SECONDS = 30.0
 _LAST_WORDS_SECONDS = 0.2
 
 
@@ -92,6 +94,7 @@ def run_rank(arguments: RankArguments) -> None:
     threading.Thread(target=_beat, args=(control.ranks[rank],), name="heartbeat", daemon=True).start()
 
     link = Link(arguments.key, arguments.epoch, rank, end=Direction.TO_RANK)
+    await_listener(arguments.socket_path, _LISTEN_SECONDS)
     link.connect(arguments.socket_path)
     link.send(Hello(os.getpid()))
     port = RankPort(
@@ -148,7 +151,7 @@ class RankProcess:
     """The scheduler's handle on one rank: its process, its link, and what it has said so far."""
 
     def __init__(self, arguments: RankArguments, words: RankWords) -> None:
-        """Bind the rank's socket; `spawn` starts the process."""
+        """`spawn` starts the process, then `listen` lets it connect."""
         self.rank, self.words = arguments.rank, words
         self.loaded: Loaded | None = None
         self.ready = False
@@ -156,7 +159,6 @@ class RankProcess:
         self._arguments = arguments
         self._process: BaseProcess | None = None
         self.link = Link(arguments.key, arguments.epoch, arguments.rank, end=Direction.TO_SCHEDULER)
-        self.link.bind(arguments.socket_path)
 
     def spawn(self, context: SpawnContext) -> None:
         """Start the process. Runs in a thread that lives as long as the scheduler (see `processes`)."""
@@ -169,6 +171,11 @@ class RankProcess:
         self._process = process
         assert process.pid is not None
         processes.register_child(process.pid, process.sentinel)
+
+    def listen(self) -> None:
+        """Bind the rank's socket, for its process alone. Raises ConfigError when the path is too long."""
+        assert self._process is not None, "spawn() comes first"
+        self.link.bind(self._arguments.socket_path, self._process.pid)
 
     @property
     def sentinel(self) -> int | None:

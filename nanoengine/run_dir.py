@@ -18,12 +18,12 @@ import time
 from pathlib import Path
 
 from configs.errors import ConfigError
-from nanoengine.channel import MAX_SOCKET_PATH
+from nanoengine.listener import MAX_SOCKET_PATH, UNFINISHED
 
 logger = logging.getLogger(__name__)
 
 LOCK_NAME = "lock"
-_LONGEST_SOCKET_NAME = len("g99999r63")
+_LONGEST_SOCKET_NAME = len("g99999r63" + UNFINISHED)
 _UNFINISHED = ".new"
 _UNFINISHED_SECONDS = 60
 

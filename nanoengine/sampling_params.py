@@ -31,6 +31,7 @@ MAX_ALLOWED_TOKEN_IDS = 2**18
 MAX_BAD_WORDS = 128
 MAX_BAD_WORD_CHARS = 1024
 MIN_TEMPERATURE = 0.01
+MAX_INT = 2**31 - 1
 MAX_SEED = ModelConfig.__dataclass_fields__["seed"].metadata["maximum"]
 
 
@@ -55,11 +56,15 @@ class SamplingParams:
     )
     temperature: float = setting(1.0, "0 is greedy; otherwise the logits are divided by it", minimum=0)
     top_p: float = setting(1.0, "keep the likeliest tokens that together reach this probability", above=0, maximum=1)
-    top_k: int = setting(-1, "keep this many of the likeliest tokens; -1 or 0 keeps all", minimum=-1)
+    top_k: int = setting(-1, "keep this many of the likeliest tokens; -1 or 0 keeps all", minimum=-1, maximum=MAX_INT)
     min_p: float = setting(0.0, "drop tokens below this share of the likeliest one's probability", minimum=0, maximum=1)
     seed: int | None = setting(None, "the same seed gives the same tokens", minimum=0, maximum=MAX_SEED)
-    max_tokens: int | None = setting(16, "tokens to generate at most; None: up to max_model_len", minimum=1)
-    min_tokens: int = setting(0, "tokens to generate at least: eos and stops wait until then", minimum=0)
+    max_tokens: int | None = setting(
+        16, "tokens to generate at most; None: up to max_model_len", minimum=1, maximum=MAX_INT
+    )
+    min_tokens: int = setting(
+        0, "tokens to generate at least: eos and stops wait until then", minimum=0, maximum=MAX_INT
+    )
     ignore_eos: bool = setting(False, "go on after the end-of-sequence token")
     presence_penalty: float = setting(0.0, "taken from the logit of each generated token", minimum=-2, maximum=2)
     frequency_penalty: float = setting(0.0, "the same, once for each time it was generated", minimum=-2, maximum=2)
@@ -172,16 +177,19 @@ def _strings(name: str, value: object, max_count: int, max_chars: int) -> tuple[
             f"{name} must be at most {max_count} strings of 1 to {max_chars} characters, "
             f"got {len(strings)} of lengths {[len(text) for text in strings][: max_count + 1]}", name,
         )  # fmt: skip
+    # JSON can carry half a surrogate pair, which is no text: nothing matches it, and no message holds it.
+    if any("\ud800" <= char <= "\udfff" for text in strings for char in text):
+        raise RequestError(f"{name} must be text, got a lone surrogate", name)
     return tuple(strings)
 
 
 def _token_ids(name: str, value: object, max_count: int) -> tuple[int, ...]:
     """A list of token ids; None is an empty one. Whether the model has them is checked where it is known."""
     ids = () if value is None else value
-    if not isinstance(ids, list | tuple) or not all(type(token) is int and token >= 0 for token in ids):
-        raise RequestError(f"{name} must be a list of token ids, got {ids!r:.200}", name)
-    if len(ids) > max_count:
+    if isinstance(ids, list | tuple) and len(ids) > max_count:
         raise RequestError(f"{name} must be at most {max_count} ids, got {len(ids)}", name)
+    if not isinstance(ids, list | tuple) or not all(type(token) is int and 0 <= token <= MAX_INT for token in ids):
+        raise RequestError(f"{name} must be a list of token ids, got {ids!r:.200}", name)
     return tuple(ids)
 
 
@@ -194,7 +202,7 @@ def _bias(value: object) -> dict[int, float]:
     biases = {}
     for key, bias in value.items():
         token = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 20 else key
-        if type(token) is not int or token < 0:
+        if type(token) is not int or not 0 <= token <= MAX_INT:
             raise RequestError(f"logit_bias must have token ids as keys, got {key!r:.100}", "logit_bias")
         if isinstance(bias, bool) or not isinstance(bias, int | float) or not math.isfinite(bias):
             raise RequestError(

@@ -6,6 +6,7 @@ need. Only `tokenizer_mode="slow"`, or a directory without tokenizer.json, loads
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from nanoengine.detokenizer import IncrementalDetokenizer, StopChecker, TokenPie
 
 __all__ = ["IncrementalDetokenizer", "StopChecker", "Tokenizer"]
 
+_SLACK = 4
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Any of these files lets transformers build a tokenizer where there is no tokenizer.json.
 _SLOW_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
@@ -48,13 +50,22 @@ class Tokenizer:
         model: a model directory, or a name in the registry.
         tokenizer_mode: `auto` (tokenizer.json where there is one) or `slow` (transformers).
         expected_vocab_size: the model's vocabulary; ids beyond it would read outside its embedding.
+        max_tokens: no text that is longer than so many of the longest tokens is encoded: to find that megabytes do not
+            fit takes seconds.
 
     Raises:
         TokenizerError: there is no tokenizer, it is malformed, or it has ids that the model does not.
     """
 
-    def __init__(self, model: str | Path, tokenizer_mode: str = "auto", expected_vocab_size: int | None = None) -> None:
+    def __init__(
+        self,
+        model: str | Path,
+        tokenizer_mode: str = "auto",
+        expected_vocab_size: int | None = None,
+        max_tokens: int | None = None,
+    ) -> None:
         directory = Path(load_model_path(str(model)))
+        self._max_tokens = max_tokens
         self._backend: _Backend
         if tokenizer_mode == "auto" and (directory / "tokenizer.json").is_file():
             self._backend = _FastBackend(directory)
@@ -88,11 +99,11 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The token ids of a text, shape (num_tokens,). Names of special tokens in the text become these tokens."""
-        return self._backend.encode(_encodable(text), add_special_tokens)
+        return self._backend.encode(self._encodable(text), add_special_tokens)
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """The token ids of several texts, using several threads where there are many."""
-        return self._backend.encode_batch([_encodable(text) for text in texts], add_special_tokens)
+        return self._backend.encode_batch([self._encodable(text) for text in texts], add_special_tokens)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; ids without a token (a padded vocabulary's) add nothing.
@@ -144,6 +155,24 @@ class Tokenizer:
             raise TokenizerError("the tokenizer has neither a pad token nor an eos token to pad with")
         longest = max(map(len, batch), default=0)
         return [[self.pad_token_id] * (longest - len(ids)) + list(ids) for ids in batch]
+
+    @functools.cached_property
+    def max_chars(self) -> int | None:
+        """The longest text that may fit `max_tokens`, with room for what is normalised or stripped; None: no limit."""
+        if self._max_tokens is None:
+            return None
+        longest = max((len(self.token(token) or "") for token in range(self.vocab_size)), default=1)
+        return max(1, self._max_tokens) * max(4, longest) * _SLACK
+
+    def _encodable(self, text: str) -> str:
+        if self.max_chars is not None and len(text) > self.max_chars:
+            raise RequestError(
+                f"the prompt must be at most {self._max_tokens} tokens long, which more than {self.max_chars} "
+                f"characters never are; got {len(text)}",
+                "prompt",
+                "context_length_exceeded",
+            )
+        return _encodable(text)
 
     def _named_id(self, name: str) -> int | None:
         token = self._backend.named_tokens.get(name)

@@ -38,7 +38,7 @@ class WorkerGroup:
     """Handles of all ranks of one epoch, the memory they share, and their common end."""
 
     def __init__(self, config: EngineConfig, run_dir: Path, epoch: Epoch, entry: str, silence_limit: float) -> None:
-        """Bind the sockets and make the shared memory; `spawn` starts the processes."""
+        """Make the shared memory; `spawn` starts the processes."""
         world_size = config.parallel.world_size
         self.outputs: collections.deque[StepOutput] = collections.deque()
         self.ranks: list[RankProcess] = []
@@ -75,6 +75,7 @@ class WorkerGroup:
         processes.in_lasting_thread(resource_tracker.ensure_running)
         for rank in self.ranks:
             processes.in_lasting_thread(lambda rank=rank: rank.spawn(context))  # type: ignore[misc]
+            rank.listen()
         self._close_fds()  # the ranks have theirs
         for source in self.fds():
             self._poller.register(source, zmq.POLLIN)
@@ -106,6 +107,11 @@ class WorkerGroup:
     def receive_outputs(self) -> None:
         """Take in what rank 0 has said, for whoever is in a hurry. Raises ChannelError when the link is broken."""
         self.outputs.extend(self.ranks[0].receive())
+
+    @property
+    def frames_rejected(self) -> int:
+        """Frames that either end of a link has refused, and connections that were turned away."""
+        return sum(rank.link.rejected.total() + rank.words.rejected for rank in self.ranks)
 
     def wants_check(self) -> bool:
         """Whether `check` may find something: a rank spoke or ended, or the last one is a while ago. Costs little."""

@@ -45,7 +45,8 @@ class ApiError(Exception):
         code: str | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.type, self.param, self.code = status, message, type, param, code
+        self.status, self.message, self.type, self.code = status, _sendable(message), type, code
+        self.param = None if param is None else _sendable(param)
 
     def body(self) -> dict[str, Any]:
         """The JSON object."""
@@ -60,6 +61,11 @@ class ApiError(Exception):
         if self.status in (429, 503):
             headers["Retry-After"] = "1"
         return JSONResponse(self.body(), self.status, headers)
+
+
+def _sendable(text: str) -> str:
+    """A message quotes what was sent, which may hold half a surrogate pair: it has no UTF-8 form."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def from_exception(error: Exception) -> ApiError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from launch.server.middleware import MAX_HEADER_BYTES
+from launch.server.middleware import MAX_BODY_BYTES, MAX_HEADER_BYTES
 
 try:
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol as _Protocol
@@ -42,7 +42,12 @@ class BoundedProtocol(_Protocol):
         elif before is None or before.response_complete:
             self._pending_bytes += len(data)
             self._arm()
-            if self._pending_bytes > 2 * MAX_HEADER_BYTES and not self.transport.is_closing():
+            if before is not None and before.more_body:
+                # The rest of a body that was answered already. It is passed over, since a client that is cut off while
+                # it sends never reads the answer; but not without end.
+                if self._pending_bytes > 2 * MAX_BODY_BYTES:
+                    self.transport.close()
+            elif self._pending_bytes > 2 * MAX_HEADER_BYTES and not self.transport.is_closing():
                 self.send_400_response("The headers are too large.")
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -20,6 +20,7 @@ from nanoengine.prompts import PromptInput, check_cache_salt
 from nanoengine.sampling_params import SamplingParams
 
 MAX_PROMPTS = 1024
+MAX_MESSAGES = 16384
 DEFAULT_MAX_TOKENS = 16
 # What one request may generate at once, over all of its prompts.
 MAX_SEQUENCES = 16384
@@ -308,7 +309,7 @@ class CompletionRequest(SamplingFields):
 class ChatCompletionRequest(SamplingFields):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
