@@ -26,6 +26,7 @@ class SchedulerConnection:
 
     def __init__(self, address: str, client: EngineClient) -> None:
         self._client = client
+        self._failed: list[RequestJournal] = []  # what could not be sent, until `pump` tells of it
         # Context.instance() is the one Context of this process, and a new one after a fork.
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, client.client_id.encode())
@@ -52,6 +53,8 @@ class SchedulerConnection:
             if number and time.perf_counter() > deadline:
                 break
             self.flush()
+            updated |= dict.fromkeys(self._failed)
+            self._failed.clear()
             try:
                 message = self._receive()
                 if message is None:
@@ -69,7 +72,13 @@ class SchedulerConnection:
         outbox = self._client.outbox
         while outbox:
             try:
-                self._socket.send(encode(outbox[0]), zmq.DONTWAIT)
+                frame = encode(outbox[0])
+            except (ChannelError, OverflowError, TypeError, ValueError) as error:
+                # It would stay in front of what everybody else has to say.
+                self._failed += self._client.drop_unsendable(outbox.popleft(), error)
+                continue
+            try:
+                self._socket.send(frame, zmq.DONTWAIT)
             except zmq.Again:
                 return
             outbox.popleft()
