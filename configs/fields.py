@@ -101,6 +101,8 @@ def check_value(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -
         raise ConfigError(f"{name} must be a finite number, got {value!r}", name)
     if _out_of_range(value, metadata):
         raise ConfigError(f"{name} must be {allowed(metadata)}, got {_shown(value, metadata)}", name)
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:  # no message to another process takes more
+        raise ConfigError(f"{name} must be a number of 64 bits, got {value!r:.100}", name)
 
 
 def _shown(value: Any, metadata: Mapping[str, Any]) -> str:

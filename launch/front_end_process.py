@@ -35,7 +35,7 @@ def main() -> None:
     if not processes.set_death_signal(signal.SIGKILL, message["owner_pid"]):
         os._exit(1)
     config = EngineConfig.from_dict(message["config"])
-    configure_server_logging(config)
+    configure_server_logging(config, message["name"])
     try:
         failure = run_loop(_run(config, message))
     except NanoEngineError as error:

@@ -44,7 +44,9 @@ _WATCH_SECONDS = 0.05
 class FrontEndProcess:
     """One front end as a child: the pipes to and from it."""
 
-    def __init__(self, config: EngineConfig, listener: socket.socket, keys: ApiKeys, run_dir: Path) -> None:
+    def __init__(
+        self, config: EngineConfig, listener: socket.socket, keys: ApiKeys, run_dir: Path, name: str = "front end"
+    ) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self.is_ready = False
         self.failure: NanoEngineError | None = None
@@ -54,6 +56,7 @@ class FrontEndProcess:
         os.set_blocking(self._report_fd, False)
         self._report = b""
         message = {
+            "name": name,
             "config": config.to_dict(),
             "key_digests": [digest.hex() for digest in keys.digests],
             "run_dir": str(run_dir),
@@ -165,8 +168,9 @@ class FrontGroup:
     def _start_front(self, listener: socket.socket) -> FrontEndProcess:
         config = front_config(self._config, self._num_started)
         self._num_started += 1
-        front = FrontEndProcess(config, listener, self._keys, self._engine.run_dir)
-        logger.info("front end %d has pid %d", self._num_started, front.pid)
+        name = f"front end {self._num_started}"
+        front = FrontEndProcess(config, listener, self._keys, self._engine.run_dir, name)
+        logger.info("%s has pid %d", name, front.pid)
         return front
 
     async def _load(self) -> None:

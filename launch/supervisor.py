@@ -47,9 +47,9 @@ def serve(config: EngineConfig) -> int:
         return run_loop(_serve(with_server_defaults(config), listeners, keys, signals))
 
 
-def configure_server_logging(config: EngineConfig) -> None:
-    """Logging of a process with a front end in it."""
-    configure_logging(config.server.log_level, "server")
+def configure_server_logging(config: EngineConfig, who: str = "server") -> None:
+    """Logging of a process with a front end in it, or of the supervisor of several."""
+    configure_logging(config.server.log_level, who)
     if config.server.log_level != "debug":
         for name in ("uvicorn", "asyncio"):
             logging.getLogger(name).setLevel(logging.WARNING)

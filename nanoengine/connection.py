@@ -26,7 +26,7 @@ class SchedulerConnection:
 
     def __init__(self, address: str, client: EngineClient) -> None:
         self._client = client
-        self._refused: list[RequestJournal] = []  # failed in `flush`, and not told of yet
+        self._failed: list[RequestJournal] = []  # what could not be sent, until `pump` tells of it
         # Context.instance() is the one Context of this process, and a new one after a fork.
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, client.client_id.encode())
@@ -53,8 +53,8 @@ class SchedulerConnection:
             if number and time.perf_counter() > deadline:
                 break
             self.flush()
-            updated |= dict.fromkeys(self._refused)
-            self._refused.clear()
+            updated |= dict.fromkeys(self._failed)
+            self._failed.clear()
             try:
                 message = self._receive()
                 if message is None:
@@ -72,11 +72,15 @@ class SchedulerConnection:
         outbox = self._client.outbox
         while outbox:
             try:
-                self._socket.send(encode(outbox[0]), zmq.DONTWAIT)
+                frame = encode(outbox[0])
+            except ChannelError as error:
+                # It would stay in front of what everybody else has to say.
+                self._failed += self._client.drop_unsendable(outbox.popleft(), error)
+                continue
+            try:
+                self._socket.send(frame, zmq.DONTWAIT)
             except zmq.Again:
                 return
-            except ChannelError as error:  # it fails alone: at the head of the queue it would be in everybody's way
-                self._refused.extend(self._client.cannot_send(outbox[0], error))
             outbox.popleft()
 
     def wait(self, timeout: float, other_fd: int) -> bool:

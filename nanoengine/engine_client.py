@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_REQUEST_ID_CHARS = 256
+MAX_TIMEOUT = 10**9
 # Missing tokens are asked for at most this often, and this many times without a single token in between.
 REPLAY_INTERVAL = 0.5
 MAX_REPLAYS = 20
@@ -228,8 +229,10 @@ class EngineClient:
         limit = self.config.server.request_timeout
         if asked is None:
             return limit
-        if isinstance(asked, bool) or not isinstance(asked, int | float) or not 0 < asked < float("inf"):
-            raise RequestError(f"timeout must be a positive number of seconds, got {asked!r:.100}", "timeout")
+        if isinstance(asked, bool) or not isinstance(asked, int | float) or not 0 < asked <= MAX_TIMEOUT:
+            raise RequestError(
+                f"timeout must be a positive number of seconds, at most {MAX_TIMEOUT}, got {asked!r:.99}", "timeout"
+            )
         return asked if limit is None else min(asked, limit)
 
     def _check_request_id(self, request_id: object) -> None:
@@ -410,12 +413,13 @@ class EngineClient:
             self._forget_if_finished(journal)
         return failed
 
-    def cannot_send(self, message: Message, cause: NanoEngineError) -> list[RequestJournal]:
-        """A message does not fit the wire: its request, if it has one, ends with an error. Returns what has ended."""
-        journal = self._live.get(message.request_id) if isinstance(message, AddRequest) else None
+    def drop_unsendable(self, message: Message, error: ChannelError) -> list[RequestJournal]:
+        """A message cannot be sent whatever happens: the request that it belongs to, if any, ends with the error."""
+        logger.error("a %s cannot be sent: %s", type(message).__name__, error.message)
+        journal = self._live.get(message.request_id) if isinstance(message, AddRequest | Abort) else None
         if journal is None:
             return []
-        self._fail_request(journal, RequestError(f"the request cannot be sent to the scheduler: {cause.message}"))
+        self._fail_request(journal, RequestError(f"the request cannot be sent to the scheduler: {error.message}"))
         self._forget_if_finished(journal)
         return [journal]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -11,6 +13,8 @@ from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 
 MAX_DEPTH = 64
+# Python turns no longer ones into text, and that with a ValueError where nobody expects it.
+_LONG_NUMBER = re.compile(rb"\d{4300}")
 
 
 class JsonRoute(APIRoute):
@@ -32,20 +36,37 @@ class BoundedRequest(Request):
     async def json(self) -> Any:
         """The value. Raises HTTPException for one that is nested deeper, JSONDecodeError for what is no JSON."""
         body = await self.body()
+        if _LONG_NUMBER.search(body):  # or a long text of digits
+            return await self._strict_json()
         try:
             value = from_json(body)
         except ValueError as error:
             if "recursion limit" in str(error):  # far above ours
                 raise _too_deep() from None
-            return await super().json()  # says where the error is; it also takes what the fast parser is too strict for
+            return await self._strict_json()  # says where the error is; it also takes what the other is too strict for
         # Each level has a bracket, and most bodies have too few of them to be looked at.
-        if body.count(b"[") + body.count(b"{") > MAX_DEPTH and _is_deeper(value, MAX_DEPTH):
-            raise _too_deep()
-        return value
+        return _checked(value) if body.count(b"[") + body.count(b"{") > MAX_DEPTH else value
+
+    async def _strict_json(self) -> Any:
+        """By the standard library's parser, which refuses numbers that could not even be shown in a message."""
+        try:
+            return _checked(await super().json())
+        except (json.JSONDecodeError, HTTPException):
+            raise
+        except ValueError:
+            raise HTTPException(400, "the body holds a number of too many digits") from None
+        except RecursionError:
+            raise _too_deep() from None
+
+
+def _checked(value: Any) -> Any:
+    if _is_deeper(value, MAX_DEPTH):
+        raise _too_deep()
+    return value
 
 
 def _is_deeper(value: Any, limit: int) -> bool:
-    level = [value]
+    level = [value] if isinstance(value, dict | list) else []
     for _ in range(limit):
         children = (each for parent in level for each in (parent.values() if isinstance(parent, dict) else parent))
         level = [each for each in children if isinstance(each, dict | list)]

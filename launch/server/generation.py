@@ -22,6 +22,7 @@ from configs.errors import RequestError, from_wire
 from launch.server.engine import Engine
 from launch.server.errors import from_exception
 from launch.server.formats import AnswerFormat
+from launch.server.request_id import current_request_id
 from nanoengine.beam_params import BeamSearchParams
 from nanoengine.outputs import RequestOutput
 from nanoengine.prompts import PromptInput, at_index
@@ -197,7 +198,7 @@ class EventStream(Response):
         except Exception as error:  # the status is long gone, so the error becomes an event
             shown = from_exception(error)
             if shown.status == 500:
-                logger.error("a stream failed", exc_info=error)
+                logger.error("the stream of request %s failed", current_request_id.get(), exc_info=error)
             await _send_body(send, _event(shown.body()))
         await _send_body(send, _DONE, more=False)
 

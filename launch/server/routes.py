@@ -54,13 +54,12 @@ def _serving(request: Request, model: str | None) -> Engine:
 def _refusal(request: Request) -> ApiError | None:
     """Why no request is taken right now: the server drains, the model loads, or the engine is dead."""
     engine = _engine(request)
+    if (failure := engine.failure) is not None:
+        return ApiError(503, failure.message, UNAVAILABLE, code="engine_dead")
     if request.app.state.lifecycle.draining:
         return draining()
     if engine.is_ready:
         return None
-    failure = engine.failure
-    if failure is not None:
-        return ApiError(503, failure.message, UNAVAILABLE, code="engine_dead")
     return ApiError(503, "the model is still loading", UNAVAILABLE, code="loading")
 
 

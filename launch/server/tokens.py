@@ -48,8 +48,12 @@ class GenerateRequest(Body):
         Raises RequestError for an unknown name or an impossible value.
         """
         refuse_unsupported(self.model_extra or {}, {})
+        # null means the default, but for a length "as many as fit".
+        given = {name: value for name, value in (self.sampling_params or {}).items() if value is not None}
+        if self.sampling_params and "max_tokens" in self.sampling_params:
+            given["max_tokens"] = self.sampling_params["max_tokens"]
         try:
-            params = SamplingParams.from_dict({**defaults, "detokenize": False, **(self.sampling_params or {})})
+            params = SamplingParams.from_dict({**defaults, "detokenize": False, **given})
         except RequestError as error:
             raise RequestError(error.message, f"sampling_params.{error.param}", error.code) from None
         if self.stream and params.ranks_candidates:

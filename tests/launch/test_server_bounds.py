@@ -73,6 +73,17 @@ def test_json_that_only_the_slower_parser_takes_is_taken(url: str) -> None:
     assert "Unicode" in error["message"] or "surrogate" in error["message"]
 
 
+@pytest.mark.parametrize("field", ["max_tokens", "top_k", "seed", "n", "prompt"])
+@pytest.mark.parametrize("digits", [20, 400, 5000])
+def test_a_number_without_end_is_a_400(url: str, field: str, digits: int) -> None:
+    """Whatever reads it, shows it or sends it on."""
+    fields = {"prompt": '"a"', field: "1" * digits}
+    body = "{" + ", ".join(f'"{name}": {value}' for name, value in fields.items()) + "}"
+    assert error_of(httpx.post(f"{url}/v1/completions", content=body, headers=JSON), 400)["message"]
+    text = json.dumps({"prompt": "a", "stop": ["7" * 1000], "user": "7" * digits})
+    assert httpx.post(f"{url}/v1/completions", content=text, headers=JSON).status_code == 200
+
+
 def test_headers_have_a_limit(url: str) -> None:
     most = {"X-Filler": "x" * (MAX_HEADER_BYTES - 1024)}
     assert httpx.get(f"{url}/livez", headers=most).status_code == 200

@@ -272,3 +272,15 @@ def test_the_front_end_imports_neither_torch_nor_transformers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_it_holds_as_many_connections_as_it_may_have_descriptors() -> None:
+    """A soft limit of 1,024, which is usual, must not keep the second thousand of clients out."""
+    code = (
+        "import resource, sys; from launch.front_end import max_connections;"
+        "hard = min(resource.getrlimit(resource.RLIMIT_NOFILE)[1] % 2**63, 5000);"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard)); print(max_connections(), hard)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    connections, hard = map(int, done.stdout.split())
+    assert connections == hard - 64

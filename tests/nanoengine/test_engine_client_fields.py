@@ -169,3 +169,17 @@ def test_the_checkpoints_defaults_stand_in_for_absent_parameters_alone(config: E
     client = EngineClient(dataclasses.replace(config, checkpoint=checkpoint), None)
     assert client.check(IDS).params == SamplingParams(temperature=0.6, top_k=20, repetition_penalty=1.1)
     assert client.check(IDS, SamplingParams()).params == SamplingParams()
+
+
+@pytest.mark.parametrize("field", ["top_k", "max_tokens", "min_tokens", "temperature"])
+def test_a_number_that_no_message_takes_is_refused(field: str) -> None:
+    for value in (2**63, 10**400):
+        with pytest.raises(RequestError, match="64 bits|at most 2147483647"):
+            SamplingParams(**{field: value})
+
+
+def test_a_timeout_that_no_message_takes_is_refused(client: EngineClient) -> None:
+    for timeout in (10**20, 1e300, 0, -1, float("nan")):
+        with pytest.raises(RequestError, match="timeout must be"):
+            client.add(client.check(IDS), timeout=timeout)
+    assert not client.outbox
