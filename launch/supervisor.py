@@ -33,6 +33,7 @@ DRAIN_SECONDS = 5
 _LAST_WORDS_SECONDS = 1
 _WATCH_SECONDS = 0.25
 SERVER_DECODE_GAP = 3.0
+SERVER_LOG_STATS_INTERVAL = 10.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -45,7 +46,7 @@ def serve(config: EngineConfig) -> int:
         NanoEngineError: what keeps the engine from starting.
     """
     with contextlib.closing(listen(config.server)) as listener, Signals() as signals:
-        configure_logging(config.server.log_level, "server")
+        configure_logging(config.server.log_level, "server", config.server.log_format)
         if config.server.log_level != "debug":
             for name in ("uvicorn", "asyncio"):
                 logging.getLogger(name).setLevel(logging.WARNING)
@@ -53,11 +54,13 @@ def serve(config: EngineConfig) -> int:
 
 
 def with_server_defaults(config: EngineConfig) -> EngineConfig:
-    """The settings whose default differs for a server: its streams have readers."""
-    if config.scheduler.max_decode_gap is not None:
-        return config
-    scheduler = dataclasses.replace(config.scheduler, max_decode_gap=SERVER_DECODE_GAP)
-    return dataclasses.replace(config, scheduler=scheduler)
+    """The settings whose default differs for a server: its streams have readers, and so has its log."""
+    scheduler, server = config.scheduler, config.server
+    if scheduler.max_decode_gap is None:
+        scheduler = dataclasses.replace(scheduler, max_decode_gap=SERVER_DECODE_GAP)
+    if server.log_stats_interval is None:
+        server = dataclasses.replace(server, log_stats_interval=SERVER_LOG_STATS_INTERVAL)
+    return dataclasses.replace(config, scheduler=scheduler, server=server)
 
 
 class Signals:

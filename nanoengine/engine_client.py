@@ -13,7 +13,7 @@ import random
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from configs.engine import EngineConfig
@@ -37,10 +37,13 @@ from nanoengine.messages import (
     Message,
     Ready,
     ResetPrefixCache,
+    Stats,
     TokenDelta,
     spelt_out,
 )
 from nanoengine.prompts import Prompt, check_params
+from nanoengine.recorder import RequestRecorder
+from nanoengine.request_checks import check_against_model, check_prompt, tokenise_bad_words
 from nanoengine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -86,6 +89,7 @@ class EngineClient:
         config: resolved.
         tokenizer: None when the engine runs without one; then token ids go in and out.
         clock: monotonic seconds.
+        recorder: is told of each request's life.
     """
 
     def __init__(
@@ -94,13 +98,16 @@ class EngineClient:
         tokenizer: Tokenizer | None = None,
         client_id: str | None = None,
         clock: Callable[[], float] = time.monotonic,
+        recorder: RequestRecorder | None = None,
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
         self.client_id = client_id or uuid.uuid4().hex
         self.outbox: deque[Message] = deque()
         self.facts: Ready | None = None  # what the scheduler told of itself; None until it is ready
+        self.stats: Stats | None = None  # the latest that the scheduler told
         self.failure: EngineDeadError | None = None  # why no request can be served any more
+        self._recorder = recorder or RequestRecorder()
         self._live: dict[str, RequestJournal] = {}  # by wire id
         self._by_request_id: dict[str, RequestJournal] = {}
         self._queued: dict[str, int] = {}  # prompt tokens of what waits for its first token, by wire id
@@ -151,71 +158,13 @@ class EngineClient:
         assert bool(grammar) == (params.structured_outputs is not None), "compile structured_outputs first"
         encoded = self.encode(prompt)
         token_ids = encoded.token_ids or []
-        self._check_prompt(token_ids)
-        self._check_against_model(params)
+        check_prompt(token_ids, self.config)
+        check_against_model(params, self.config, self.tokenizer)
         if params.bad_words:
-            params = self._tokenise_bad_words(params)
+            params = tokenise_bad_words(params, self.tokenizer)
         room = self.config.max_model_len - len(token_ids)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         return CheckedRequest(encoded.text, token_ids, params, max_tokens, encoded.cache_salt, grammar)
-
-    def _check_prompt(self, token_ids: list[int]) -> None:
-        if not token_ids:
-            raise RequestError("the prompt must hold at least 1 token, got none", "prompt")
-        limit = self.config.max_model_len
-        if len(token_ids) >= limit:
-            raise RequestError(
-                f"the prompt must be at most {limit - 1} tokens long, which leaves room for 1 token within "
-                f"max_model_len ({limit}); got {len(token_ids)} tokens",
-                "prompt",
-                "context_length_exceeded",
-            )
-        self._check_vocabulary(token_ids, "prompt", "token ids of the prompt")
-
-    def _check_against_model(self, params: SamplingParams) -> None:
-        self._check_vocabulary(params.stop_token_ids or (), "stop_token_ids", "stop_token_ids")
-        self._check_vocabulary(params.logit_bias or (), "logit_bias", "token ids of logit_bias")
-        self._check_vocabulary(params.allowed_token_ids or (), "allowed_token_ids", "allowed_token_ids")
-        for ids in params.bad_words_token_ids or ():
-            self._check_vocabulary(ids, "bad_words_token_ids", "bad_words_token_ids")
-        stops = {*self.config.resolved_checkpoint.eos_token_ids, *(params.stop_token_ids or ())}
-        if params.min_tokens and params.allowed_token_ids and stops.issuperset(params.allowed_token_ids):
-            raise RequestError(
-                "allowed_token_ids must hold a token that does not end the output, since min_tokens is "
-                f"{params.min_tokens}; got {list(params.allowed_token_ids)!r:.200}", "allowed_token_ids",
-            )  # fmt: skip
-        if params.stop and self.tokenizer is None:
-            raise RequestError(
-                "stop strings need a tokenizer, and the engine runs without one (skip_tokenizer_init): "
-                "use stop_token_ids",
-                "stop",
-            )
-
-    def _tokenise_bad_words(self, params: SamplingParams) -> SamplingParams:
-        """Add each word's ids, and those of the word behind a space unless they end in the former anyway."""
-        if self.tokenizer is None:
-            raise RequestError(
-                "bad_words need a tokenizer, and the engine runs without one (skip_tokenizer_init): "
-                "use bad_words_token_ids",
-                "bad_words",
-            )
-        found = [tuple(ids) for ids in params.bad_words_token_ids or ()]
-        for word in params.bad_words or ():
-            try:
-                bare = tuple(self.tokenizer.encode(word.lstrip() or word, add_special_tokens=False))
-                spaced = tuple(self.tokenizer.encode(" " + word.lstrip(), add_special_tokens=False))
-            except RequestError as error:
-                raise RequestError(f"bad_words: {error.message}", "bad_words") from None
-            found += [bare] if spaced[-len(bare) :] == bare else [bare, spaced]
-        return dataclasses.replace(params, bad_words_token_ids=tuple(dict.fromkeys(filter(None, found))))
-
-    def _check_vocabulary(self, token_ids: Iterable[int], param: str, what: str) -> None:
-        vocab_size = self.config.resolved_checkpoint.vocab_size
-        for position, token in enumerate(token_ids):
-            if not 0 <= token < vocab_size:
-                raise RequestError(
-                    f"{what} must be from 0 to {vocab_size - 1}, got {token} at position {position}", param
-                )
 
     def check_queue(self, num_requests: int = 1) -> None:
         """Raise QueueFullError unless so many more requests may wait for their first token. Costs no tokenising."""
@@ -278,6 +227,7 @@ class EngineClient:
         self._queued[journal.wire_id] = len(request.prompt_token_ids)
         self._live[journal.wire_id] = self._by_request_id[request_id] = journal
         self.outbox.extend(journal.submission(self.client_id))
+        self._recorder.accepted(journal)
         return journal
 
     def _timeout(self, asked: object) -> float | None:
@@ -335,6 +285,7 @@ class EngineClient:
             self._queued.pop(journal.wire_id, None)
             del self._live[journal.wire_id]
             del self._by_request_id[journal.request_id]
+            self._recorder.ended(journal)
 
     # -- what the scheduler says --------------------------------------------------------------------------------
 
@@ -348,7 +299,7 @@ class EngineClient:
         Raises ChannelError for a message that no scheduler sends.
         """
         self._heard(self._clock())
-        if not isinstance(message, Ready | Deltas | EngineFailure):
+        if not isinstance(message, Ready | Deltas | Stats | EngineFailure):
             raise ChannelError(f"a scheduler does not send {type(message).__name__}")
         if message.incarnation < self._incarnation:
             return []  # last words of a scheduler that was replaced
@@ -358,6 +309,9 @@ class EngineClient:
                 self.outbox.extend(self.resubmit_all())
         if isinstance(message, Ready):
             self.facts = message
+            return []
+        if isinstance(message, Stats):
+            self.stats = message
             return []
         if isinstance(message, EngineFailure):
             return self.fail(from_wire(message.error))
@@ -376,7 +330,7 @@ class EngineClient:
                 journal.add_metrics(delta.metrics)
             changed = self._apply(journal, sequence, delta)
         except Exception as error:  # whatever a tokenizer may raise: a request that fails, fails alone
-            logger.exception("request %s failed in the front end", journal.request_id)
+            logger.exception("a request failed in the front end", extra={"request_id": journal.request_id})
             self._fail_request(journal, EngineError(f"the front end failed: {type(error).__name__}: {error}"))
             self.outbox.append(Abort(journal.wire_id, None, "error"))
             changed = True
@@ -399,7 +353,7 @@ class EngineClient:
         logprobs = None if delta.logprobs is None else delta.logprobs[length - delta.start :]
         matched = sequence.append(new, hide_last=delta.finish_reason == "stop", logprobs=logprobs)
         if new:
-            journal.touch(time.time())
+            self._note_tokens(journal, sequence, len(new))
             self._queued.pop(journal.wire_id, None)
         if matched is not None:
             sequence.finish("stop", matched)
@@ -418,7 +372,7 @@ class EngineClient:
             logprobs = None if delta.logprobs is None else delta.logprobs[length - delta.start :]
             matched = sequence.append(new, logprobs=logprobs)
             if new:
-                journal.touch(time.time())
+                self._note_tokens(journal, sequence, len(new))
         if matched is not None:
             sequence.finish("stop", matched)
             return True
@@ -426,6 +380,12 @@ class EngineClient:
             journal.failure = error = error or EngineError("the engine gave no reason")
         sequence.finish(str(delta.finish_reason), error=None if error is None else error.message)
         return True
+
+    def _note_tokens(self, journal: RequestJournal, sequence: SequenceJournal, num_tokens: int) -> None:
+        now = time.time()
+        self._recorder.got_tokens(journal, sequence, num_tokens, now)
+        journal.touch(now)
+        sequence.last_token_time = now
 
     def _ask_again(self, journal: RequestJournal, urgent: bool) -> bool:
         """Tokens are missing: have the scheduler send everything behind the journal once more."""
@@ -438,7 +398,8 @@ class EngineClient:
             self.outbox.append(Abort(journal.wire_id, None, "error"))
             return True
         journal.next_replay = now + REPLAY_INTERVAL
-        logger.warning("tokens of request %s are missing; asking for them again", journal.request_id)
+        named = {"request_id": journal.request_id}
+        logger.warning("tokens of a request are missing; asking for them again", extra=named)
         self.outbox.extend(journal.submission(self.client_id))
         return False
 

@@ -84,7 +84,7 @@ def run_rank(arguments: RankArguments) -> None:
     if not processes.set_death_signal(signal.SIGKILL, arguments.parent_pid):
         os._exit(1)
     processes.name_process(f"nano-worker-{rank}")
-    processes.configure_logging(config.server.log_level, f"worker rank {rank}")
+    processes.configure_logging(config.server.log_level, f"worker rank {rank}", config.server.log_format)
     num_threads = processes.limit_threads(config.parallel.world_size)
 
     control = ControlBlock(arguments.control.fd, config.parallel.world_size)

@@ -29,6 +29,7 @@ from configs.errors import RequestError, RequestTimeoutError, from_wire, to_wire
 from nanoengine.admission import SchedulerLimits, check_admissible, reserved_blocks, serving_order
 from nanoengine.block_manager import BlockManager
 from nanoengine.decode_set import DecodeSet, StepInFlight
+from nanoengine.engine_stats import StepTotals
 from nanoengine.forking import Start, after_siblings, chunk_before_fork, find_start
 from nanoengine.invariants import check_invariants
 from nanoengine.messages import AddRequest
@@ -63,6 +64,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.requests: dict[tuple[str, str], Request] = {}
         self.num_preemptions = self.num_swaps = 0  # of all preemptions, those by swapping
+        self.totals = StepTotals()
         self._seq_ids = itertools.count(1)
         self._step_id = 0
         self.in_flight: deque[StepInFlight] = deque()
@@ -264,7 +266,8 @@ class Scheduler:
                 if seq.num_pending_tokens:
                     return False  # the token that is on its way belongs to the output still
                 # Nobody is left to give way: it has outgrown the whole cache.
-                logger.warning("request %s ends early: the K/V cache holds no more of it", seq.request.request_id)
+                named = {"request_id": seq.request.request_id}
+                logger.warning("a request ends early: the K/V cache holds no more of it", extra=named)
                 self._finish(seq, SequenceStatus.FINISHED_LENGTH_CAPPED, start=seq.num_completion_tokens)
                 return False
             batch.budget += victim.steady is not None
@@ -368,7 +371,9 @@ class Scheduler:
             return
         flight = self.in_flight.popleft()
         assert flight.step_id == output.step_id, f"step {output.step_id} was collected where {flight.step_id} was due"
-        self._costs.observe(flight.num_decodes, flight.num_prefill_tokens, output.compute_seconds)
+        num_decodes, num_prefill_tokens = flight.num_decodes, flight.num_prefill_tokens
+        self._costs.observe(num_decodes, num_prefill_tokens, output.compute_seconds)
+        self.totals.count_step(num_decodes, num_prefill_tokens)
         for row, chunk in output.prompt_logprobs.items():
             seq = flight.records[row - len(flight.steady)].seq
             if seq.prompt_log is not None and not seq.is_finished:
@@ -386,6 +391,7 @@ class Scheduler:
         for seq, num_computed in self.steady.filled(flight.age):
             self.blocks.publish(seq, num_computed - 1, num_computed)
         if token_ids:
+            self.totals.num_generated_tokens += len(token_ids)
             self._outbox.emit_columns(rows, flight.age, token_ids)
         for row in odd:
             self._commit_row(flight.record(row), output, row)
@@ -405,6 +411,7 @@ class Scheduler:
         start = seq.num_completion_tokens
         for token_id, token_logprobs in itertools.zip_longest(token_ids, logprobs):
             seq.append_token(token_id, token_logprobs)
+            self.totals.num_generated_tokens += 1
             status = self._stop_status(seq)
             if status is not None:
                 self._finish(seq, status, start)

@@ -7,8 +7,10 @@ from typing import Protocol
 
 from configs.engine import EngineConfig
 from configs.errors import NanoEngineError
+from nanoengine.messages import Stats
 from nanoengine.outputs import RequestOutput
 from nanoengine.prompts import PromptInput
+from nanoengine.recorder import RequestRecorder
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.tokenizer import Tokenizer
 
@@ -16,10 +18,14 @@ from nanoengine.tokenizer import Tokenizer
 class Engine(Protocol):
     """See `nanoengine.async_llm.AsyncLLM`."""
 
+    recorder: RequestRecorder | None
+
     @property
     def config(self) -> EngineConfig: ...
     @property
     def tokenizer(self) -> Tokenizer | None: ...
+    @property
+    def stats(self) -> Stats | None: ...
     @property
     def is_ready(self) -> bool: ...
     @property

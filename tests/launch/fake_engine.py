@@ -19,8 +19,10 @@ from configs.errors import EngineError, NanoEngineError, QueueFullError
 from launch.server.app import create_app
 from nanoengine.detokenizer import IncrementalDetokenizer, StopChecker
 from nanoengine.engine_client import EngineClient
+from nanoengine.messages import Stats
 from nanoengine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from nanoengine.prompts import PromptInput, parse_prompt
+from nanoengine.recorder import RequestRecorder
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.structured_outputs import StructuredOutputsParams
 from nanoengine.tokenizer import Tokenizer
@@ -55,6 +57,8 @@ class FakeEngine:
         self.queue_is_full = False
         self.failure_kind: str | None = None
         self.num_resets = 0
+        self.stats: Stats | None = None
+        self.recorder: RequestRecorder | None = None
 
     async def generate(
         self,

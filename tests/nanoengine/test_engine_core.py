@@ -25,6 +25,7 @@ from nanoengine.messages import (
     Hello,
     Message,
     Ready,
+    Stats,
     TokenColumns,
     TokenDelta,
     decode,
@@ -78,6 +79,7 @@ class FrontEnd:
 
     def __init__(self, address: str, client_id: str, **options: int) -> None:
         self.client_id = client_id
+        self.stats: list[Stats] = []
         self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self.socket.setsockopt(zmq.IDENTITY, client_id.encode())
         self.socket.setsockopt(zmq.LINGER, 0)
@@ -89,8 +91,13 @@ class FrontEnd:
         self.socket.send(encode(message))
 
     def receive(self, timeout: float = 5.0) -> Message:
-        assert self.socket.poll(int(timeout * 1000)), "no answer in time"
-        return decode(self.socket.recv())
+        """The next message but for statistics, which come at their own times and are kept in `stats`."""
+        while True:
+            assert self.socket.poll(int(timeout * 1000)), "no answer in time"
+            message = decode(self.socket.recv())
+            if not isinstance(message, Stats):
+                return message
+            self.stats.append(message)
 
     def add(self, request_id: str, prompt: list[int], **params: Any) -> None:
         sampling = SamplingParams(**({"temperature": 0} | params)).to_dict()
