@@ -353,7 +353,7 @@ class EngineClient:
         logprobs = None if delta.logprobs is None else delta.logprobs[length - delta.start :]
         matched = sequence.append(new, hide_last=delta.finish_reason == "stop", logprobs=logprobs)
         if new:
-            self._note_tokens(journal, sequence, len(new))
+            self._note_tokens(journal, sequence, len(sequence.token_ids) - length)
             self._queued.pop(journal.wire_id, None)
         if matched is not None:
             sequence.finish("stop", matched)
@@ -372,7 +372,7 @@ class EngineClient:
             logprobs = None if delta.logprobs is None else delta.logprobs[length - delta.start :]
             matched = sequence.append(new, logprobs=logprobs)
             if new:
-                self._note_tokens(journal, sequence, len(new))
+                self._note_tokens(journal, sequence, len(sequence.token_ids) - length)
         if matched is not None:
             sequence.finish("stop", matched)
             return True

@@ -41,9 +41,11 @@ class StepTotals:
 
     def count_step(self, num_decodes: int, num_prefill_tokens: int) -> None:
         """A step returned that computed so many generated tokens and so many others."""
-        self.num_prefill_tokens += num_prefill_tokens
-        self.num_step_tokens += num_decodes + num_prefill_tokens
-        self.steps_by_tokens[bisect_left(STEP_TOKEN_BOUNDS, num_decodes + num_prefill_tokens)] += 1
+        num_tokens = num_decodes + num_prefill_tokens
+        if num_tokens:  # a step may only name who is dropped
+            self.num_prefill_tokens += num_prefill_tokens
+            self.num_step_tokens += num_tokens
+            self.steps_by_tokens[bisect_left(STEP_TOKEN_BOUNDS, num_tokens)] += 1
 
 
 def engine_stats(scheduler: Scheduler, incarnation: int) -> Stats:
