@@ -14,6 +14,7 @@ from nanoengine.messages import Stats
 from nanoengine.sequence import SequenceStatus
 
 if TYPE_CHECKING:
+    from nanoengine.decode_set import StepInFlight
     from nanoengine.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ class StepTotals:
 
     Attributes:
         num_prefill_tokens: tokens of prompts, and of outputs that were computed again.
-        num_generated_tokens: tokens that were sampled and belong to an output.
+        num_generated_tokens: tokens that were sampled and belong to an output, or to a beam.
         num_step_tokens: all rows' tokens.
         steps_by_tokens: steps by their number of tokens: up to each of `STEP_TOKEN_BOUNDS`, and more.
     """
@@ -39,13 +40,15 @@ class StepTotals:
         self.num_prefill_tokens = self.num_generated_tokens = self.num_step_tokens = 0
         self.steps_by_tokens = [0] * (len(STEP_TOKEN_BOUNDS) + 1)
 
-    def count_step(self, num_decodes: int, num_prefill_tokens: int) -> None:
-        """A step returned that computed so many generated tokens and so many others."""
+    def count_step(self, flight: StepInFlight) -> tuple[int, int]:
+        """A step returned; returns how many generated tokens it computed, and how many others."""
+        num_decodes, num_prefill_tokens = flight.num_decodes, flight.num_prefill_tokens
         num_tokens = num_decodes + num_prefill_tokens
         if num_tokens:  # a step may only name who is dropped
             self.num_prefill_tokens += num_prefill_tokens
             self.num_step_tokens += num_tokens
             self.steps_by_tokens[bisect_left(STEP_TOKEN_BOUNDS, num_tokens)] += 1
+        return num_decodes, num_prefill_tokens
 
 
 def engine_stats(scheduler: Scheduler, incarnation: int) -> Stats:

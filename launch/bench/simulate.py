@@ -138,9 +138,8 @@ class Simulation:
         for _, delta in self.scheduler.take_deltas().entries:
             self.num_output_tokens += len(delta.token_ids)
             if isinstance(delta, TokenColumns):  # sequences that neither begin nor end
-                for request_id in delta.request_ids:
-                    self.gaps.append(now - self._last[request_id])
-                    self._last[request_id] = now
+                self.gaps.extend([now - self._last[request_id] for request_id in delta.request_ids])
+                self._last.update(dict.fromkeys(delta.request_ids, now))
                 continue
             if delta.token_ids:
                 if delta.start == 0:

@@ -23,6 +23,7 @@ from launch.server.schema import (
     TokenizeRequest,
     chat_messages,
     check_num_sequences,
+    num_outputs,
     repeated_message,
 )
 from nanoengine.tokenizer import Tokenizer
@@ -71,7 +72,7 @@ async def create_completion(request: Request, body: Annotated[CompletionRequest,
     """Continue one or several prompts."""
     engine = _serving(request, body.model)
     body.check()
-    params, prompts = body.sampling_params(engine.config.default_sampling), body.prompts()
+    params, prompts = body.params(engine.config.default_sampling), body.prompts()
     check_num_sequences(len(prompts), params)
     engine.check_queue(len(prompts))
     echo = await _echo(engine, body, prompts) if body.echo else None
@@ -83,7 +84,7 @@ async def create_completion(request: Request, body: Annotated[CompletionRequest,
         answer_id,
         engine.config.served_model_name,
         len(prompts),
-        params.n,
+        num_outputs(params),
         bool(body.return_token_ids),
         body.include_usage,
         echo=echo,
@@ -112,7 +113,7 @@ async def create_chat_completion(request: Request, body: Annotated[ChatCompletio
     """Answer a conversation."""
     engine = _serving(request, body.model)
     body.check()
-    params, messages = body.sampling_params(engine.config.default_sampling), chat_messages(body.messages)
+    params, messages = body.params(engine.config.default_sampling), chat_messages(body.messages)
     engine.check_queue()
     tokenizer, repeated = _tokenizer(engine, "messages"), repeated_message(messages, body.echo)
     prompt = await asyncio.to_thread(tokenizer.apply_chat_template, messages)
@@ -121,7 +122,7 @@ async def create_chat_completion(request: Request, body: Annotated[ChatCompletio
         answer_id,
         engine.config.served_model_name,
         1,
-        params.n,
+        num_outputs(params),
         bool(body.return_token_ids),
         body.include_usage,
         tokenizer.token_bytes,
