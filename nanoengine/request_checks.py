@@ -1,9 +1,9 @@
-"""What a front end refuses of a request by looking at the model: its length, its token ids; knows no journal."""
+"""Whether a request can be served by this model with these settings; knows no journal, no queue and no transport."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from configs.engine import EngineConfig
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def check_prompt(token_ids: list[int], config: EngineConfig) -> None:
-    """Raise RequestError unless the prompt leaves room for a token and consists of the model's tokens."""
+    """Raise RequestError for a prompt that is empty, too long to leave room for a token, or not of the vocabulary."""
     if not token_ids:
         raise RequestError("the prompt must hold at least 1 token, got none", "prompt")
     limit = config.max_model_len
@@ -26,17 +26,16 @@ def check_prompt(token_ids: list[int], config: EngineConfig) -> None:
             "prompt",
             "context_length_exceeded",
         )
-    _check_vocabulary(token_ids, "prompt", "token ids of the prompt", config.resolved_checkpoint.vocab_size)
+    _check_vocabulary(token_ids, config, "prompt", "token ids of the prompt")
 
 
 def check_against_model(params: SamplingParams, config: EngineConfig, tokenizer: Tokenizer | None) -> None:
-    """Raise RequestError where parameters name tokens that the model lacks, or need a tokenizer that is not there."""
-    vocab_size = config.resolved_checkpoint.vocab_size
-    _check_vocabulary(params.stop_token_ids or (), "stop_token_ids", "stop_token_ids", vocab_size)
-    _check_vocabulary(params.logit_bias or (), "logit_bias", "token ids of logit_bias", vocab_size)
-    _check_vocabulary(params.allowed_token_ids or (), "allowed_token_ids", "allowed_token_ids", vocab_size)
+    """Raise RequestError for parameters that this model or its tokenizer cannot serve."""
+    _check_vocabulary(params.stop_token_ids or (), config, "stop_token_ids", "stop_token_ids")
+    _check_vocabulary(params.logit_bias or (), config, "logit_bias", "token ids of logit_bias")
+    _check_vocabulary(params.allowed_token_ids or (), config, "allowed_token_ids", "allowed_token_ids")
     for ids in params.bad_words_token_ids or ():
-        _check_vocabulary(ids, "bad_words_token_ids", "bad_words_token_ids", vocab_size)
+        _check_vocabulary(ids, config, "bad_words_token_ids", "bad_words_token_ids")
     stops = {*config.resolved_checkpoint.eos_token_ids, *(params.stop_token_ids or ())}
     if params.min_tokens and params.allowed_token_ids and stops.issuperset(params.allowed_token_ids):
         raise RequestError(
@@ -53,7 +52,8 @@ def check_against_model(params: SamplingParams, config: EngineConfig, tokenizer:
 def tokenise_bad_words(params: SamplingParams, tokenizer: Tokenizer | None) -> SamplingParams:
     """Add each word's ids, and those of the word behind a space unless they end in the former anyway.
 
-    Raises RequestError without a tokenizer, or for a word that is no Unicode.
+    Raises:
+        RequestError: there is no tokenizer, or a word is not valid Unicode.
     """
     if tokenizer is None:
         raise RequestError(
@@ -72,7 +72,9 @@ def tokenise_bad_words(params: SamplingParams, tokenizer: Tokenizer | None) -> S
     return dataclasses.replace(params, bad_words_token_ids=tuple(dict.fromkeys(filter(None, found))))
 
 
-def _check_vocabulary(token_ids: Iterable[int], param: str, what: str, vocab_size: int) -> None:
-    for position, token in enumerate(token_ids):
-        if not 0 <= token < vocab_size:
-            raise RequestError(f"{what} must be from 0 to {vocab_size - 1}, got {token} at position {position}", param)
+def _check_vocabulary(token_ids: Collection[int], config: EngineConfig, param: str, what: str) -> None:
+    vocab_size = config.resolved_checkpoint.vocab_size
+    if not token_ids or (min(token_ids) >= 0 and max(token_ids) < vocab_size):
+        return
+    position, token = next((at, token) for at, token in enumerate(token_ids) if not 0 <= token < vocab_size)
+    raise RequestError(f"{what} must be from 0 to {vocab_size - 1}, got {token} at position {position}", param)
