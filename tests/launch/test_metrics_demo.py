@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
+from configs.engine import EngineConfig
+from launch.supervisor import with_server_defaults
 from tests.launch.prometheus_text import by_label, total
 from tests.launch.server_process import ServerProcess
 
@@ -29,6 +31,12 @@ def server() -> Iterator[ServerProcess]:
 @pytest.fixture(scope="module")
 def url(server: ServerProcess) -> str:
     return server.wait_ready()
+
+
+def test_a_server_logs_status_lines_unless_it_shall_not_and_a_program_does_not() -> None:
+    assert EngineConfig.create().server.log_stats_interval is None
+    assert with_server_defaults(EngineConfig.create()).server.log_stats_interval == 10
+    assert with_server_defaults(EngineConfig.create(log_stats_interval=0)).server.log_stats_interval == 0
 
 
 async def ask(client: httpx.AsyncClient, **body: object) -> httpx.Response:
