@@ -23,7 +23,7 @@ from nanoengine.engine_process import Bootstrap, receive_bootstrap
 from nanoengine.engine_stats import SETTLE_SECONDS, ReportTimes, StatusLine, engine_stats
 from nanoengine.executor import MAX_IN_FLIGHT, Executor, ExecutorFacts, create_executor
 from nanoengine.front_socket import FrontSocket
-from nanoengine.messages import Abort, AddRequest, EngineFailure, Hello, Ready, ResetPrefixCache
+from nanoengine.messages import Abort, AbortNamed, AddRequest, EngineFailure, Hello, Ready, ResetPrefixCache
 from nanoengine.processes import name_process
 from nanoengine.scheduler import Scheduler, SchedulerLimits
 from nanoengine.step import Epoch
@@ -129,6 +129,9 @@ class EngineCore:
                 named = {"request_id": message.request_id}
                 logger.debug("a request is aborted: %s", message.reason, extra=named)
                 self.scheduler.abort(client_id, message.request_id, message.index)
+            elif isinstance(message, AbortNamed):
+                for other in sorted(self.clients - {client_id}):
+                    self.front.send(other, message)
             elif isinstance(message, ResetPrefixCache):
                 self.scheduler.blocks.reset_prefix_cache()
             elif isinstance(message, Hello):

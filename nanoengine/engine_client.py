@@ -32,6 +32,7 @@ from nanoengine.beam_search import beams_of
 from nanoengine.journal import CheckedRequest, RequestJournal, SequenceJournal
 from nanoengine.messages import (
     Abort,
+    AbortNamed,
     AddRequest,
     Deltas,
     EngineFailure,
@@ -110,6 +111,11 @@ class EngineClient:
     def num_unfinished(self) -> int:
         """Requests that will still get tokens."""
         return len(self._live)
+
+    @property
+    def num_queued(self) -> int:
+        """Those of them that wait for their first token."""
+        return len(self._queued)
 
     def open_request_ids(self) -> list[str]:
         """Ids of the requests that will still get tokens, oldest first."""
@@ -262,6 +268,11 @@ class EngineClient:
         self._forget_if_finished(journal)
         return journal
 
+    def abort_named(self, named: AbortNamed) -> list[RequestJournal]:
+        """End all requests that a message names; returns their journals."""
+        ended = [self.abort(each) for each in self._by_request_id.copy() if named.stands_for(each)]
+        return [journal for journal in ended if journal is not None]
+
     def resubmit_all(self) -> list[AddRequest | Abort]:
         """The messages that hand every unfinished request to a scheduler that knows nothing of them."""
         return [message for journal in self._live.values() for message in journal.submission(self.client_id)]
@@ -291,6 +302,8 @@ class EngineClient:
         Raises ChannelError for a message that no scheduler sends.
         """
         self._heard(self._clock())
+        if isinstance(message, AbortNamed):
+            return self.abort_named(message)
         if not isinstance(message, Ready | Deltas | Stats | EngineFailure):
             raise ChannelError(f"a scheduler does not send {type(message).__name__}")
         if message.incarnation < self._incarnation:

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import logging
 import time
-import uuid
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from launch.server.metrics import ServerMetrics
-from nanoengine.logs import current_request_id
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +42,6 @@ class ObserveHttp:
                 status = message["status"]
             await send(message)
 
-        state = scope.setdefault("state", {})
-        current_request_id.set(state.setdefault("request_id", uuid.uuid4().hex))
         try:
             await self._app(scope, receive, watched)
         finally:

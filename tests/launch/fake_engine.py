@@ -17,6 +17,7 @@ import uvicorn
 from configs.engine import EngineConfig
 from configs.errors import EngineError, NanoEngineError, QueueFullError
 from launch.server.app import create_app
+from launch.server.protocol import BoundedProtocol
 from nanoengine.beam_params import BeamSearchParams
 from nanoengine.detokenizer import IncrementalDetokenizer, StopChecker
 from nanoengine.engine_client import EngineClient
@@ -91,6 +92,14 @@ class FakeEngine:
             self.open.discard(request_id)
             if not finished:
                 self.aborted.append(request_id)
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self.open)
+
+    @property
+    def num_queued(self) -> int:
+        return 0
 
     async def beam_search(
         self, prompt: PromptInput, params: BeamSearchParams, request_id: str | None = None, **scheduling: Any
@@ -186,7 +195,9 @@ class FakeEngine:
 def served(engine: FakeEngine) -> Iterator[str]:
     """The address of a real uvicorn server over the engine, in a thread."""
     listener = socket.create_server(("127.0.0.1", 0))
-    settings = uvicorn.Config(create_app(engine), log_config=None, lifespan="off", timeout_graceful_shutdown=1)
+    settings = uvicorn.Config(
+        create_app(engine), http=BoundedProtocol, log_config=None, lifespan="off", timeout_graceful_shutdown=1
+    )
     server = uvicorn.Server(settings)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

@@ -114,6 +114,7 @@ async def test_metrics_add_up_after_a_mixed_run(url: str) -> None:
 
 async def test_the_log_is_json_with_ids_and_a_status_line_and_without_prompts(server: ServerProcess, url: str) -> None:
     async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+        client.headers["X-Request-Id"] = "chosen-by-the-client"
         answer = await ask(client, max_tokens=700, ignore_eos=True)
         written = answer.json()["choices"][0]["text"]
         assert (await ask(client, temperature=-3)).status_code == 400
@@ -126,8 +127,33 @@ async def test_the_log_is_json_with_ids_and_a_status_line_and_without_prompts(se
     assert written[:20] not in everything
     asked = [line for line in lines if line["logger"] == "launch.server.access"]
     assert all(line["request_id"] for line in asked)
+    assert "chosen-by-the-client" in {line["request_id"] for line in asked}
     assert {line["status"] for line in asked} >= {200, 400, 404, 429, 504}
     assert {line["process"] for line in lines} >= {"server", "scheduler", "worker rank 0"}
     status_lines = [line for line in lines if line["message"].startswith("running: ")]
     assert status_lines
     assert {line["process"] for line in status_lines} == {"scheduler"}
+
+
+async def test_metrics_of_two_front_ends_are_the_sum_at_each_of_them() -> None:
+    with ServerProcess("--api-server-count", "2") as server:
+        url = server.wait_ready()
+
+        async def scrape() -> str:
+            async with httpx.AsyncClient(base_url=url, verify=False) as client:  # anew, perhaps to the other one
+                return (await client.get("/metrics")).text
+
+        async def ask_anew() -> None:
+            async with httpx.AsyncClient(base_url=url, verify=False, timeout=60) as client:
+                assert (await ask(client, max_tokens=5, ignore_eos=True)).status_code == 200
+
+        await asyncio.gather(*(ask_anew() for _ in range(16)))
+        deadline, num_right = time.monotonic() + 10, 0
+        while num_right < 16:  # in a row, so that both have answered
+            text = await scrape()
+            is_right = total(text, "request_success_total") == 16 and total(text, "num_requests_running") == 0
+            num_right = num_right + 1 if is_right else 0
+            assert time.monotonic() < deadline, text
+        assert total(text, "generation_tokens_total") == 80
+        assert total(text, "http_requests_total", handler="/v1/completions") == 16
+        assert total(text, "engine_ready") == 1
