@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 import types
 from collections.abc import Callable, Iterator
@@ -102,7 +103,10 @@ def run_rank(arguments: RankArguments) -> None:
     )  # fmt: skip
     try:
         port.set_phase(Phase.LOADING)
-        resolve(arguments.entry)(port)
+        began = time.monotonic()
+        entry = resolve(arguments.entry)
+        logger.log(logging.DEBUG if rank else logging.INFO, "imported its code in %.2f s", time.monotonic() - began)
+        entry(port)
     except BaseException as error:
         with contextlib.suppress(Exception):
             port.report_failure(to_wire(error), traceback.format_exc())
