@@ -178,6 +178,14 @@ class ServerConfig(_Validated):
         None, "seconds after which a request that is not complete ends with an error (default: never)", above=0
     )
     log_level: str = setting("info", "least severe level that is logged", choices=("debug", "info", "warning", "error"))
+    log_format: str = setting("text", "form of the log: lines of text, or of JSON", choices=("text", "json"))
+    log_stats_interval: float | None = setting(
+        None,
+        "seconds of work between two status lines in the log, 0 for none (default: 10 for a server, else none)",
+        minimum=0,
+        maximum=86400,
+    )
+    access_log: bool = setting(True, "log each HTTP request when it is answered")
 
     def __post_init__(self) -> None:
         if isinstance(self.api_key, str | list):  # one key from Python, several from the pipe

@@ -11,6 +11,7 @@ import logging
 import resource
 import socket
 from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import uvicorn
@@ -50,6 +51,7 @@ class FrontEnd:
     Args:
         stop: becomes done when the server shall stop.
         on_ready: called once the engine serves.
+        metrics_dir: see `create_app`.
     """
 
     def __init__(
@@ -59,12 +61,13 @@ class FrontEnd:
         keys: ApiKeys,
         stop: asyncio.Future[None],
         on_ready: Callable[[], None],
+        metrics_dir: Path | None = None,
     ) -> None:
         self._engine, self._listener, self._stop, self._on_ready = engine, listener, stop, on_ready
         self._lifecycle = Lifecycle()
         self._server = _Server(
             uvicorn.Config(
-                create_app(engine, keys, self._lifecycle),
+                create_app(engine, keys, self._lifecycle, metrics_dir=metrics_dir),
                 http=BoundedProtocol,
                 ws="none",
                 log_config=None,

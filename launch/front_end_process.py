@@ -6,6 +6,7 @@ It knows its listening socket, the engine's address and the pipes to its owner, 
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import signal
@@ -57,10 +58,12 @@ async def _run(config: EngineConfig, message: dict[str, Any]) -> NanoEngineError
             stop.set_result(None)
 
     loop.add_signal_handler(signal.SIGTERM, ask_to_stop)
-    engine = AsyncLLM(config=config, engine=AttachedEngine(Path(message["run_dir"]), message["status_fd"]))
+    run_dir = Path(message["run_dir"])
+    engine = AsyncLLM(config=config, engine=AttachedEngine(run_dir, message["status_fd"]))
     keys = ApiKeys(bytes.fromhex(digest) for digest in message["key_digests"])
     with socket.socket(fileno=message["listener_fd"]) as listener:
-        return await FrontEnd(engine, listener, keys, stop, lambda: _report(message, {"ready": True})).run()
+        on_ready = functools.partial(_report, message, {"ready": True})
+        return await FrontEnd(engine, listener, keys, stop, on_ready, run_dir / "metrics").run()
 
 
 def _report(message: dict[str, Any], report: dict[str, Any]) -> None:

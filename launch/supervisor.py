@@ -28,6 +28,7 @@ from nanoengine.processes import configure_logging
 logger = logging.getLogger(__name__)
 
 SERVER_DECODE_GAP = 3.0
+SERVER_LOG_STATS_INTERVAL = 10.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -49,18 +50,20 @@ def serve(config: EngineConfig) -> int:
 
 def configure_server_logging(config: EngineConfig, who: str = "server") -> None:
     """Logging of a process with a front end in it, or of the supervisor of several."""
-    configure_logging(config.server.log_level, who)
+    configure_logging(config.server.log_level, who, config.server.log_format)
     if config.server.log_level != "debug":
         for name in ("uvicorn", "asyncio"):
             logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def with_server_defaults(config: EngineConfig) -> EngineConfig:
-    """The settings whose default differs for a server: its streams have readers."""
-    if config.scheduler.max_decode_gap is not None:
-        return config
-    scheduler = dataclasses.replace(config.scheduler, max_decode_gap=SERVER_DECODE_GAP)
-    return dataclasses.replace(config, scheduler=scheduler)
+    """The settings whose default differs for a server: its streams have readers, and so has its log."""
+    scheduler, server = config.scheduler, config.server
+    if scheduler.max_decode_gap is None:
+        scheduler = dataclasses.replace(scheduler, max_decode_gap=SERVER_DECODE_GAP)
+    if server.log_stats_interval is None:
+        server = dataclasses.replace(server, log_stats_interval=SERVER_LOG_STATS_INTERVAL)
+    return dataclasses.replace(config, scheduler=scheduler, server=server)
 
 
 class Signals:

@@ -27,9 +27,10 @@ from nanoengine.engine_view import EngineView
 from nanoengine.grammar_compiler import GrammarCompiler
 from nanoengine.journal import RequestJournal
 from nanoengine.llm_engine import GREETING_TIMEOUT, load_tokenizer
-from nanoengine.messages import AbortNamed, Ready, StateRequest
+from nanoengine.messages import AbortNamed, Ready, StateRequest, Stats
 from nanoengine.outputs import RequestOutput
 from nanoengine.prompts import Prompt, PromptInput, check_beam_params, check_params, parse_prompt
+from nanoengine.recorder import RequestRecorder
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.structured_outputs import StructuredOutputsParams
 from nanoengine.tokenizer import Tokenizer
@@ -92,6 +93,7 @@ class AsyncLLM:
         self._watchdog: asyncio.TimerHandle | None = None
         self._view: asyncio.Task[EngineView] | None = None  # the latest, or the one that is coming
         self._state_news = asyncio.Event()  # set whenever there may be a new one
+        self.recorder: RequestRecorder | None = None  # is told of each request's life; set it before the start
 
     # -- state --------------------------------------------------------------------------------------------------
 
@@ -109,6 +111,11 @@ class AsyncLLM:
     def facts(self) -> Ready | None:
         """What the engine learnt while it started (K/V blocks, dtype, device); None before it is ready."""
         return None if self._client is None else self._client.facts
+
+    @property
+    def stats(self) -> Stats | None:
+        """The engine's latest statistics, about a second old while it works; None before it is ready."""
+        return None if self._client is None else self._client.stats
 
     @property
     def is_ready(self) -> bool:
@@ -167,7 +174,7 @@ class AsyncLLM:
             ready = asyncio.to_thread(self._process.wait_ready, timeout)
             tokenizer = asyncio.to_thread(load_tokenizer, self._config)  # while the workers load the model
             self._tokenizer, _ = await asyncio.gather(tokenizer, ready)
-            self._client = EngineClient(self._config, self._tokenizer)
+            self._client = EngineClient(self._config, self._tokenizer, recorder=self.recorder)
             self._connection = SchedulerConnection(self._process.address, self._client)
             weakref.finalize(self, self._connection.close)
             loop.add_reader(self._connection.fileno(), self._on_socket)

@@ -95,6 +95,7 @@ def take_told(scheduler: Scheduler, seq: Sequence, told: TokenLogprobs) -> None:
             children.append(_fork(scheduler, parent))
     group.told.clear()
     request.seqs = children
+    scheduler.totals.num_generated_tokens += len(children)
     for child, (_, token_id) in zip(children, chosen, strict=True):
         child.append_token(token_id)
         if child.status is not SequenceStatus.RUNNING:

@@ -75,7 +75,7 @@ def receive_bootstrap() -> Bootstrap:
     if not processes.set_death_signal(signal.SIGTERM, message["owner_pid"]):
         abandon()
     config = EngineConfig.from_dict(message["config"])
-    processes.configure_logging(config.server.log_level, "scheduler")
+    processes.configure_logging(config.server.log_level, "scheduler", config.server.log_format)
     return Bootstrap(
         config=config,
         run_dir=run_dir,

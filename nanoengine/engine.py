@@ -21,6 +21,7 @@ from configs.engine import EngineConfig
 from configs.errors import NanoEngineError, to_wire
 from nanoengine.engine_process import Bootstrap, receive_bootstrap
 from nanoengine.engine_state import engine_state
+from nanoengine.engine_stats import SETTLE_SECONDS, ReportTimes, StatusLine, engine_stats
 from nanoengine.executor import MAX_IN_FLIGHT, Executor, ExecutorFacts, create_executor
 from nanoengine.front_socket import FrontSocket
 from nanoengine.messages import (
@@ -33,7 +34,7 @@ from nanoengine.messages import (
     ResetPrefixCache,
     StateRequest,
 )
-from nanoengine.processes import configure_logging, name_process
+from nanoengine.processes import name_process
 from nanoengine.scheduler import Scheduler, SchedulerLimits
 from nanoengine.step import Epoch
 
@@ -59,6 +60,8 @@ class EngineCore:
         self.facts = facts
         self.scheduler = Scheduler(limits_of(config, facts), epoch)
         self.clients: set[str] = set()
+        self._report_times = ReportTimes()
+        self._status_line = StatusLine(config.server.log_stats_interval or 0.0)
         self._stopping = False
         self._next_watch = 0.0
         self._poller = zmq.Poller()
@@ -98,6 +101,10 @@ class EngineCore:
         if self.config.scheduler.check_invariants:
             self.scheduler.check_invariants()
         self.front.post(self.scheduler.take_deltas())
+        if self._report_times.is_due(now, self.scheduler.has_work):
+            stats = engine_stats(self.scheduler, self.front.incarnation)
+            self._status_line.update(stats, now)
+            self.front.post_stats(sorted(self.clients), stats)
         for client_id in self.front.flush():
             logger.info("front end %s is gone; its requests are aborted", client_id)
             self.scheduler.abort_client(client_id)
@@ -124,14 +131,18 @@ class EngineCore:
             return 0  # ranks in this process compute when they are asked for the outcome
         if self.front.has_pending:
             return int(RETRY_SECONDS * 1000)
+        if self._report_times.is_pending:
+            return int(SETTLE_SECONDS * 1000)
         return int(WATCH_SECONDS * 1000)
 
     def _take_messages(self) -> None:
         for client_id, message in self.front.receive():
+            self._report_times.touch()
             if isinstance(message, AddRequest) and message.client_id == client_id:
                 self.scheduler.add(message)
             elif isinstance(message, Abort):
-                logger.debug("request %s is aborted: %s", message.request_id, message.reason)
+                named = {"request_id": message.request_id}
+                logger.debug("a request is aborted: %s", message.reason, extra=named)
                 self.scheduler.abort(client_id, message.request_id, message.index)
             elif isinstance(message, AbortNamed):
                 for other in sorted(self.clients - {client_id}):
@@ -233,7 +244,6 @@ def main() -> None:
     """Process entry; exits with 0 after SIGTERM and with 1 when the engine failed."""
     bootstrap = receive_bootstrap()
     name_process("nano-scheduler")
-    configure_logging(bootstrap.config.server.log_level, "scheduler")
     try:
         run(bootstrap)
     except Exception as error:

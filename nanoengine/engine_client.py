@@ -42,10 +42,12 @@ from nanoengine.messages import (
     Message,
     Ready,
     ResetPrefixCache,
+    Stats,
     TokenDelta,
     spelt_out,
 )
 from nanoengine.prompts import Prompt, check_params
+from nanoengine.recorder import RequestRecorder
 from nanoengine.request_checks import check_against_model, check_prompt, tokenise_bad_words
 from nanoengine.sampling_params import SamplingParams
 
@@ -78,6 +80,7 @@ class EngineClient:
         config: resolved.
         tokenizer: None when the engine runs without one; then token ids go in and out.
         clock: monotonic seconds.
+        recorder: is told of each request's life.
     """
 
     def __init__(
@@ -86,13 +89,16 @@ class EngineClient:
         tokenizer: Tokenizer | None = None,
         client_id: str | None = None,
         clock: Callable[[], float] = time.monotonic,
+        recorder: RequestRecorder | None = None,
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
         self.client_id = client_id or uuid.uuid4().hex
         self.outbox: deque[Message] = deque()
         self.facts: Ready | None = None  # what the scheduler told of itself; None until it is ready
+        self.stats: Stats | None = None  # the latest that the scheduler told
         self.failure: EngineDeadError | None = None  # why no request can be served any more
+        self._recorder = recorder or RequestRecorder()
         self._live: dict[str, RequestJournal] = {}  # by wire id
         self.observer = Observer(self._live.values())
         self._by_request_id: dict[str, RequestJournal] = {}
@@ -223,6 +229,7 @@ class EngineClient:
         self._queued[journal.wire_id] = len(request.prompt_token_ids)
         self._live[journal.wire_id] = self._by_request_id[request_id] = journal
         self.outbox.extend(journal.submission(self.client_id))
+        self._recorder.accepted(journal)
         return journal
 
     def _timeout(self, asked: object) -> float | None:
@@ -288,6 +295,7 @@ class EngineClient:
             self._queued.pop(journal.wire_id, None)
             del self._live[journal.wire_id]
             del self._by_request_id[journal.request_id]
+            self._recorder.ended(journal)
 
     # -- what the scheduler says --------------------------------------------------------------------------------
 
@@ -303,7 +311,7 @@ class EngineClient:
         self._heard(self._clock())
         if isinstance(message, AbortNamed):
             return self.abort_named(message)
-        if not isinstance(message, Ready | Deltas | EngineState | EngineFailure):
+        if not isinstance(message, Ready | Deltas | EngineState | Stats | EngineFailure):
             raise ChannelError(f"a scheduler does not send {type(message).__name__}")
         if message.incarnation < self._incarnation:
             return []  # last words of a scheduler that was replaced
@@ -316,6 +324,9 @@ class EngineClient:
             return []
         if isinstance(message, EngineState):
             self.observer.state = message
+            return []
+        if isinstance(message, Stats):
+            self.stats = message
             return []
         if isinstance(message, EngineFailure):
             return self.fail(from_wire(message.error))
@@ -334,7 +345,7 @@ class EngineClient:
                 journal.add_metrics(delta.metrics)
             changed = self._apply(journal, sequence, delta)
         except Exception as error:  # whatever a tokenizer may raise: a request that fails, fails alone
-            logger.exception("request %s failed in the front end", journal.request_id)
+            logger.exception("a request failed in the front end", extra={"request_id": journal.request_id})
             self._fail_request(journal, EngineError(f"the front end failed: {type(error).__name__}: {error}"))
             self.outbox.append(Abort(journal.wire_id, None, "error"))
             changed = True
@@ -357,7 +368,7 @@ class EngineClient:
         logprobs = None if delta.logprobs is None else delta.logprobs[length - delta.start :]
         matched = sequence.append(new, hide_last=delta.finish_reason == "stop", logprobs=logprobs)
         if new:
-            journal.touch(time.time())
+            self._note_tokens(journal, sequence, len(sequence.token_ids) - length)
             self._queued.pop(journal.wire_id, None)
         if matched is not None:
             sequence.finish("stop", matched)
@@ -376,7 +387,7 @@ class EngineClient:
             logprobs = None if delta.logprobs is None else delta.logprobs[length - delta.start :]
             matched = sequence.append(new, logprobs=logprobs)
             if new:
-                journal.touch(time.time())
+                self._note_tokens(journal, sequence, len(sequence.token_ids) - length)
         if matched is not None:
             sequence.finish("stop", matched)
             return True
@@ -384,6 +395,12 @@ class EngineClient:
             journal.failure = error = error or EngineError("the engine gave no reason")
         sequence.finish(str(delta.finish_reason), error=None if error is None else error.message)
         return True
+
+    def _note_tokens(self, journal: RequestJournal, sequence: SequenceJournal, num_tokens: int) -> None:
+        now = time.time()
+        self._recorder.got_tokens(journal, sequence, num_tokens, now)
+        journal.touch(now)
+        sequence.last_token_time = now
 
     def _ask_again(self, journal: RequestJournal, urgent: bool) -> bool:
         """Tokens are missing: have the scheduler send everything behind the journal once more."""
@@ -396,7 +413,8 @@ class EngineClient:
             self.outbox.append(Abort(journal.wire_id, None, "error"))
             return True
         journal.next_replay = now + REPLAY_INTERVAL
-        logger.warning("tokens of request %s are missing; asking for them again", journal.request_id)
+        named = {"request_id": journal.request_id}
+        logger.warning("tokens of a request are missing; asking for them again", extra=named)
         self.outbox.extend(journal.submission(self.client_id))
         return False
 

@@ -57,7 +57,7 @@ def engine_state(scheduler: Scheduler, incarnation: int, now: float) -> EngineSt
         num_waiting=len(scheduler.waiting) - swapped,
         num_swapped=swapped,
         num_preemptions=scheduler.num_preemptions,
-        num_generated_tokens=scheduler.num_generated_tokens,
+        num_generated_tokens=scheduler.totals.num_generated_tokens,
         num_query_tokens=blocks.num_query_tokens,
         num_hit_tokens=blocks.num_hit_tokens,
         device=device,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import errno
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import zmq
 
@@ -19,6 +19,7 @@ from nanoengine.messages import (
     MAX_MESSAGE_BYTES,
     Deltas,
     Message,
+    Stats,
     TokenColumns,
     TokenDelta,
     decode_from_front,
@@ -45,6 +46,7 @@ class FrontSocket:
         self.rejected: collections.Counter[str] = collections.Counter()
         self._log = LimitedLog(logger)
         self._pending: dict[str, list[TokenDelta | TokenColumns]] = {}
+        self._stats: dict[str, Stats] = {}
         self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -86,13 +88,17 @@ class FrontSocket:
         for client_id, entry in deltas.entries:
             self._pending.setdefault(client_id, []).append(entry)
 
+    def post_stats(self, client_ids: Iterable[str], stats: Stats) -> None:
+        """Queue statistics for `flush`; who has not taken the last ones yet gets these alone."""
+        self._stats |= dict.fromkeys(client_ids, stats)
+
     @property
     def has_pending(self) -> bool:
         """Whether a front end has yet to take something."""
-        return bool(self._pending)
+        return bool(self._pending or self._stats)
 
     def flush(self) -> list[str]:
-        """Send each front end its deltas in one message; returns the ids of those that have vanished."""
+        """Send each front end its deltas in one message, then statistics; returns the ids of those that vanished."""
         vanished = []
         for client_id, deltas in list(self._pending.items()):
             sent = self._send(client_id, Deltas(self.incarnation, deltas))
@@ -102,6 +108,12 @@ class FrontSocket:
                 del self._pending[client_id]
             else:
                 self._pending[client_id] = [*merge(deltas)]
+        for client_id, stats in list(self._stats.items()):
+            sent = None if client_id in vanished else self._send(client_id, stats)
+            if sent is not False:
+                del self._stats[client_id]
+            if sent is None and client_id not in vanished:
+                vanished.append(client_id)
         return vanished
 
     def _send(self, client_id: str, message: Message) -> bool | None:
@@ -140,7 +152,7 @@ def merge(deltas: Sequence[TokenDelta | TokenColumns]) -> list[TokenDelta]:
         elif delta.prompt_logprobs is not None:
             last.prompt_logprobs = last.prompt_logprobs.joined(delta.prompt_logprobs)
         last.finish_reason, last.stop_reason = delta.finish_reason, delta.stop_reason
-        last.error, last.metrics = delta.error, delta.metrics
+        last.error, last.metrics = delta.error, delta.metrics or last.metrics
     return merged
 
 

@@ -56,6 +56,7 @@ class SequenceJournal:
         "error",
         "finish_reason",
         "index",
+        "last_token_time",
         "logprobs",
         "stop_reason",
         "token_ids",
@@ -69,6 +70,7 @@ class SequenceJournal:
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
         self.error: str | None = None
+        self.last_token_time: float | None = None
         self.logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
         self._chosen: list[float] = []  # log-probabilities of the tokens, where they are known
         self._tokenizer = tokenizer

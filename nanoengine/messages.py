@@ -103,9 +103,10 @@ class TokenDelta:
     The receiver accepts only the next position, drops lower ones and replays its request on a gap.
     `finish_reason` is stop, length, abort or error with the last delta, else None; `stop_reason` is the stop
     token id that matched, if one did (never eos). `error` is `configs.errors.to_wire` of what failed.
-    `metrics` comes with the last delta: seconds and counts, see `outputs.RequestMetrics`. `logprobs`, where they are
-    asked for, holds a `step.TokenLogprobs` for each of `token_ids`. `prompt_logprobs` holds further entries of the
-    prompt's, which come before the first token; their positions are accepted and asked for again like those of tokens.
+    `metrics` comes with the first tokens and the last: seconds and counts, see `outputs.RequestMetrics`. `logprobs`,
+    where they are asked for, holds a `step.TokenLogprobs` for each of `token_ids`. `prompt_logprobs` holds further
+    entries of the prompt's, which come before the first token; their positions are accepted and asked for again like
+    those of tokens.
     """
 
     request_id: str
@@ -240,6 +241,37 @@ class EngineState:
 
 
 @dataclasses.dataclass(slots=True)
+class Stats:
+    """Scheduler → front end: what goes on, about once a second while there is work and once when it is done.
+
+    Sequences by state; blocks of the device and of the host tier: all, held by sequences, and cached (the rest is
+    free). Then totals since the scheduler started: tokens that were looked up in the prefix cache and found there (on
+    the host, of those), preemptions (by swapping, of those), and what `engine_stats.StepTotals` counts.
+    """
+
+    incarnation: int
+    group: int
+    num_running: int = 0
+    num_waiting: int = 0
+    num_swapped: int = 0
+    num_blocks: int = 0
+    num_used_blocks: int = 0
+    num_cached_blocks: int = 0
+    num_host_blocks: int = 0
+    num_used_host_blocks: int = 0
+    num_cached_host_blocks: int = 0
+    num_query_tokens: int = 0
+    num_hit_tokens: int = 0
+    num_host_hit_tokens: int = 0
+    num_preemptions: int = 0
+    num_swaps: int = 0
+    num_prefill_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_step_tokens: int = 0
+    steps_by_tokens: list[int] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(slots=True)
 class EngineFailure:
     """Scheduler → front end: the engine can serve no more; `error` is `configs.errors.to_wire` of the cause."""
 
@@ -248,7 +280,7 @@ class EngineFailure:
 
 
 ToScheduler = Hello | AddRequest | Abort | AbortNamed | ResetPrefixCache | StateRequest
-ToFrontEnd = Ready | Deltas | AbortNamed | EngineState | EngineFailure
+ToFrontEnd = Ready | Deltas | AbortNamed | EngineState | Stats | EngineFailure
 Message = ToScheduler | ToFrontEnd
 
 _TAGS: dict[int, type[Any]] = {
@@ -259,6 +291,7 @@ _TAGS: dict[int, type[Any]] = {
     5: Deltas,
     6: EngineFailure,
     7: ResetPrefixCache,
+    8: Stats,
     20: StateRequest,
     21: EngineState,
     30: AbortNamed,

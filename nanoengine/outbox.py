@@ -62,7 +62,9 @@ class Outbox:
             delta.logprobs = seq.logprobs[start:]
         if is_finished:
             delta.finish_reason = seq.status.finish_reason
-            delta.stop_reason, delta.error, delta.metrics = seq.stop_reason, seq.error, self._metrics(seq)
+            delta.stop_reason, delta.error = seq.stop_reason, seq.error
+        if is_finished or start == 0:  # it may end in the front end, by a stop string, and no last word be heard
+            delta.metrics = self._metrics(seq)
         self._entries.append((seq.request.client_id, delta))
 
     def emit_columns(self, rows: SteadyRows, age: int, token_ids: list[int]) -> None:

@@ -21,6 +21,8 @@ from collections.abc import Callable
 from multiprocessing.connection import wait as wait_for_sentinels
 from typing import TypeVar
 
+from nanoengine.logs import formatter
+
 T = TypeVar("T")
 
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
@@ -183,10 +185,10 @@ def limit_threads(num_ranks: int) -> int:
     return share
 
 
-def configure_logging(level: str, who: str) -> None:
+def configure_logging(level: str, who: str, log_format: str = "text") -> None:
     """Log to stderr, each line saying who wrote it; a crash in native code leaves its stacks there too."""
     if sys.stderr is not None:  # closed, as some daemons do
         faulthandler.enable()
-    logging.basicConfig(
-        level=level.upper(), force=True, format=f"%(asctime)s %(levelname)s {who}: %(message)s", datefmt="%H:%M:%S"
-    )
+    logging.basicConfig(level=level.upper(), force=True)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(formatter(log_format, who))

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 import types
 from collections.abc import Callable, Iterator
@@ -86,7 +87,7 @@ def run_rank(arguments: RankArguments) -> None:
     if not processes.set_death_signal(signal.SIGKILL, arguments.parent_pid):
         os._exit(1)
     processes.name_process(f"nano-worker-{rank}")
-    processes.configure_logging(config.server.log_level, f"worker rank {rank}")
+    processes.configure_logging(config.server.log_level, f"worker rank {rank}", config.server.log_format)
     num_threads = processes.limit_threads(config.parallel.world_size)
 
     control = ControlBlock(arguments.control.fd, config.parallel.world_size)
@@ -105,7 +106,10 @@ def run_rank(arguments: RankArguments) -> None:
     )  # fmt: skip
     try:
         port.set_phase(Phase.LOADING)
-        resolve(arguments.entry)(port)
+        began = time.monotonic()
+        entry = resolve(arguments.entry)
+        logger.log(logging.DEBUG if rank else logging.INFO, "imported its code in %.2f s", time.monotonic() - began)
+        entry(port)
     except BaseException as error:
         with contextlib.suppress(Exception):
             port.report_failure(to_wire(error), traceback.format_exc())

@@ -30,6 +30,7 @@ from nanoengine.admission import SchedulerLimits, check_admissible, reserved_blo
 from nanoengine.beam_group import begin_search, end_search, is_parked, make_way, take_told
 from nanoengine.block_manager import BlockManager
 from nanoengine.decode_set import DecodeSet, StepInFlight
+from nanoengine.engine_stats import StepTotals
 from nanoengine.forking import Start, after_siblings, chunk_before_fork, find_start
 from nanoengine.invariants import check_invariants
 from nanoengine.messages import AddRequest
@@ -65,7 +66,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.requests: dict[tuple[str, str], Request] = {}
         self.num_preemptions = self.num_swaps = 0  # of all preemptions, those by swapping
-        self.num_generated_tokens = 0  # of outputs, and of beams
+        self.totals = StepTotals()
         self.num_searches = 0  # beam searches among them
         self.seq_ids = itertools.count(1)
         self._step_id = 0
@@ -264,7 +265,8 @@ class Scheduler:
                 if seq.num_pending_tokens:
                     return False  # the token that is on its way belongs to the output still
                 # Nobody is left to give way: it has outgrown the whole cache.
-                logger.warning("request %s ends early: the K/V cache holds no more of it", seq.request.request_id)
+                named = {"request_id": seq.request.request_id}
+                logger.warning("a request ends early: the K/V cache holds no more of it", extra=named)
                 self._finish(seq, SequenceStatus.FINISHED_LENGTH_CAPPED, start=seq.num_completion_tokens)
                 return False
             batch.budget += victim.steady is not None
@@ -375,7 +377,7 @@ class Scheduler:
             return
         flight = self.in_flight.popleft()
         assert flight.step_id == output.step_id, f"step {output.step_id} was collected where {flight.step_id} was due"
-        self._costs.observe(flight.num_decodes, flight.num_prefill_tokens, output.compute_seconds)
+        self._costs.observe(*self.totals.count_step(flight), output.compute_seconds)
         for row, chunk in output.prompt_logprobs.items():
             seq = flight.seq_of(row)
             if seq.prompt_log is not None and not seq.is_finished:
@@ -393,7 +395,7 @@ class Scheduler:
         for seq, num_computed in self.steady.filled(flight.age):
             self.blocks.publish(seq, num_computed - 1, num_computed)
         if token_ids:
-            self.num_generated_tokens += len(token_ids)
+            self.totals.num_generated_tokens += len(token_ids)
             self.outbox.emit_columns(rows, flight.age, token_ids)
         for row in odd:
             self._commit_row(flight.record(row), output, row)
@@ -411,13 +413,12 @@ class Scheduler:
 
     def _append(self, seq: Sequence, token_ids: list[int], logprobs: list[TokenLogprobs]) -> None:
         if seq.request.beams is not None:
-            self.num_generated_tokens += 1
             take_told(self, seq, logprobs[-1])
             return
         start = seq.num_completion_tokens
         for token_id, token_logprobs in itertools.zip_longest(token_ids, logprobs):
             seq.append_token(token_id, token_logprobs)
-            self.num_generated_tokens += 1
+            self.totals.num_generated_tokens += 1
             status = self._stop_status(seq)
             if status is not None:
                 self._finish(seq, status, start)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -13,12 +15,15 @@ from configs.errors import CheckpointError
 from workers.attention import get_backend
 from workers.cpu_features import has_native_bfloat16
 from workers.layers.parameter import ShardedParameter
+from workers.load_progress import shown_while_read
 from workers.models.decoder import Decoder, DecoderSpec
 from workers.models.registry import get_model_class
 from workers.parallel import Communicator, SingleCommunicator
 from workers.weight_files import WeightTensor, name_some, open_weights
 
 logger = logging.getLogger(__name__)
+
+ReadOrder = Callable[[dict[str, WeightTensor]], Iterable[tuple[str, WeightTensor]]]
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # Buffers that older versions of transformers saved; they follow from the config.
@@ -66,12 +71,13 @@ class ModelLoader:
         )
         with open_weights(Path(config.model_dir)) as tensors:
             model = get_model_class(checkpoint.architecture)(spec)
-            load_weights(model, tensors, config.model_dir)
+            load_weights(model, tensors, config.model_dir, self._read_order(communicator))
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        read = time.perf_counter()
         model.finish_loading()
         logger.log(
             logging.INFO if communicator.rank == 0 else logging.DEBUG,
-            "loaded %s (%s) on %s as %s: %.1f M parameters on rank %d of %d, %.2f s",
+            "loaded %s (%s) on %s as %s: %.1f M parameters on rank %d of %d, %.2f s (reading %.2f s, packing %.2f s)",
             checkpoint.architecture,
             config.model.model,
             device,
@@ -80,12 +86,26 @@ class ModelLoader:
             communicator.rank,
             communicator.world_size,
             time.perf_counter() - began,
+            read - began,
+            time.perf_counter() - read,
         )
         return model.eval()
 
+    def _read_order(self, communicator: Communicator) -> ReadOrder:
+        """One rank tells how far it is. A bar is nothing for a log of JSON, or of warnings alone."""
+        if communicator.rank != 0:
+            return dict.items
+        server = self._config.server
+        has_bar = server.log_format == "text" and server.log_level in ("debug", "info")
+        return lambda tensors: shown_while_read(tensors, sys.stderr if has_bar else None)
 
-def load_weights(model: Decoder, tensors: dict[str, WeightTensor], where: str) -> None:
+
+def load_weights(
+    model: Decoder, tensors: dict[str, WeightTensor], where: str, read_order: ReadOrder = dict.items
+) -> None:
     """Fill the model's parameters from a checkpoint's tensors; `where` is named in errors.
+
+    `read_order` gives them one after another, and may show how far it is.
 
     Names and shapes are checked before anything is read.
 
@@ -98,7 +118,7 @@ def load_weights(model: Decoder, tensors: dict[str, WeightTensor], where: str) -
     if tied_head is not None and _EMBEDDING not in present:
         present[_EMBEDDING], tied_head = tied_head, None  # saved under the head's name only
     _check_names_and_shapes(wanted, present, tied_head, where)
-    for name, tensor in present.items():
+    for name, tensor in read_order(present):
         parameter, shard = wanted[name]
         parameter.load(shard, tensor)
     if tied_head is not None and not wanted[_EMBEDDING][0].holds("", tied_head):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import time
 
 import torch
 
@@ -53,8 +54,13 @@ class Worker:
 
     def allocate(self, num_blocks: BlockCounts) -> None:
         """Make the K/V cache and run one step of each kind that needs it before the first request."""
+        began = time.perf_counter()
         self.runner.allocate(*num_blocks)
+        allocated = time.perf_counter()
         self.runner.warm_up()
+        if self._communicator.rank == 0:
+            seconds = allocated - began, time.perf_counter() - allocated
+            logger.info("K/V cache of %d blocks made in %.2f s, warmed up in %.2f s", num_blocks.device, *seconds)
 
     def execute(self, step: StepInput) -> StepOutput | None:
         """Compute a step; None on ranks other than 0."""

@@ -9,8 +9,10 @@ from configs.engine import EngineConfig
 from configs.errors import NanoEngineError
 from nanoengine.beam_params import BeamSearchParams
 from nanoengine.engine_view import EngineView
+from nanoengine.messages import Stats
 from nanoengine.outputs import RequestOutput
 from nanoengine.prompts import PromptInput
+from nanoengine.recorder import RequestRecorder
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.tokenizer import Tokenizer
 
@@ -18,10 +20,14 @@ from nanoengine.tokenizer import Tokenizer
 class Engine(Protocol):
     """See `nanoengine.async_llm.AsyncLLM`."""
 
+    recorder: RequestRecorder | None
+
     @property
     def config(self) -> EngineConfig: ...
     @property
     def tokenizer(self) -> Tokenizer | None: ...
+    @property
+    def stats(self) -> Stats | None: ...
     @property
     def is_ready(self) -> bool: ...
     @property

@@ -22,8 +22,8 @@ from configs.errors import RequestError, from_wire
 from launch.server.engine import Engine
 from launch.server.errors import from_exception
 from launch.server.formats import AnswerFormat
-from launch.server.request_id import current_request_id
 from nanoengine.beam_params import BeamSearchParams
+from nanoengine.logs import current_request_id
 from nanoengine.outputs import RequestOutput
 from nanoengine.prompts import PromptInput, at_index
 from nanoengine.sampling_params import SamplingParams

@@ -7,20 +7,17 @@ from __future__ import annotations
 
 import re
 import uuid
-from contextvars import ContextVar
 
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from launch.server.errors import ApiError
+from nanoengine.logs import current_request_id
 
 HEADER = "X-Request-Id"
 MAX_CHARS = 128
 # What fits into a path, a log line and a shell without quoting.
 _ALLOWED = re.compile(rb"[A-Za-z0-9._~:@+=-]{1,%d}" % MAX_CHARS)
-
-current_request_id: ContextVar[str | None] = ContextVar("current_request_id", default=None)
-"""The id of the HTTP request that this task answers, for log lines; None outside of one."""
 
 
 class RequestIds:

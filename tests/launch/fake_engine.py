@@ -22,9 +22,10 @@ from nanoengine.beam_params import BeamSearchParams
 from nanoengine.detokenizer import IncrementalDetokenizer, StopChecker
 from nanoengine.engine_client import EngineClient
 from nanoengine.engine_view import EngineView, Latencies, Percentiles
-from nanoengine.messages import BlockMap, EngineState, SequenceRow, SharedPrefix
+from nanoengine.messages import BlockMap, EngineState, SequenceRow, SharedPrefix, Stats
 from nanoengine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from nanoengine.prompts import PromptInput, parse_prompt
+from nanoengine.recorder import RequestRecorder
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.structured_outputs import StructuredOutputsParams
 from nanoengine.tokenizer import Tokenizer
@@ -62,6 +63,8 @@ class FakeEngine:
         self.failure_kind: str | None = None
         self.num_resets = 0
         self.num_views = 0
+        self.stats: Stats | None = None
+        self.recorder: RequestRecorder | None = None
 
     async def generate(
         self,

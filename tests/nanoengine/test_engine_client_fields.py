@@ -174,7 +174,7 @@ def test_the_checkpoints_defaults_stand_in_for_absent_parameters_alone(config: E
 @pytest.mark.parametrize("field", ["top_k", "max_tokens", "min_tokens", "temperature"])
 def test_a_number_that_no_message_takes_is_refused(field: str) -> None:
     for value in (2**63, 10**400):
-        with pytest.raises(RequestError, match="64 bits|at most 2147483647"):
+        with pytest.raises(RequestError, match=r"64 bits|at most 2147483647"):
             SamplingParams(**{field: value})
 
 

@@ -27,6 +27,7 @@ from nanoengine.messages import (
     Message,
     Ready,
     StateRequest,
+    Stats,
     TokenColumns,
     TokenDelta,
     decode,
@@ -80,6 +81,7 @@ class FrontEnd:
 
     def __init__(self, address: str, client_id: str, **options: int) -> None:
         self.client_id = client_id
+        self.stats: list[Stats] = []
         self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self.socket.setsockopt(zmq.IDENTITY, client_id.encode())
         self.socket.setsockopt(zmq.LINGER, 0)
@@ -91,8 +93,13 @@ class FrontEnd:
         self.socket.send(encode(message))
 
     def receive(self, timeout: float = 5.0) -> Message:
-        assert self.socket.poll(int(timeout * 1000)), "no answer in time"
-        return decode(self.socket.recv())
+        """The next message but for statistics, which come at their own times and are kept in `stats`."""
+        while True:
+            assert self.socket.poll(int(timeout * 1000)), "no answer in time"
+            message = decode(self.socket.recv())
+            if not isinstance(message, Stats):
+                return message
+            self.stats.append(message)
 
     def add(self, request_id: str, prompt: list[int], **params: Any) -> None:
         sampling = SamplingParams(**({"temperature": 0} | params)).to_dict()
@@ -238,6 +245,49 @@ def test_slow_front_end_is_not_waited_for_and_loses_nothing(served: Served) -> N
     quick.add("q", [6], max_tokens=900, ignore_eos=True)
     assert quick.tokens_until_end("q")[0] == expected_output([6], 900)
     assert slow.tokens_until_end("s")[0] == expected_output([5], 900)
+
+
+def test_front_ends_hear_how_the_engine_is_and_at_last_that_it_is_at_rest(served: Served) -> None:
+    front, silent = served.front_end("a"), served.front_end("b")
+    for each in (front, silent):
+        each.send(Hello(each.client_id))
+        each.receive()
+    front.add("r", [5, 6, 7], max_tokens=6)
+    front.tokens_until_end("r")
+    for each in (front, silent):
+        while not each.stats or each.stats[-1].num_generated_tokens < 6 or each.stats[-1].num_running:
+            message = decode(each.socket.recv()) if each.socket.poll(5000) else None
+            assert isinstance(message, Stats), "told once more when the work is done"
+            each.stats.append(message)
+        last = each.stats[-1]
+        assert (last.num_waiting, last.num_used_blocks, last.num_prefill_tokens) == (0, 0, 3)
+    assert not front.socket.poll(600), "and not again"
+
+
+def test_a_front_end_that_is_slow_gets_the_latest_statistics_alone(tmp_path: Path) -> None:
+    with contextlib.closing(FrontSocket(f"ipc://{tmp_path}/front", 3)) as socket:
+        socket.socket.setsockopt(zmq.SNDHWM, 1)
+        front = FrontEnd(f"ipc://{tmp_path}/front", "slow", RCVHWM=1)
+        front.send(Hello("slow"))
+        wait_for(socket.receive, "no greeting")
+        num_posted = 0
+        while not socket.has_pending or num_posted % 1000:  # it takes what fits into the kernel's buffers
+            num_posted += 1
+            socket.post_stats(["slow", "gone"], Stats(3, 1, num_running=num_posted))
+            assert socket.flush() == ["gone"]
+        while socket.has_pending or front.socket.poll(100):
+            socket.flush()
+            message = decode(front.socket.recv())
+            assert isinstance(message, Stats)
+            front.stats.append(message)
+        front.socket.close(0)
+    assert len(front.stats) < num_posted
+    assert front.stats[-1].num_running == num_posted
+
+
+def test_merging_keeps_the_counts_that_came_with_the_first_tokens() -> None:
+    (merged,) = merge([TokenDelta("a", 0, 0, [1], metrics={"queue_seconds": 2.0}), TokenDelta("a", 0, 1, [2])])
+    assert merged.metrics == {"queue_seconds": 2.0}
 
 
 def test_merging_keeps_every_token_and_the_end() -> None:
