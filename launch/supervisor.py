@@ -150,17 +150,19 @@ async def _start(
 
 async def _watch(engine: AsyncLLM, serving: asyncio.Task[None], stop: asyncio.Task[None]) -> int:
     """Wait for what ends the server; returns the exit code."""
-    while not stop.done() and not serving.done() and engine.failure is None:
+    is_told = False
+    while not stop.done() and not serving.done():
+        if engine.failure is not None and not is_told:
+            print(f"nanoengine: error: {' '.join(engine.failure.message.split())}", file=sys.stderr, flush=True)
+            if engine.config.server.exit_on_failure:
+                return 1
+            is_told = True
         await asyncio.wait([stop, serving], timeout=_WATCH_SECONDS, return_when=asyncio.FIRST_COMPLETED)
     if stop.done():
         logger.info("stopping")
         return 0
-    if serving.done():
-        serving.result()
-        raise EngineError("the HTTP server ended by itself")
-    assert engine.failure is not None
-    print(f"nanoengine: error: {' '.join(engine.failure.message.split())}", file=sys.stderr)
-    return 1
+    serving.result()
+    raise EngineError("the HTTP server ended by itself")
 
 
 # -- the address ------------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from nanoengine.messages import (
     Hello,
     Message,
     Ready,
+    Recovering,
     ResetPrefixCache,
     TokenDelta,
     spelt_out,
@@ -101,6 +102,7 @@ class EngineClient:
         self.outbox: deque[Message] = deque()
         self.facts: Ready | None = None  # what the scheduler told of itself; None until it is ready
         self.failure: EngineDeadError | None = None  # why no request can be served any more
+        self.recovering_from: NanoEngineError | None = None  # why open requests pause for a moment
         self._live: dict[str, RequestJournal] = {}  # by wire id
         self._by_request_id: dict[str, RequestJournal] = {}
         self._queued: dict[str, int] = {}  # prompt tokens of what waits for its first token, by wire id
@@ -348,7 +350,7 @@ class EngineClient:
         Raises ChannelError for a message that no scheduler sends.
         """
         self._heard(self._clock())
-        if not isinstance(message, Ready | Deltas | EngineFailure):
+        if not isinstance(message, Ready | Recovering | Deltas | EngineFailure):
             raise ChannelError(f"a scheduler does not send {type(message).__name__}")
         if message.incarnation < self._incarnation:
             return []  # last words of a scheduler that was replaced
@@ -357,7 +359,10 @@ class EngineClient:
             if replaced:
                 self.outbox.extend(self.resubmit_all())
         if isinstance(message, Ready):
-            self.facts = message
+            self.facts, self.recovering_from = message, None
+            return []
+        if isinstance(message, Recovering):
+            self.recovering_from = from_wire(message.error)
             return []
         if isinstance(message, EngineFailure):
             return self.fail(from_wire(message.error))
@@ -447,7 +452,7 @@ class EngineClient:
     def fail(self, cause: NanoEngineError) -> list[RequestJournal]:
         """The engine is gone: every open request ends with an error and no new one is taken. Harmless twice."""
         if self.failure is None:
-            self.failure = _dead(cause)
+            self.failure, self.recovering_from = _dead(cause), None
         self.outbox.clear()
         failed = list(self._live.values())
         for journal in failed:

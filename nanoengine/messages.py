@@ -67,7 +67,10 @@ class ResetPrefixCache:
 
 @dataclasses.dataclass(slots=True)
 class Ready:
-    """Scheduler → front end: the engine serves; what was learnt at run time comes along."""
+    """Scheduler → front end: the engine serves; what was learnt at run time comes along.
+
+    `group` numbers the groups of ranks that this scheduler has started, the present one included.
+    """
 
     incarnation: int
     num_kv_blocks: int
@@ -75,6 +78,18 @@ class Ready:
     max_model_len: int
     dtype: str
     device: str
+    group: int = 1
+
+
+@dataclasses.dataclass(slots=True)
+class Recovering:
+    """Scheduler → front end: the ranks failed and are being replaced; open requests go on with the next Ready.
+
+    `error` is `configs.errors.to_wire` of what happened to them.
+    """
+
+    incarnation: int
+    error: dict[str, Any]
 
 
 @dataclasses.dataclass(slots=True)
@@ -146,7 +161,7 @@ class EngineFailure:
     error: dict[str, Any]
 
 
-Message = Hello | AddRequest | Abort | ResetPrefixCache | Ready | Deltas | EngineFailure
+Message = Hello | AddRequest | Abort | ResetPrefixCache | Ready | Recovering | Deltas | EngineFailure
 
 _TAGS: dict[int, type[Any]] = {
     1: Hello,
@@ -156,6 +171,7 @@ _TAGS: dict[int, type[Any]] = {
     5: Deltas,
     6: EngineFailure,
     7: ResetPrefixCache,
+    8: Recovering,
 }
 _TAG_OF = {kind: tag for tag, kind in _TAGS.items()}
 _FIELDS = {

@@ -52,6 +52,9 @@ def _not_ready(engine: Engine) -> ApiError:
     failure = engine.failure
     if failure is not None:
         return ApiError(503, failure.message, UNAVAILABLE, code="engine_dead")
+    cause = engine.recovering_from
+    if cause is not None:
+        return ApiError(503, f"the engine recovers from a failure: {cause.message}", UNAVAILABLE, code="recovering")
     return ApiError(503, "the model is still loading", UNAVAILABLE, code="loading")
 
 
@@ -176,7 +179,7 @@ async def reset_prefix_cache(request: Request) -> dict[str, str]:
 @router.get("/health")
 @router.get("/readyz")
 async def health(request: Request) -> JSONResponse:
-    """200 while requests are served, 503 while the model loads and once the engine is dead. Queues no work."""
+    """200 while requests are served, 503 while it loads or recovers and once the engine is dead. Queues no work."""
     engine = _engine(request)
     if not engine.is_ready:
         return _not_ready(engine).response()

@@ -23,7 +23,7 @@ from configs.errors import CapacityError, EngineDeadError
 from nanoengine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 
 class Pretender:
-    tokenizer, num_unfinished = None, 0
+    tokenizer, num_unfinished, recovering_from = None, 0, None
     def __init__(self, config):
         self.config, self.is_ready, self.failure = config, False, None
     async def start(self):

@@ -174,3 +174,30 @@ def test_a_rank_that_does_not_leave_is_made_to(make: Make) -> None:
     begin = time.monotonic()
     executor.stop()
     assert time.monotonic() - begin < 2.5
+
+
+def test_the_log_says_where_a_stopped_rank_stood(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    executor = make("freeze@0", step_timeout=1.0, first_steps=1)
+    executor.start(EPOCH)
+    run_steps(executor, last=1)
+    executor.submit(step(2))
+    expect_failure(executor, 0, r"waiting for rank 0 \(computing step 2 for .* s\), stopped by a signal")
+    stacks = [record.getMessage() for record in caplog.records if "stands at" in record.getMessage()]
+    assert stacks[0].startswith("rank 0 (computing step 2")
+    assert "fake_worker.py" in stacks[0]
+    assert "in run_worker" in stacks[0]
+
+
+def test_a_start_that_is_polled_does_not_block_and_tells_of_a_death(make: Make) -> None:
+    executor = make()
+    begin = time.monotonic()
+    executor.begin_start(EPOCH)
+    assert executor.poll_start() is None
+    assert time.monotonic() - begin < 1
+    os.kill(rank_pids(executor)[1], signal.SIGKILL)
+    with pytest.raises(WorkerError, match="rank 1 died"):
+        assert eventually(lambda: executor.poll_start() is not None)
+    executor.stop()
+    executor.begin_start(Epoch(EPOCH.incarnation, EPOCH.group + 1))
+    assert eventually(lambda: executor.poll_start() is not None)
+    executor.stop()

@@ -18,6 +18,7 @@ from nanoengine.messages import (
     EngineFailure,
     Hello,
     Ready,
+    Recovering,
     ResetPrefixCache,
     TokenColumns,
     TokenDelta,
@@ -46,6 +47,7 @@ MESSAGES = [
     Deltas(1, [TokenDelta("r", 0, 3, [7], "stop", 9, None, {"queue_seconds": 0.25}), TokenDelta("s", 0, 0, [])]),
     Deltas(1, [TokenColumns(["r", "s"], [0, 1], [3, -4], 9, [7, 8]), TokenDelta("s", 0, 0, [])]),
     Deltas(1, [TokenDelta("r", 0, 0, [], prompt_logprobs=PromptLogprobs(7, 2, b"01234567", b"89abcdef", b"0123"))]),
+    Recovering(2, {"kind": "WorkerError", "message": "rank 1 died", "rank": 1}),
     EngineFailure(2, {"kind": "WorkerError", "message": "rank 1 died", "rank": 1}),
 ]
 
