@@ -154,12 +154,13 @@ class WorkerGroup:
 
     def log_stacks(self, ranks: list[RankProcess]) -> None:
         """Log where each of these ranks stands in its Python code, stopped ones included; takes a moment."""
-        asked = [(rank, rank.describe()) for rank in ranks if rank.ask_for_stacks()]
+        states = [(rank, rank.describe()) for rank in ranks]  # before they go on
+        asked = [(rank, state) for rank, state in states if rank.ask_for_stacks()]
         if not asked:
             return
         time.sleep(STACK_SECONDS)
-        for rank, name in asked:
-            logger.error("%s stands at:\n%s", name, rank.read_stacks() or "(it did not say)")
+        for rank, state in asked:
+            logger.error("%s stands at:\n%s", state, rank.read_stacks() or "(it did not say)")
 
     def leave(self, timeout: float = LEAVE_SECONDS) -> None:
         """Let idle ranks leave together; whoever has not left after `timeout` seconds is killed. Never raises."""

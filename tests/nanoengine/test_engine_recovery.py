@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 from typing import Any
 
 import pytest
 
+from configs.engine import EngineConfig
 from configs.errors import CapacityError, WorkerError
+from nanoengine.engine import EngineCore
+from nanoengine.executor import MultiprocessExecutor
+from nanoengine.front_socket import FrontSocket
 from nanoengine.messages import Abort, AddRequest, EngineFailure, Hello, Message, Ready, Recovering, spelt_out
 from nanoengine.recovery import INNOCENT_TOKENS, CircuitBreaker, Recovery
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.step import Epoch
+from tests.nanoengine.fake_worker import POISON
+from tests.nanoengine.process_tools import short_directory
 from tests.nanoengine.scheduler_driver import Driver, expected_output
 from tests.nanoengine.test_engine_core import EPOCH, FrontEnd, Served, served, settings
 
 __all__ = ["served", "settings"]  # fixtures
-
-POISON = 777
 
 
 def fail(served: Served, message: str = "rank 1 died") -> None:
@@ -151,6 +156,50 @@ def test_poison_is_found_and_its_neighbours_finish_as_if_it_had_not_been_there(
     assert served.executor.rows_at_failure[-1] == 1, "the last attempt is made alone"
     assert len(served.executor.rows_at_failure) == 4
     assert served.core.recovery.stats.requests_condemned == 1
+
+
+def serve_poison(trial: int) -> None:
+    """One trial with real ranks, which die of the poison: it fails, and 12 neighbours finish as if undisturbed."""
+    config = EngineConfig.create(model="demo", tensor_parallel_size=1 + trial % 2).resolve()
+    with short_directory() as directory:
+        executor = MultiprocessExecutor(config, directory, entry="tests.nanoengine.fake_worker:run_inventing")
+        front = FrontSocket(f"ipc://{directory}/front", 1)
+        core = EngineCore(config, executor, front, executor.start(Epoch(1, 1)), Epoch(1, 1))
+        thread = threading.Thread(target=core.serve)
+        thread.start()
+        client = FrontEnd(f"ipc://{directory}/front", "c")
+        try:
+            for number in range(12):
+                if number == trial % 12:
+                    client.add("poison", [3, POISON, 4], max_tokens=40)
+                client.add(str(number), [number + 1, 8], max_tokens=60)
+            ends: dict[str, Any] = {}
+            tokens: dict[str, list[int]] = {}
+            while len(ends) < 13:
+                for delta in spelt_out(getattr(client.receive(20), "deltas", [])):
+                    tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
+                    if delta.finish_reason:
+                        ends[delta.request_id] = delta
+            assert "given up: the ranks failed 4 times" in ends["poison"].error["message"]
+            for number in range(12):
+                assert tokens[str(number)] == expected_output([number + 1, 8], 60)
+        finally:
+            core.stop()
+            thread.join(10)
+            executor.stop()
+            client.socket.close(0)
+            front.close()
+
+
+def test_poison_that_kills_real_ranks_is_found() -> None:
+    serve_poison(1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_poison_that_kills_real_ranks_is_found_20_times() -> None:
+    for trial in range(20):
+        serve_poison(trial)
 
 
 # -- the parts alone --------------------------------------------------------------------------------------------
