@@ -155,6 +155,9 @@ class ParallelConfig(_Validated):
         "up; 0 = it gives up at the first failure",
         minimum=0,
     )
+    warm_spare: bool = setting(
+        False, "keep spare ranks with their imports done, which take over from failed ones (memory: no model's)"
+    )
     restart_window: float = setting(60.0, "seconds over which max_restarts counts", above=0, maximum=86400)
 
     @property
@@ -233,6 +236,8 @@ class EngineConfig:
                 f"max_num_batched_tokens must be at least max_model_len ({max_model_len}) when "
                 f"enable_chunked_prefill is off, got {self.scheduler.max_num_batched_tokens}", "max_num_batched_tokens",
             )  # fmt: skip
+        if self.parallel.warm_spare and self.parallel.executor == "inprocess":
+            raise ConfigError("warm_spare needs ranks that are processes, got executor inprocess", "warm_spare")
         if self.scheduler.preemption_mode == "swap" and not self.cache.swap_space:
             raise ConfigError(
                 "preemption_mode swap needs a swap_space greater than 0 GiB, got 0; set --swap-space", "swap_space"

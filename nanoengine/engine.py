@@ -83,6 +83,7 @@ class EngineCore:
         every front end.
         """
         try:
+            self._park_spare()
             while not self._stopping:
                 self._poller.poll(self._timeout_ms())
                 self._turn()
@@ -134,7 +135,7 @@ class EngineCore:
             call()
         except NanoEngineError as error:
             logger.error("the ranks of epoch %d.%d failed: %s", *self.epoch, error)
-            self.executor.stop()
+            self.executor.end_group()
             self._is_starting = False
             self._listen()
             if not self.recovery.failed(error, num_steps=self._num_steps):
@@ -147,7 +148,7 @@ class EngineCore:
         if not self._is_starting:
             if time.monotonic() < self.recovery.next_start:
                 return
-            self.epoch = Epoch(self.epoch.incarnation, self.epoch.group + 1)
+            self.epoch = self._next_epoch()
             try:
                 self.executor.begin_start(self.epoch)
             except OSError as error:  # no more processes or descriptors, perhaps for a moment only
@@ -162,6 +163,16 @@ class EngineCore:
         seconds = self.recovery.resumed()
         logger.info("serving again after %.1f s; %d open request(s) go on", seconds, len(self.scheduler.requests))
         self._untold = set(self.clients)
+        self._park_spare()
+
+    def _park_spare(self) -> None:
+        """Have ranks ready for the case that these fail, where that is asked for."""
+        if self.config.parallel.warm_spare:
+            with contextlib.suppress(OSError):  # without one the next start takes longer
+                self.executor.park_spare(self._next_epoch())
+
+    def _next_epoch(self) -> Epoch:
+        return Epoch(self.epoch.incarnation, self.epoch.group + 1)
 
     def _state(self) -> Ready | Recovering:
         if self.recovery.error is not None:

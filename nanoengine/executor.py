@@ -89,6 +89,12 @@ class Executor(abc.ABC):
         """
         return self._started
 
+    def park_spare(self, epoch: Epoch) -> None:  # noqa: B027 - there may be nothing to do
+        """Prepare the group that a later `begin_start(epoch)` will want, as far as that costs no memory of a model.
+
+        Harmless when there is one for this epoch. Ranks that are no processes cannot be prepared: nothing is done.
+        """
+
     @abc.abstractmethod
     def submit(self, step: StepInput) -> None:
         """Hand a step to every rank; at most two are in flight. Raises WorkerError when the group has failed."""
@@ -109,9 +115,13 @@ class Executor(abc.ABC):
     def wait_fds(self) -> list[object]:
         """ZeroMQ sockets and descriptors that become readable when `collect` or `watch` has something to say."""
 
+    def end_group(self) -> None:
+        """End the ranks of a group that failed, but not those of a spare one. Never raises."""
+        self.stop()
+
     @abc.abstractmethod
     def stop(self) -> None:
-        """End the ranks, gently when they are idle; nothing of them is left afterwards. Never raises."""
+        """End all ranks, gently when they are idle; nothing of them is left afterwards. Never raises."""
 
 
 def create_executor(config: EngineConfig, run_dir: Path) -> Executor:
@@ -138,6 +148,7 @@ class MultiprocessExecutor(Executor):
         self._config, self._run_dir = config, run_dir
         self._entry, self._silence_limit, self._first_steps = entry, silence_limit, first_steps
         self._group: WorkerGroup | None = None
+        self._spare: WorkerGroup | None = None  # parked, for the next epoch
         self._epoch: Epoch | None = None
         self._failure: NanoEngineError | None = None
         self._began = 0.0  # when the start of the group began
@@ -171,15 +182,36 @@ class MultiprocessExecutor(Executor):
         self._began = time.monotonic()
         self._epoch, self._failure, self._num_collected, self._allocated = epoch, None, 0, None
         self._in_flight.clear()
-        group = WorkerGroup(self._config, self._run_dir, epoch, self._entry, self._silence_limit)
-        self._group = group
+        spare, self._spare = self._spare, None
+        if spare is not None and spare.epoch == epoch and spare.begin():
+            self._group = spare
+            logger.info("%d spare rank(s) take over, epoch %d.%d", len(spare.ranks), *epoch)
+            return
+        if spare is not None:
+            spare.kill()
+        self._group = self._spawn(epoch, parked=False)
+        logger.info("started %d rank(s), epoch %d.%d", len(self._group.ranks), *epoch)
+
+    def park_spare(self, epoch: Epoch) -> None:
+        """See `Executor.park_spare`: processes with their imports done."""
+        if self._spare is None or self._spare.epoch != epoch:
+            self._drop_spare()
+            self._spare = self._spawn(epoch, parked=True)
+
+    def _spawn(self, epoch: Epoch, *, parked: bool) -> WorkerGroup:
+        group = WorkerGroup(self._config, self._run_dir, epoch, self._entry, self._silence_limit, parked=parked)
         try:
             # Not torch.multiprocessing: no tensor crosses, and torch would cost the scheduler a second and 140 MiB.
             group.spawn(multiprocessing.get_context("spawn"))
         except BaseException:
-            self._end(gently=False)
+            group.kill()
             raise
-        logger.info("started %d rank(s), epoch %d.%d", len(group.ranks), *epoch)
+        return group
+
+    def _drop_spare(self) -> None:
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            spare.kill()
 
     def poll_start(self) -> ExecutorFacts | None:
         """See `Executor.poll_start`."""
@@ -259,7 +291,12 @@ class MultiprocessExecutor(Executor):
 
     def stop(self) -> None:
         """See `Executor.stop`."""
+        self._drop_spare()
         self._end(gently=self._failure is None)
+
+    def end_group(self) -> None:
+        """See `Executor.end_group`."""
+        self._end(gently=False)
 
     def _running(self) -> WorkerGroup:
         if self._failure is not None:

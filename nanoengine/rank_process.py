@@ -72,6 +72,7 @@ class RankArguments:
     collective: InheritedFd | None
     stacks: InheritedFd
     parent_pid: int
+    parked: bool = False
 
 
 # ------------------------------------------------------------------------------------- in the child
@@ -108,7 +109,10 @@ def run_rank(arguments: RankArguments) -> None:
     )  # fmt: skip
     try:
         port.set_phase(Phase.LOADING)
-        resolve(arguments.entry)(port)
+        entry = resolve(arguments.entry)  # the imports, which take most of a start
+        if not arguments.parked or port.await_begin():
+            port.set_phase(Phase.LOADING)
+            entry(port)
     except BaseException as error:
         with contextlib.suppress(Exception):
             port.report_failure(to_wire(error), traceback.format_exc())

@@ -23,7 +23,7 @@ import zmq
 from configs.engine import EngineConfig
 from configs.errors import DeadlineError, EngineError, NanoEngineError, WorkerError, from_wire
 from nanoengine import processes
-from nanoengine.channel import KEY_BYTES, Message, Stop, encode
+from nanoengine.channel import KEY_BYTES, Begin, Message, Stop, encode
 from nanoengine.control_block import ControlBlock, anonymous_file
 from nanoengine.rank_process import InheritedFd, RankArguments, RankProcess
 from nanoengine.step import Epoch, StepOutput
@@ -39,8 +39,21 @@ STACK_SECONDS = 0.2
 class WorkerGroup:
     """Handles of all ranks of one epoch, the memory they share, and their common end."""
 
-    def __init__(self, config: EngineConfig, run_dir: Path, epoch: Epoch, entry: str, silence_limit: float) -> None:
-        """Bind the sockets and make the shared memory; `spawn` starts the processes."""
+    def __init__(
+        self,
+        config: EngineConfig,
+        run_dir: Path,
+        epoch: Epoch,
+        entry: str,
+        silence_limit: float,
+        *,
+        parked: bool = False,
+    ) -> None:
+        """Bind the sockets and make the shared memory; `spawn` starts the processes.
+
+        The ranks of a `parked` group import what they need and wait for `begin`.
+        """
+        self.epoch = epoch
         world_size = config.parallel.world_size
         self.outputs: collections.deque[StepOutput] = collections.deque()
         self.ranks: list[RankProcess] = []
@@ -66,6 +79,7 @@ class WorkerGroup:
                     collective=None if self._collective_fd is None else InheritedFd(self._collective_fd),
                     stacks=InheritedFd(anonymous_file("nanoengine-stacks")),
                     parent_pid=os.getpid(),
+                    parked=parked,
                 )
                 self.ranks.append(RankProcess(arguments, self.control.ranks[rank]))
         except BaseException:
@@ -85,6 +99,18 @@ class WorkerGroup:
             if rank.sentinel is not None:
                 self._sentinels.register(rank.sentinel, select.POLLIN)
         self.awake_since = self._last_check = time.monotonic()
+
+    def begin(self) -> bool:
+        """Let a parked group load the model; False when it cannot: a rank is gone or stopped."""
+        try:
+            self.check(starting=True)
+            if any(rank.is_stopped for rank in self.ranks):
+                return False
+            self.broadcast(Begin())
+            return True
+        except NanoEngineError as error:
+            logger.warning("the spare ranks are of no use: %s", error)
+            return False
 
     def fds(self) -> list[object]:
         """What becomes readable when a rank said something or ended."""

@@ -73,7 +73,7 @@ class Gaps:
 
 
 def ranks_of(llm: AsyncLLM) -> list[int]:
-    """Process ids of the ranks, in their order."""
+    """Process ids of the ranks, in their order; those of a spare group are among them."""
     scheduler = psutil.Process(llm._process.pid)
     found = [(child.name(), child.pid) for child in scheduler.children(recursive=True)]
     return [pid for name, pid in sorted(found) if name.startswith("nano-worker")]
@@ -103,14 +103,18 @@ def hits(number: signal.Signals, dice: random.Random, further: int = 0) -> Distu
     return hit
 
 
-async def disturbed(rounds: int, disturb: Disturbance, length: int = 80, **settings: Any) -> Gaps:
-    """So many rounds of the 16 requests, disturbed each, compared with a round that was left in peace."""
+async def disturbed(rounds: int, disturb: Disturbance, length: int = 80, pause: float = 0, **settings: Any) -> Gaps:
+    """So many rounds of the 16 requests, disturbed each, compared with a round that was left in peace.
+
+    Before each disturbed one `pause` seconds pass, in which spare ranks import what they need.
+    """
     gaps = Gaps()
     async with AsyncLLM("demo", device="cpu", **settings) as llm:
         begin = time.monotonic()
         expected = await run(llm, length, Gaps(), None)
         seconds = time.monotonic() - begin
         for _ in range(rounds):
+            await asyncio.sleep(pause)
             assert await run(llm, length, gaps, disturb(llm, 0.8 * seconds)) == expected
             async with asyncio.timeout(60):
                 await llm.generate("a", SamplingParams(max_tokens=1)).__anext__()  # whatever it still recovers from
@@ -129,10 +133,11 @@ def report(gaps: Gaps, what: str) -> None:
     )
 
 
-@pytest.mark.parametrize(("tp", "further"), [(1, 0), (2, 1)])
-async def test_streams_survive_killed_ranks(tp: int, further: int) -> None:
+@pytest.mark.parametrize(("tp", "further", "warm_spare"), [(1, 0, True), (2, 1, False)])
+async def test_streams_survive_killed_ranks(tp: int, further: int, warm_spare: bool) -> None:
     """`further` kills come while the engine recovers, or just after."""
-    await disturbed(1, hits(signal.SIGKILL, random.Random(tp + further), further), tensor_parallel_size=tp)
+    disturb = hits(signal.SIGKILL, random.Random(tp + further), further)
+    await disturbed(1, disturb, tensor_parallel_size=tp, warm_spare=warm_spare)
 
 
 async def test_streams_survive_a_stopped_rank_and_the_log_names_it(capfd: pytest.CaptureFixture[str]) -> None:
@@ -148,10 +153,11 @@ async def test_streams_survive_a_stopped_rank_and_the_log_names_it(capfd: pytest
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("tp", [1, 2])
-async def test_800_streams_survive_50_killed_ranks(tp: int) -> None:
-    gaps = await disturbed(50, hits(signal.SIGKILL, random.Random(tp)), tensor_parallel_size=tp)
-    report(gaps, f"50 SIGKILLs at tp {tp}")
+@pytest.mark.parametrize(("tp", "warm_spare"), [(1, False), (2, False), (1, True), (2, True)])
+async def test_800_streams_survive_50_killed_ranks(tp: int, warm_spare: bool) -> None:
+    disturb = hits(signal.SIGKILL, random.Random(tp))
+    gaps = await disturbed(50, disturb, pause=5.0 * warm_spare, tensor_parallel_size=tp, warm_spare=warm_spare)
+    report(gaps, f"50 SIGKILLs at tp {tp}{' with warm_spare' if warm_spare else ''}")
 
 
 @pytest.mark.slow
