@@ -35,6 +35,8 @@ class AddRequest:
     `timeout` seconds after its arrival the request ends with an error, complete or not. `num_prompt_logprobs` entries
     of the prompt's log-probabilities are journalled already. `grammar` is what the outputs must match, in llguidance's
     form; the front end has compiled it.
+    `beam_search` is `BeamSearchParams.to_dict()`: the outputs, as many as its width, are told at the end, best first.
+    Such a request has no journal to go on from, and starts again.
     """
 
     client_id: str
@@ -49,6 +51,7 @@ class AddRequest:
     timeout: float | None = None
     num_prompt_logprobs: int = 0
     grammar: str = ""
+    beam_search: dict[str, Any] | None = None
 
 
 @dataclasses.dataclass(slots=True)
@@ -58,6 +61,21 @@ class Abort:
     request_id: str
     index: int | None
     reason: str
+
+
+@dataclasses.dataclass(slots=True)
+class AbortNamed:
+    """Front end → scheduler → every other front end: end the requests that one of `names` stands for; None: all.
+
+    For clients that ask one front end to end what another one serves.
+    """
+
+    names: list[str] | None
+
+    def stands_for(self, request_id: str) -> bool:
+        """Whether a name is this id, or that of an HTTP request with several prompts of which it is one (`NAME-0`)."""
+        whole, _, number = request_id.rpartition("-")
+        return self.names is None or request_id in self.names or (number.isdecimal() and whole in self.names)
 
 
 @dataclasses.dataclass(slots=True)
@@ -161,7 +179,7 @@ class EngineFailure:
     error: dict[str, Any]
 
 
-Message = Hello | AddRequest | Abort | ResetPrefixCache | Ready | Recovering | Deltas | EngineFailure
+Message = Hello | AddRequest | Abort | AbortNamed | ResetPrefixCache | Ready | Recovering | Deltas | EngineFailure
 
 _TAGS: dict[int, type[Any]] = {
     1: Hello,
@@ -172,6 +190,7 @@ _TAGS: dict[int, type[Any]] = {
     6: EngineFailure,
     7: ResetPrefixCache,
     8: Recovering,
+    30: AbortNamed,
 }
 _TAG_OF = {kind: tag for tag, kind in _TAGS.items()}
 _FIELDS = {

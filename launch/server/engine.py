@@ -7,6 +7,7 @@ from typing import Protocol
 
 from configs.engine import EngineConfig
 from configs.errors import NanoEngineError
+from nanoengine.beam_params import BeamSearchParams
 from nanoengine.outputs import RequestOutput
 from nanoengine.prompts import PromptInput
 from nanoengine.sampling_params import SamplingParams
@@ -26,6 +27,10 @@ class Engine(Protocol):
     def recovering_from(self) -> NanoEngineError | None: ...
     @property
     def failure(self) -> NanoEngineError | None: ...
+    @property
+    def num_unfinished(self) -> int: ...
+    @property
+    def num_queued(self) -> int: ...
     def generate(
         self,
         prompt: PromptInput,
@@ -35,5 +40,15 @@ class Engine(Protocol):
         priority: int = 0,
         timeout: float | None = None,
     ) -> AsyncGenerator[RequestOutput, None]: ...
+    def beam_search(
+        self,
+        prompt: PromptInput,
+        params: BeamSearchParams,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        timeout: float | None = None,
+    ) -> AsyncGenerator[RequestOutput, None]: ...
     def check_queue(self, num_requests: int = 1) -> None: ...
+    async def abort_named(self, names: list[str] | None) -> list[str]: ...
     async def reset_prefix_cache(self) -> None: ...

@@ -17,6 +17,8 @@ import uvicorn
 from configs.engine import EngineConfig
 from configs.errors import EngineError, NanoEngineError, QueueFullError
 from launch.server.app import create_app
+from launch.server.protocol import BoundedProtocol
+from nanoengine.beam_params import BeamSearchParams
 from nanoengine.detokenizer import IncrementalDetokenizer, StopChecker
 from nanoengine.engine_client import EngineClient
 from nanoengine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
@@ -50,6 +52,7 @@ class FakeEngine:
         self.open: set[str] = set()
         self.aborted: list[str] = []
         self.params: list[SamplingParams] = []
+        self.beams: list[BeamSearchParams] = []
         self.prompts: list[list[int]] = []
         self.salts: list[str] = []
         self.scheduling: list[dict[str, Any]] = []
@@ -86,6 +89,26 @@ class FakeEngine:
             self.open.discard(request_id)
             if not finished:
                 self.aborted.append(request_id)
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self.open)
+
+    @property
+    def num_queued(self) -> int:
+        return 0
+
+    async def beam_search(
+        self, prompt: PromptInput, params: BeamSearchParams, request_id: str | None = None, **scheduling: Any
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """As many sequences as it is wide, told at the end."""
+        self.beams.append(params)
+        async with contextlib.aclosing(
+            self.generate(prompt, params.sampling_params(), request_id, **scheduling)
+        ) as outputs:
+            async for output in outputs:
+                if output.finished:
+                    yield output
 
     def check_queue(self, num_requests: int = 1) -> None:
         if self.queue_is_full:
@@ -169,7 +192,9 @@ class FakeEngine:
 def served(engine: FakeEngine) -> Iterator[str]:
     """The address of a real uvicorn server over the engine, in a thread."""
     listener = socket.create_server(("127.0.0.1", 0))
-    settings = uvicorn.Config(create_app(engine), log_config=None, lifespan="off", timeout_graceful_shutdown=1)
+    settings = uvicorn.Config(
+        create_app(engine), http=BoundedProtocol, log_config=None, lifespan="off", timeout_graceful_shutdown=1
+    )
     server = uvicorn.Server(settings)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
