@@ -110,7 +110,8 @@ class EngineCore:
             self._attempt(self._submit_steps)
         if self.config.scheduler.check_invariants:
             self.scheduler.check_invariants()
-        self._untold = {client_id for client_id in self._untold if not self.front.offer(client_id, self._state())}
+        if self._untold:
+            self._untold = {client_id for client_id in self._untold if not self.front.offer(client_id, self._state())}
         self.front.post(self.scheduler.take_deltas())
         for client_id in self.front.flush():
             logger.info("front end %s is gone; its requests are aborted", client_id)

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from nanoengine import AsyncLLM, RequestOutput, SamplingParams
+from nanoengine import AsyncLLM, BeamSearchParams, RequestOutput, SamplingParams
 from nanoengine.structured_outputs import StructuredOutputsParams
 
 NUMBERS = {"type": "array", "items": {"type": "integer"}, "minItems": 12, "maxItems": 20}
@@ -27,8 +27,8 @@ SCHEMA = {
 STORY = "Tell me a story about Lily the bear, the garden and the flute."
 
 
-def load(length: int) -> list[tuple[str, SamplingParams]]:
-    """16 requests: greedy and seeded sampling, penalties, log-probabilities, n, prompt_logprobs and JSON schemas."""
+def load(length: int) -> list[tuple[str, SamplingParams | BeamSearchParams]]:
+    """16 requests: greedy and seeded sampling, penalties, log-probabilities, n, JSON schemas and a beam search."""
 
     def params(**given: Any) -> SamplingParams:
         return SamplingParams(**({"max_tokens": length, "ignore_eos": True} | given))
@@ -43,7 +43,9 @@ def load(length: int) -> list[tuple[str, SamplingParams]]:
         params(temperature=1.0, seed=14, structured_outputs=StructuredOutputsParams(json=SCHEMA), ignore_eos=False),
         params(temperature=0.7, seed=15, min_p=0.05, frequency_penalty=0.5, stop=["zzzz"]),
     ]
-    return [(f"{STORY} Part {number}." if number % 2 else "中国的首都是", kinds[number % 8]) for number in range(16)]
+    prompts = [f"{STORY} Part {number}." if number % 2 else "中国的首都是" for number in range(16)]
+    search = BeamSearchParams(beam_width=3, max_tokens=length // 2)
+    return [*zip(prompts, kinds + kinds[:-1], strict=False), (prompts[-1], search)]
 
 
 def told(output: RequestOutput) -> list[Any]:
@@ -58,10 +60,11 @@ class Gaps:
     def __init__(self) -> None:
         self.largest: list[float] = []
 
-    async def read(self, llm: AsyncLLM, prompt: str, params: SamplingParams) -> list[Any]:
+    async def read(self, llm: AsyncLLM, prompt: str, params: SamplingParams | BeamSearchParams) -> list[Any]:
         before: list[list[int]] = []
         largest, last_time = 0.0, None
-        async for output in llm.generate(prompt, params):
+        searching = isinstance(params, BeamSearchParams)
+        async for output in llm.beam_search(prompt, params) if searching else llm.generate(prompt, params):
             now = time.monotonic()
             largest, last_time = max(largest, now - (last_time or now)), now
             ids = [list(each.token_ids) for each in output.outputs]
