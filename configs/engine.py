@@ -142,8 +142,23 @@ class ParallelConfig(_Validated):
     )  # fmt: skip
     start_timeout: float = setting(600.0, "seconds within which every rank must be ready", above=0, maximum=86400)
     step_timeout: float = setting(
-        60.0, "seconds within which a step must return before its ranks count as hung", above=0, maximum=86400
+        60.0,
+        "seconds within which any step must return before its ranks count as hung; usual steps get 5 s, or 10 times "
+        "what their kind takes",
+        above=0,
+        maximum=86400,
     )
+
+    max_restarts: int = setting(
+        5,
+        "restarts of failed ranks within restart_window, of which none brought a single step, before the engine gives "
+        "up; 0 = it gives up at the first failure",
+        minimum=0,
+    )
+    warm_spare: bool = setting(
+        False, "keep spare ranks with their imports done, which take over from failed ones (memory: no model's)"
+    )
+    restart_window: float = setting(60.0, "seconds over which max_restarts counts", above=0, maximum=86400)
 
     @property
     def world_size(self) -> int:
@@ -176,6 +191,9 @@ class ServerConfig(_Validated):
     max_queued_tokens: int | None = setting(None, "tokens of their prompts, likewise (default: no limit)", minimum=1)
     request_timeout: float | None = setting(
         None, "seconds after which a request that is not complete ends with an error (default: never)", above=0
+    )
+    exit_on_failure: bool = setting(
+        True, "end the server when the engine can serve no more, with exit code 1; else it answers 503 until stopped"
     )
     log_level: str = setting("info", "least severe level that is logged", choices=("debug", "info", "warning", "error"))
     log_format: str = setting("text", "form of the log: lines of text, or of JSON", choices=("text", "json"))
@@ -239,6 +257,8 @@ class EngineConfig:
                 f"max_num_batched_tokens must be at least max_model_len ({max_model_len}) when "
                 f"enable_chunked_prefill is off, got {self.scheduler.max_num_batched_tokens}", "max_num_batched_tokens",
             )  # fmt: skip
+        if self.parallel.warm_spare and self.parallel.executor == "inprocess":
+            raise ConfigError("warm_spare needs ranks that are processes, got executor inprocess", "warm_spare")
         if self.scheduler.preemption_mode == "swap" and not self.cache.swap_space:
             raise ConfigError(
                 "preemption_mode swap needs a swap_space greater than 0 GiB, got 0; set --swap-space", "swap_space"

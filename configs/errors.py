@@ -77,13 +77,16 @@ class EngineDeadError(EngineError):
 
 
 class WorkerError(EngineError):
-    """A rank died, stalled or raised; `rank` says which (None: not known)."""
+    """A rank died, stalled or raised; `rank` says which (None: not known).
+
+    `reason` is a word for statistics, which stays in the process: died, raised, silent, overdue, broken or failed.
+    """
 
     fields = ("rank",)
 
-    def __init__(self, message: str, rank: int | None = None) -> None:
+    def __init__(self, message: str, rank: int | None = None, reason: str = "failed") -> None:
         super().__init__(message)
-        self.rank = rank
+        self.rank, self.reason = rank, reason
 
 
 class ChannelError(EngineError):

@@ -109,18 +109,25 @@ class FrontEnd:
         self._on_ready()
 
     async def _watch(self, serving: asyncio.Task[None]) -> NanoEngineError | None:
-        """Wait for the stop (None), or for the engine's failure."""
-        while not self._stop.done() and self._engine.failure is None:
+        """Wait for the stop (None), or for the engine's failure, unless the server is to survive it."""
+        is_told = False
+        while not self._stop.done():
+            if self._engine.failure is not None:
+                if self._engine.config.server.exit_on_failure:
+                    return self._engine.failure
+                if not is_told:
+                    logger.error("nothing can be served any more: %s", self._engine.failure.message)
+                is_told = True
             await asyncio.wait([self._stop, serving], timeout=_WATCH_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             if serving.done():
                 serving.result()
                 raise EngineError("the HTTP server ended by itself")
-        return None if self._stop.done() else self._engine.failure
+        return None
 
     async def _drain(self) -> NanoEngineError | None:
         """Take nothing new, and let what is open go on for a while; returns the engine's failure, if it fails now."""
         self._lifecycle.draining = True
-        if not self._engine.is_ready:
+        if not self._engine.is_ready and self._engine.recovering_from is None:
             return None
         seconds = self._engine.config.server.shutdown_timeout
         if self._num_open:

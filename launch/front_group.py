@@ -203,7 +203,8 @@ class FrontGroup:
     async def _watch(self) -> NanoEngineError | None:
         """Wait for the stop (None) or for a failure; meanwhile front ends that die are replaced."""
         while not self._stop.done():
-            if (failure := self._engine.failure()) is not None:
+            failure = self._engine.failure()
+            if failure is not None and self._config.server.exit_on_failure:
                 return failure
             for number, front in enumerate(self._fronts):
                 front.read()

@@ -120,7 +120,12 @@ class AsyncLLM:
     @property
     def is_ready(self) -> bool:
         """Whether requests are served right now. Reads state only, so that a probe queues no work."""
-        return self.facts is not None and self.failure is None
+        return self.facts is not None and self.failure is None and self.recovering_from is None
+
+    @property
+    def recovering_from(self) -> NanoEngineError | None:
+        """Why streams pause while failed ranks are replaced; None otherwise. Requests that come now just wait."""
+        return None if self._client is None else self._client.recovering_from
 
     @property
     def failure(self) -> NanoEngineError | None:

@@ -92,6 +92,11 @@ class Hello:
 
 
 @dataclasses.dataclass(slots=True)
+class Begin:
+    """Scheduler → rank of a spare group: it is needed, load the model."""
+
+
+@dataclasses.dataclass(slots=True)
 class Loaded:
     """Rank → scheduler: the model is loaded; as many K/V blocks as this would fit."""
 
@@ -127,10 +132,10 @@ class Failed:
     traceback: str
 
 
-Control = Hello | Loaded | Allocate | Ready | Stop | Failed
+Control = Hello | Begin | Loaded | Allocate | Ready | Stop | Failed
 Message = Control | StepInput | StepOutput
 
-_TAGS: dict[int, type[Any]] = {1: Hello, 2: Loaded, 3: Allocate, 4: Ready, 5: Stop, 6: Failed}
+_TAGS: dict[int, type[Any]] = {1: Hello, 2: Loaded, 3: Allocate, 4: Ready, 5: Stop, 6: Failed, 7: Begin}
 _TAG_OF = {kind: tag for tag, kind in _TAGS.items()}
 
 
@@ -410,6 +415,15 @@ class RankPort:
     def set_phase(self, phase: Phase) -> None:
         """Show the scheduler what this rank is doing."""
         self._words.phase = phase
+
+    def await_begin(self) -> bool:
+        """Wait, as a rank of a spare group, until it is needed; False when asked to leave instead."""
+        self.set_phase(Phase.PARKED)
+        command = self._next_command()
+        if isinstance(command, Begin):
+            return True
+        self._expect_stop(command)
+        return False
 
     def report_loaded(self, fitting: BlockCounts, dtype: str, device: str) -> BlockCounts | None:
         """Say how many K/V blocks would fit; returns how many to allocate, or None when asked to leave instead."""

@@ -28,6 +28,7 @@ class Phase(enum.IntEnum):
     COMPUTING = 4
     LEAVING = 5
     FAILED = 6
+    PARKED = 7
 
 
 def anonymous_file(label: str) -> int:

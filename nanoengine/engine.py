@@ -9,16 +9,17 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import zmq
 
 from configs.engine import EngineConfig
-from configs.errors import NanoEngineError, to_wire
+from configs.errors import EngineError, NanoEngineError, to_wire
 from nanoengine.engine_process import Bootstrap, receive_bootstrap
 from nanoengine.engine_state import engine_state
 from nanoengine.engine_stats import SETTLE_SECONDS, ReportTimes, StatusLine, engine_stats
@@ -31,10 +32,12 @@ from nanoengine.messages import (
     EngineFailure,
     Hello,
     Ready,
+    Recovering,
     ResetPrefixCache,
     StateRequest,
 )
 from nanoengine.processes import name_process
+from nanoengine.recovery import Recovery
 from nanoengine.scheduler import Scheduler, SchedulerLimits
 from nanoengine.step import Epoch
 
@@ -58,28 +61,43 @@ class EngineCore:
         self.executor = executor
         self.front = front
         self.facts = facts
+        self.epoch = epoch
         self.scheduler = Scheduler(limits_of(config, facts), epoch)
+        self.recovery = Recovery(self.scheduler, config.parallel.max_restarts, config.parallel.restart_window)
         self.clients: set[str] = set()
         self._report_times = ReportTimes()
         self._status_line = StatusLine(config.server.log_stats_interval or 0.0)
         self._stopping = False
         self._next_watch = 0.0
-        self._poller = zmq.Poller()
-        self._poller.register(front.socket, zmq.POLLIN)
-        for source in executor.wait_fds():
-            self._poller.register(source, zmq.POLLIN)
+        self._num_steps = 0  # committed in this epoch
+        self._is_starting = False  # a group that is to replace a failed one
+        self._untold: set[str] = set()  # clients that do not know yet whether the engine recovers
+        self._wake_fds: list[int] = []
+        self._listen()
 
     def wake_on(self, fd: int) -> None:
         """Also wake up when `fd` is readable (a signal came in)."""
-        self._poller.register(fd, zmq.POLLIN)
+        self._wake_fds.append(fd)
+        self._listen()
+
+    def _listen(self) -> None:
+        """Wait for everybody there is. A new group of ranks has other sockets, and a failed one none."""
+        self._poller = zmq.Poller()
+        for source in (self.front.socket, *self._wake_fds, *self.executor.wait_fds()):
+            self._poller.register(source, zmq.POLLIN)
 
     def stop(self) -> None:
         """Make `serve` return soon; safe in a signal handler."""
         self._stopping = True
 
     def serve(self) -> None:
-        """Run until `stop`. Raises WorkerError when the group of ranks fails, after telling every front end."""
+        """Run until `stop`; a group of ranks that fails is replaced, and open requests go on with the next one.
+
+        Raises the WorkerError, or whatever else keeps a group from starting, once that is hopeless, after telling
+        every front end.
+        """
         try:
+            self._park_spare()
             while not self._stopping:
                 self._poller.poll(self._timeout_ms())
                 self._turn()
@@ -89,18 +107,18 @@ class EngineCore:
 
     def _turn(self) -> None:
         """One pass: what came back, what came in, the next step, and then the answers, while that step runs."""
-        while (output := self.executor.collect(0)) is not None:
-            self.scheduler.commit(output)
-        now = time.monotonic()
-        if now >= self._next_watch:
-            self.executor.watch()
-            self._next_watch = now + WATCH_SECONDS
+        self._attempt(self._advance_start if self.recovery.error else self._take_outputs)
         self._take_messages()
         self.scheduler.expire()
-        self._submit_steps()
+        if self.recovery.error is None:
+            self.recovery.review()
+            self._attempt(self._submit_steps)
         if self.config.scheduler.check_invariants:
             self.scheduler.check_invariants()
+        if self._untold:
+            self._untold = {client_id for client_id in self._untold if not self.front.offer(client_id, self._state())}
         self.front.post(self.scheduler.take_deltas())
+        now = time.monotonic()
         if self._report_times.is_due(now, self.scheduler.has_work):
             stats = engine_stats(self.scheduler, self.front.incarnation)
             self._status_line.update(stats, now)
@@ -116,6 +134,15 @@ class EngineCore:
         """Frames of ranks and messages of front ends that were refused."""
         return self.executor.frames_rejected + self.front.rejected.total()
 
+    def _take_outputs(self) -> None:
+        while (output := self.executor.collect(0)) is not None:
+            self.scheduler.commit(output)
+            self._num_steps += 1
+        now = time.monotonic()
+        if now >= self._next_watch:
+            self.executor.watch()
+            self._next_watch = now + WATCH_SECONDS
+
     def _submit_steps(self) -> None:
         """Keep the workers busy: under async scheduling the next step waits for them while they compute one."""
         wanted = MAX_IN_FLIGHT if self.config.scheduler.async_scheduling else 1
@@ -125,11 +152,67 @@ class EngineCore:
                 return
             self.executor.submit(step)
 
+    # -- recovery -----------------------------------------------------------------------------------------------
+
+    def _attempt(self, call: Callable[[], None]) -> None:
+        """Do something with the ranks. When they fail, they are ended, and others are to start; else raises."""
+        try:
+            call()
+        except NanoEngineError as error:
+            logger.error("the ranks of epoch %d.%d failed: %s", *self.epoch, error)
+            self.executor.end_group()
+            self._is_starting = False
+            self._listen()
+            if not self.recovery.failed(error, num_steps=self._num_steps):
+                raise
+            self._num_steps = 0
+            self._untold = set(self.clients)
+
+    def _advance_start(self) -> None:
+        """Start a group in place of the failed one and, when it is ready, go on; never waits for it."""
+        if not self._is_starting:
+            if time.monotonic() < self.recovery.next_start:
+                return
+            self.epoch = self._next_epoch()
+            try:
+                self.executor.begin_start(self.epoch)
+            except OSError as error:  # no more processes or descriptors, perhaps for a moment only
+                raise EngineError(f"no ranks can be started: {error}") from error
+            self._is_starting = True
+            self._listen()
+        facts = self.executor.poll_start()
+        if facts is None:
+            return
+        self._is_starting, self.facts = False, facts
+        self.scheduler.new_epoch(self.epoch, facts.num_kv_blocks, facts.num_host_blocks)
+        seconds = self.recovery.resumed()
+        logger.info("serving again after %.1f s; %d open request(s) go on", seconds, len(self.scheduler.requests))
+        self._untold = set(self.clients)
+        self._park_spare()
+
+    def _park_spare(self) -> None:
+        """Have ranks ready for the case that these fail, where that is asked for."""
+        if self.config.parallel.warm_spare:
+            with contextlib.suppress(OSError):  # without one the next start takes longer
+                self.executor.park_spare(self._next_epoch())
+
+    def _next_epoch(self) -> Epoch:
+        return Epoch(self.epoch.incarnation, self.epoch.group + 1)
+
+    def _state(self) -> Ready | Recovering:
+        if self.recovery.error is not None:
+            return Recovering(self.front.incarnation, to_wire(self.recovery.error))
+        return self._ready()
+
+    # -- front ends ---------------------------------------------------------------------------------------------
+
     def _timeout_ms(self) -> int:
         """How long the next poll may block."""
+        if self.recovery.error and not self._is_starting:
+            return max(0, math.ceil(1000 * min(WATCH_SECONDS, self.recovery.next_start - time.monotonic())))
         if self.executor.num_in_flight and not self.executor.wait_fds():
             return 0  # ranks in this process compute when they are asked for the outcome
-        if self.front.has_pending:
+        if self.front.has_pending or self._untold:
             return int(RETRY_SECONDS * 1000)
         if self._report_times.is_pending:
             return int(SETTLE_SECONDS * 1000)
@@ -153,7 +236,7 @@ class EngineCore:
                 self.front.send(client_id, engine_state(self.scheduler, self.front.incarnation, time.time()))
             elif isinstance(message, Hello):
                 self.clients.add(client_id)
-                self.front.send(client_id, self._ready())
+                self.front.send(client_id, self._state())
             else:
                 logger.warning("front end %s sent an unexpected %s", client_id, type(message).__name__)
 
@@ -165,6 +248,7 @@ class EngineCore:
             max_model_len=self.config.max_model_len,
             dtype=self.facts.dtype,
             device=self.facts.device,
+            group=self.epoch.group,
         )
 
     def _fail(self, error: NanoEngineError) -> None:

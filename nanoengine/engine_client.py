@@ -41,6 +41,7 @@ from nanoengine.messages import (
     Hello,
     Message,
     Ready,
+    Recovering,
     ResetPrefixCache,
     Stats,
     TokenDelta,
@@ -98,6 +99,7 @@ class EngineClient:
         self.facts: Ready | None = None  # what the scheduler told of itself; None until it is ready
         self.stats: Stats | None = None  # the latest that the scheduler told
         self.failure: EngineDeadError | None = None  # why no request can be served any more
+        self.recovering_from: NanoEngineError | None = None  # why open requests pause for a moment
         self._recorder = recorder or RequestRecorder()
         self._live: dict[str, RequestJournal] = {}  # by wire id
         self.observer = Observer(self._live.values())
@@ -311,7 +313,7 @@ class EngineClient:
         self._heard(self._clock())
         if isinstance(message, AbortNamed):
             return self.abort_named(message)
-        if not isinstance(message, Ready | Deltas | EngineState | Stats | EngineFailure):
+        if not isinstance(message, Ready | Recovering | Deltas | EngineState | Stats | EngineFailure):
             raise ChannelError(f"a scheduler does not send {type(message).__name__}")
         if message.incarnation < self._incarnation:
             return []  # last words of a scheduler that was replaced
@@ -320,7 +322,10 @@ class EngineClient:
             if replaced:
                 self.outbox.extend(self.resubmit_all())
         if isinstance(message, Ready):
-            self.facts = message
+            self.facts, self.recovering_from = message, None
+            return []
+        if isinstance(message, Recovering):
+            self.recovering_from = from_wire(message.error)
             return []
         if isinstance(message, EngineState):
             self.observer.state = message
@@ -423,7 +428,7 @@ class EngineClient:
     def fail(self, cause: NanoEngineError) -> list[RequestJournal]:
         """The engine is gone: every open request ends with an error and no new one is taken. Harmless twice."""
         if self.failure is None:
-            self.failure = _dead(cause)
+            self.failure, self.recovering_from = _dead(cause), None
         self.outbox.clear()
         failed = list(self._live.values())
         for journal in failed:

@@ -14,11 +14,13 @@ import multiprocessing
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from configs.engine import EngineConfig
 from configs.errors import ChannelError, DeadlineError, NanoEngineError, WorkerError
 from nanoengine.channel import Allocate, BlockCounts
 from nanoengine.step import Epoch, StepInput, StepOutput
+from nanoengine.step_deadline import StepDeadline
 from nanoengine.worker_group import WATCH_SECONDS, WorkerGroup
 
 logger = logging.getLogger(__name__)
@@ -41,13 +43,22 @@ class ExecutorFacts:
     num_host_blocks: int = 0
 
 
+class _InFlight(NamedTuple):
+    """A step that the ranks were given."""
+
+    step_id: int
+    num_prompt_tokens: int  # and decodes that are not steady; 0: steady decodes alone
+
+
 class Executor(abc.ABC):
     """One group of ranks at a time. All methods belong to one thread; `stop` is harmless twice and in any phase.
 
     A failure of any rank is the failure of the group: the ranks are killed and reaped before the error is
-    raised, and every later `submit`, `collect` and `watch` raises it again. `start` with a higher epoch begins
-    a new group afterwards.
+    raised, and every later `submit`, `collect` and `watch` raises it again. `stop`, and then `start` or `begin_start`
+    with a higher epoch, begin a new group afterwards.
     """
+
+    _started: ExecutorFacts | None = None  # of a `begin_start` that did it all
 
     @property
     @abc.abstractmethod
@@ -67,6 +78,26 @@ class Executor(abc.ABC):
             ConfigError, ModelError, CapacityError: what a rank found wrong, as it found it.
             WorkerError: a rank died or raised anything else; names the rank.
             DeadlineError: not ready within `start_timeout`; names the ranks waited for.
+        """
+
+    def begin_start(self, epoch: Epoch) -> None:
+        """Begin what `start` does without waiting for it: call `poll_start` until it is done.
+
+        Raises what `start` does. This one, for ranks that cannot start by themselves, does it all.
+        """
+        self._started = self.start(epoch)
+
+    def poll_start(self) -> ExecutorFacts | None:
+        """What was learnt once every rank is ready, else None; call it when `wait_fds` say so, and every 0.5 s.
+
+        Raises what `start` does; the ranks are gone then.
+        """
+        return self._started
+
+    def park_spare(self, epoch: Epoch) -> None:  # noqa: B027 - there may be nothing to do
+        """Prepare the group that a later `begin_start(epoch)` will want, as far as that costs no memory of a model.
+
+        Harmless when there is one for this epoch. Ranks that are no processes cannot be prepared: nothing is done.
         """
 
     @abc.abstractmethod
@@ -89,9 +120,13 @@ class Executor(abc.ABC):
     def wait_fds(self) -> list[object]:
         """ZeroMQ sockets and descriptors that become readable when `collect` or `watch` has something to say."""
 
+    def end_group(self) -> None:
+        """End the ranks of a group that failed, but not those of a spare one. Never raises."""
+        self.stop()
+
     @abc.abstractmethod
     def stop(self) -> None:
-        """End the ranks, gently when they are idle; nothing of them is left afterwards. Never raises."""
+        """End all ranks, gently when they are idle; nothing of them is left afterwards. Never raises."""
 
 
 def create_executor(config: EngineConfig, run_dir: Path) -> Executor:
@@ -118,9 +153,13 @@ class MultiprocessExecutor(Executor):
         self._config, self._run_dir = config, run_dir
         self._entry, self._silence_limit, self._first_steps = entry, silence_limit, first_steps
         self._group: WorkerGroup | None = None
+        self._spare: WorkerGroup | None = None  # parked, for the next epoch
         self._epoch: Epoch | None = None
         self._failure: NanoEngineError | None = None
-        self._in_flight: collections.deque[int] = collections.deque()  # step ids, oldest first
+        self._began = 0.0  # when the start of the group began
+        self._allocated: BlockCounts | None = None  # what its ranks were told to allocate
+        self._deadline = StepDeadline(config.parallel.step_timeout)
+        self._in_flight: collections.deque[_InFlight] = collections.deque()  # oldest first
         self._oldest_since = 0.0  # when the oldest step in flight became the one being computed
         self._num_collected = 0
         self._frames_rejected = 0  # in the groups that have ended
@@ -137,28 +176,80 @@ class MultiprocessExecutor(Executor):
 
     def start(self, epoch: Epoch) -> ExecutorFacts:
         """See `Executor.start`."""
-        assert self._group is None, "stop() comes before another start()"
-        assert self._epoch is None or epoch > self._epoch, "an epoch is never used twice"
-
-        began, limit = time.monotonic(), self._config.parallel.start_timeout
-        self._epoch, self._failure, self._num_collected = epoch, None, 0
-        self._in_flight.clear()
-        group = WorkerGroup(self._config, self._run_dir, epoch, self._entry, self._silence_limit)
-        self._group = group
+        self.begin_start(epoch)
         try:
-            # Not torch.multiprocessing: no tensor crosses, and torch would cost the scheduler a second and 140 MiB.
-            group.spawn(multiprocessing.get_context("spawn"))
-            logger.info("started %d rank(s), epoch %d.%d", len(group.ranks), *epoch)
-            group.await_all(lambda rank: rank.loaded is not None, "loading the model", began + limit, limit)
-            loaded = [rank.loaded for rank in group.ranks if rank.loaded is not None]
-            blocks = BlockCounts.least(BlockCounts(each.max_kv_blocks, each.max_host_blocks) for each in loaded)
-            group.broadcast(Allocate(*blocks))
-            group.await_all(lambda rank: rank.ready, "warming up", began + limit, limit)
+            while (facts := self.poll_start()) is None:
+                left = self._began + self._config.parallel.start_timeout - time.monotonic()
+                self._running().wait(min(max(left, 0), WATCH_SECONDS))
         except BaseException:
             self._end(gently=False)
             raise
-        logger.info("every rank is ready after %.1f s, %d K/V blocks", time.monotonic() - began, blocks.device)
-        return ExecutorFacts(blocks.device, loaded[0].dtype, loaded[0].device, blocks.host)
+        return facts
+
+    def begin_start(self, epoch: Epoch) -> None:
+        """See `Executor.begin_start`."""
+        assert self._group is None, "stop() comes before another start()"
+        assert self._epoch is None or epoch > self._epoch, "an epoch is never used twice"
+        self._began = time.monotonic()
+        self._epoch, self._failure, self._num_collected, self._allocated = epoch, None, 0, None
+        self._in_flight.clear()
+        spare, self._spare = self._spare, None
+        if spare is not None and spare.epoch == epoch and spare.begin():
+            self._group = spare
+            logger.info("%d spare rank(s) take over, epoch %d.%d", len(spare.ranks), *epoch)
+            return
+        if spare is not None:
+            spare.kill()
+        self._group = self._spawn(epoch, parked=False)
+        logger.info("started %d rank(s), epoch %d.%d", len(self._group.ranks), *epoch)
+
+    def park_spare(self, epoch: Epoch) -> None:
+        """See `Executor.park_spare`: processes with their imports done."""
+        if self._spare is None or self._spare.epoch != epoch:
+            self._drop_spare()
+            self._spare = self._spawn(epoch, parked=True)
+
+    def _spawn(self, epoch: Epoch, *, parked: bool) -> WorkerGroup:
+        group = WorkerGroup(self._config, self._run_dir, epoch, self._entry, self._silence_limit, parked=parked)
+        try:
+            # Not torch.multiprocessing: no tensor crosses, and torch would cost the scheduler a second and 140 MiB.
+            group.spawn(multiprocessing.get_context("spawn"))
+        except BaseException:
+            group.kill()
+            raise
+        return group
+
+    def _drop_spare(self) -> None:
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            spare.kill()
+
+    def poll_start(self) -> ExecutorFacts | None:
+        """See `Executor.poll_start`."""
+        group = self._running()
+        try:
+            return self._advance_start(group)
+        except BaseException:
+            self._end(gently=False)
+            raise
+
+    def _advance_start(self, group: WorkerGroup) -> ExecutorFacts | None:
+        limit = self._config.parallel.start_timeout
+        deadline = self._began + limit
+        if self._allocated is None:
+            if not group.have_all(lambda rank: rank.loaded is not None, "loading the model", deadline, limit):
+                return None
+            fitting = [rank.loaded for rank in group.ranks if rank.loaded is not None]
+            self._allocated = BlockCounts.least(
+                BlockCounts(each.max_kv_blocks, each.max_host_blocks) for each in fitting
+            )
+            group.broadcast(Allocate(*self._allocated))
+        if not group.have_all(lambda rank: rank.ready, "warming up", deadline, limit):
+            return None
+        blocks, loaded = self._allocated, group.ranks[0].loaded
+        assert loaded is not None
+        logger.info("every rank is ready after %.1f s, %d K/V blocks", time.monotonic() - self._began, blocks.device)
+        return ExecutorFacts(blocks.device, loaded.dtype, loaded.device, blocks.host)
 
     def submit(self, step: StepInput) -> None:
         """See `Executor.submit`. Raises ChannelError for a step that is too large, which harms nobody else."""
@@ -172,7 +263,7 @@ class MultiprocessExecutor(Executor):
             raise self._fail(WorkerError(f"step {step.step_id} cannot be sent: {error.message}")) from error
         if not self._in_flight:
             self._oldest_since = time.monotonic()
-        self._in_flight.append(step.step_id)
+        self._in_flight.append(_InFlight(step.step_id, sum(len(row.token_ids) for row in step.states)))
         group.control.submitted = step.step_id
 
     def collect(self, timeout: float | None = 0) -> StepOutput | None:
@@ -199,9 +290,9 @@ class MultiprocessExecutor(Executor):
             return
         # The first steps may compile; and a process that was suspended was not computing.
         parallel = self._config.parallel
-        limit = parallel.step_timeout
+        limit = self._deadline.limit(self._in_flight[0].num_prompt_tokens)
         if self._num_collected < self._first_steps:
-            limit = max(limit, parallel.start_timeout)
+            limit = max(parallel.step_timeout, parallel.start_timeout)
         if time.monotonic() - max(self._oldest_since, group.awake_since) > limit:
             raise self._fail(self._overdue(group, limit))
 
@@ -211,7 +302,12 @@ class MultiprocessExecutor(Executor):
 
     def stop(self) -> None:
         """See `Executor.stop`."""
+        self._drop_spare()
         self._end(gently=self._failure is None)
+
+    def end_group(self) -> None:
+        """See `Executor.end_group`."""
+        self._end(gently=False)
 
     def _running(self) -> WorkerGroup:
         if self._failure is not None:
@@ -220,20 +316,27 @@ class MultiprocessExecutor(Executor):
         return self._group
 
     def _overdue(self, group: WorkerGroup, limit: float) -> WorkerError:
-        step_id = self._in_flight[0]
-        behind = min(group.ranks, key=lambda rank: (rank.words.ended, rank.words.begun))
-        names = ", ".join(rank.describe() for rank in group.ranks if rank.words.ended < step_id) or "its output"
-        return WorkerError(f"step {step_id} has not returned within {limit:g} s, waiting for {names}", behind.rank)
+        """Whom a step waits for. A stopped rank is to blame rather than those that wait for it in a collective."""
+        step_id = self._in_flight[0].step_id
+        late = [rank for rank in group.ranks if rank.words.ended < step_id]
+        behind = min(group.ranks, key=lambda rank: (not rank.is_stopped, rank.words.ended, rank.words.begun))
+        stopped = {rank: ", stopped by a signal" for rank in late if rank.is_stopped}
+        names = ", ".join(rank.describe() + stopped.get(rank, "") for rank in late) or "its output"
+        message = f"step {step_id} has not returned within {limit:g} s, waiting for {names}"
+        group.log_stacks(late)
+        return WorkerError(message, behind.rank, "overdue")
 
     def _take(self, output: StepOutput) -> StepOutput:
-        expected = self._in_flight[0] if self._in_flight else 0
+        expected = self._in_flight[0].step_id if self._in_flight else 0
         if (output.epoch, output.step_id) != (self._epoch, expected):
             raise self._fail(
                 WorkerError(f"rank 0 answered step {output.step_id} of epoch {output.epoch} instead of {expected}", 0)
             )
-        self._in_flight.popleft()
+        now, step = time.monotonic(), self._in_flight.popleft()
+        if self._num_collected >= self._first_steps:
+            self._deadline.observe(step.num_prompt_tokens, now - self._oldest_since)
         self._num_collected += 1
-        self._oldest_since = time.monotonic()
+        self._oldest_since = now
         return output
 
     def _guard(self, call: Callable[[], None]) -> None:
@@ -241,7 +344,8 @@ class MultiprocessExecutor(Executor):
         try:
             call()
         except ChannelError as error:
-            raise self._fail(WorkerError(f"the link to a rank is broken: {error.message}")) from error
+            message = f"the link to a rank is broken: {error.message}"
+            raise self._fail(WorkerError(message, reason="broken")) from error
         except NanoEngineError as error:
             raise self._fail(error) from error.__cause__
 

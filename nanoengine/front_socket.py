@@ -83,6 +83,10 @@ class FrontSocket:
         """Send a message that is not a delta; says whether the front end is still there. A full queue drops it."""
         return self._send(client_id, message) is not None
 
+    def offer(self, client_id: str, message: Message) -> bool:
+        """Send a message that must not get lost; False when the queue is full, and it is to be offered again."""
+        return self._send(client_id, message) is not False
+
     def post(self, deltas: ClientDeltas) -> None:
         """Queue deltas for `flush`."""
         for client_id, entry in deltas.entries:

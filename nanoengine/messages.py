@@ -86,7 +86,10 @@ class ResetPrefixCache:
 
 @dataclasses.dataclass(slots=True)
 class Ready:
-    """Scheduler → front end: the engine serves; what was learnt at run time comes along."""
+    """Scheduler → front end: the engine serves; what was learnt at run time comes along.
+
+    `group` numbers the groups of ranks that this scheduler has started, the present one included.
+    """
 
     incarnation: int
     num_kv_blocks: int
@@ -94,6 +97,18 @@ class Ready:
     max_model_len: int
     dtype: str
     device: str
+    group: int = 1
+
+
+@dataclasses.dataclass(slots=True)
+class Recovering:
+    """Scheduler → front end: the ranks failed and are being replaced; open requests go on with the next Ready.
+
+    `error` is `configs.errors.to_wire` of what happened to them.
+    """
+
+    incarnation: int
+    error: dict[str, Any]
 
 
 @dataclasses.dataclass(slots=True)
@@ -280,7 +295,7 @@ class EngineFailure:
 
 
 ToScheduler = Hello | AddRequest | Abort | AbortNamed | ResetPrefixCache | StateRequest
-ToFrontEnd = Ready | Deltas | AbortNamed | EngineState | Stats | EngineFailure
+ToFrontEnd = Ready | Recovering | Deltas | AbortNamed | EngineState | Stats | EngineFailure
 Message = ToScheduler | ToFrontEnd
 
 _TAGS: dict[int, type[Any]] = {
@@ -292,6 +307,7 @@ _TAGS: dict[int, type[Any]] = {
     6: EngineFailure,
     7: ResetPrefixCache,
     8: Stats,
+    9: Recovering,
     20: StateRequest,
     21: EngineState,
     30: AbortNamed,

@@ -51,6 +51,13 @@ def _prctl(option: int, value: object) -> None:
         raise OSError(ctypes.get_errno(), f"prctl({option})")
 
 
+def is_stopped(pid: int | None) -> bool:
+    """Whether a signal or a tracer has stopped the process; False where that cannot be seen (no /proc)."""
+    with contextlib.suppress(OSError, IndexError), open(f"/proc/{pid}/stat", "rb") as file:
+        return file.read().rpartition(b")")[2].split()[0] in (b"T", b"t")
+    return False
+
+
 def ignore_interrupts() -> None:
     """Leave Ctrl-C, which goes to the whole foreground group, to the process that talks to the user."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import faulthandler
 import importlib
 import logging
 import multiprocessing
@@ -38,6 +39,8 @@ from nanoengine.step import Epoch, StepOutput
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 0.5
+STACK_SIGNAL = signal.SIGUSR1
+_MAX_STACK_BYTES = 2**16
 _REAP_SECONDS = 5.0
 _LISTEN_SECONDS = 30.0
 _LAST_WORDS_SECONDS = 0.2
@@ -70,7 +73,9 @@ class RankArguments:
     run_dir: Path
     control: InheritedFd
     collective: InheritedFd | None
+    stacks: InheritedFd
     parent_pid: int
+    parked: bool = False
 
 
 # ------------------------------------------------------------------------------------- in the child
@@ -89,6 +94,8 @@ def run_rank(arguments: RankArguments) -> None:
     processes.name_process(f"nano-worker-{rank}")
     processes.configure_logging(config.server.log_level, f"worker rank {rank}", config.server.log_format)
     num_threads = processes.limit_threads(config.parallel.world_size)
+    # In C, at once, whatever Python is doing: asked for before a group that hangs is killed (`ask_for_stacks`).
+    faulthandler.register(STACK_SIGNAL, arguments.stacks.fd, all_threads=True)
 
     control = ControlBlock(arguments.control.fd, config.parallel.world_size)
     os.close(arguments.control.fd)
@@ -107,9 +114,11 @@ def run_rank(arguments: RankArguments) -> None:
     try:
         port.set_phase(Phase.LOADING)
         began = time.monotonic()
-        entry = resolve(arguments.entry)
+        entry = resolve(arguments.entry)  # the imports, which take most of a start
         logger.log(logging.DEBUG if rank else logging.INFO, "imported its code in %.2f s", time.monotonic() - began)
-        entry(port)
+        if not arguments.parked or port.await_begin():
+            port.set_phase(Phase.LOADING)
+            entry(port)
     except BaseException as error:
         with contextlib.suppress(Exception):
             port.report_failure(to_wire(error), traceback.format_exc())
@@ -161,6 +170,7 @@ class RankProcess:
         self.ready = False
         self.failed: Failed | None = None
         self._arguments = arguments
+        self._stacks_fd = arguments.stacks.fd
         self._process: BaseProcess | None = None
         self.link = Link(arguments.key, arguments.epoch, arguments.rank, end=Direction.TO_SCHEDULER)
 
@@ -195,6 +205,27 @@ class RankProcess:
         """Name and state, for error messages."""
         state = self.words.describe() if self.exit_code is None else processes.describe_exit(self.exit_code)
         return f"rank {self.rank} ({state})"
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a signal (SIGSTOP, a debugger) keeps the process from running."""
+        return self._process is not None and processes.is_stopped(self._process.pid)
+
+    def ask_for_stacks(self) -> bool:
+        """Have the process write where each of its threads stands, and run if it is stopped; for `read_stacks`.
+
+        False when it cannot: it is gone, or has not come so far that it knows the signal.
+        """
+        if self.exit_code is not None or self._process is None or self.words.phase < Phase.LOADING:
+            return False
+        assert self._process.pid is not None
+        os.kill(self._process.pid, STACK_SIGNAL)
+        os.kill(self._process.pid, signal.SIGCONT)
+        return True
+
+    def read_stacks(self) -> str:
+        """What the process has written by now."""
+        return os.pread(self._stacks_fd, _MAX_STACK_BYTES, 0).decode(errors="replace").rstrip()
 
     def receive(self, ended: bool = False) -> list[StepOutput]:
         """Take in what the rank has said, and return the step outputs. Raises ChannelError on a broken link.
@@ -233,6 +264,9 @@ class RankProcess:
         """Wait for the end of the process and release all that belongs to it; False if it has not ended."""
         self.link.unlink()
         self.link.close()
+        if self._stacks_fd >= 0:
+            os.close(self._stacks_fd)
+            self._stacks_fd = -1
         if self._process is None:
             return True
         self._process.join(timeout)

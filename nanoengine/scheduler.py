@@ -65,6 +65,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # both in serving order
         self.running: list[Sequence] = []
         self.requests: dict[tuple[str, str], Request] = {}
+        self.trial: Request | None = None  # while it is set, no other request begins to run (see `recovery`)
         self.num_preemptions = self.num_swaps = 0  # of all preemptions, those by swapping
         self.totals = StepTotals()
         self.num_searches = 0  # beam searches among them
@@ -144,7 +145,7 @@ class Scheduler:
     def fail_all(self, error: BaseException) -> None:
         """End every request with an error: the engine can serve no more."""
         for request in list(self.requests.values()):
-            self._fail(request, error)
+            self.fail(request, error)
 
     def expire(self) -> None:
         """End each request whose deadline has passed with an error; call it between steps."""
@@ -153,9 +154,10 @@ class Scheduler:
             request = self.requests.get(key)
             if request is not None:
                 seconds = deadline - request.arrival_time
-                self._fail(request, RequestTimeoutError(f"the request was not complete within {seconds:g} s"))
+                self.fail(request, RequestTimeoutError(f"the request was not complete within {seconds:g} s"))
 
-    def _fail(self, request: Request, error: BaseException) -> None:
+    def fail(self, request: Request, error: BaseException) -> None:
+        """End a request with an error."""
         for seq in request.seqs:
             if not seq.is_finished:
                 seq.error = to_wire(error)
@@ -307,6 +309,9 @@ class Scheduler:
             if len(self.running) >= self.limits.max_num_seqs and not make_way(self):
                 break
             seq = self.waiting[position]
+            if self.trial not in (None, seq.request):
+                position += 1
+                continue
             if seq.num_pending_tokens:
                 break  # preempted while a step samples it: that token comes first
             start = find_start(seq, self.blocks)
@@ -383,7 +388,7 @@ class Scheduler:
             if seq.prompt_log is not None and not seq.is_finished:
                 self.outbox.emit_prompt(seq, seq.prompt_log.add(chunk))
         for row, error in output.errors.items():
-            self._fail(flight.seq_of(row).request, from_wire(error))
+            self.fail(flight.seq_of(row).request, from_wire(error))
         if flight.steady:
             self._commit_steady(flight, output)
         for row, record in enumerate(flight.records, start=len(flight.steady)):

@@ -23,7 +23,7 @@ import zmq
 from configs.engine import EngineConfig
 from configs.errors import DeadlineError, EngineError, NanoEngineError, WorkerError, from_wire
 from nanoengine import processes
-from nanoengine.channel import KEY_BYTES, Message, Stop, encode
+from nanoengine.channel import KEY_BYTES, Begin, Message, Stop, encode
 from nanoengine.control_block import ControlBlock, anonymous_file
 from nanoengine.rank_process import InheritedFd, RankArguments, RankProcess
 from nanoengine.step import Epoch, StepOutput
@@ -32,13 +32,28 @@ logger = logging.getLogger(__name__)
 
 WATCH_SECONDS = 0.5
 LEAVE_SECONDS = 1.5
+STACK_SECONDS = 0.2
+"""How long ranks that are about to be killed have for saying where they stand."""
 
 
 class WorkerGroup:
     """Handles of all ranks of one epoch, the memory they share, and their common end."""
 
-    def __init__(self, config: EngineConfig, run_dir: Path, epoch: Epoch, entry: str, silence_limit: float) -> None:
-        """Make the shared memory; `spawn` starts the processes."""
+    def __init__(
+        self,
+        config: EngineConfig,
+        run_dir: Path,
+        epoch: Epoch,
+        entry: str,
+        silence_limit: float,
+        *,
+        parked: bool = False,
+    ) -> None:
+        """Make the shared memory; `spawn` starts the processes.
+
+        The ranks of a `parked` group import what they need and wait for `begin`.
+        """
+        self.epoch = epoch
         world_size = config.parallel.world_size
         self.outputs: collections.deque[StepOutput] = collections.deque()
         self.ranks: list[RankProcess] = []
@@ -62,7 +77,9 @@ class WorkerGroup:
                     run_dir=run_dir,
                     control=InheritedFd(self._control_fd),
                     collective=None if self._collective_fd is None else InheritedFd(self._collective_fd),
+                    stacks=InheritedFd(anonymous_file("nanoengine-stacks")),
                     parent_pid=os.getpid(),
+                    parked=parked,
                 )
                 self.ranks.append(RankProcess(arguments, self.control.ranks[rank]))
         except BaseException:
@@ -83,6 +100,18 @@ class WorkerGroup:
             if rank.sentinel is not None:
                 self._sentinels.register(rank.sentinel, select.POLLIN)
         self.awake_since = self._last_check = time.monotonic()
+
+    def begin(self) -> bool:
+        """Let a parked group load the model; False when it cannot: a rank is gone or stopped."""
+        try:
+            self.check(starting=True)
+            if any(rank.is_stopped for rank in self.ranks):
+                return False
+            self.broadcast(Begin())
+            return True
+        except NanoEngineError as error:
+            logger.warning("the spare ranks are of no use: %s", error)
+            return False
 
     def fds(self) -> list[object]:
         """What becomes readable when a rank said something or ended."""
@@ -134,29 +163,36 @@ class WorkerGroup:
         dead = [rank for rank in self.ranks if some_ended and rank.exit_code is not None and rank.failed is None]
         failed = [rank for rank in self.ranks if rank.failed is not None]
         if dead:
-            raise WorkerError(f"rank {dead[0].rank} died ({processes.describe_exit(dead[0].exit_code)})", dead[0].rank)
+            how = processes.describe_exit(dead[0].exit_code)
+            raise WorkerError(f"rank {dead[0].rank} died ({how})", dead[0].rank, "died")
         if failed:
             # A rank that waited in vain for another is rather a consequence.
             raise _error_of(min(failed, key=lambda rank: (_waited_in_vain(rank), rank.rank)), starting)
         self._check_silence()
 
-    def await_all(self, reached: Callable[[RankProcess], bool], what: str, deadline: float, limit: float) -> None:
-        """Wait until `reached` holds for each rank.
+    def have_all(self, reached: Callable[[RankProcess], bool], what: str, deadline: float, limit: float) -> bool:
+        """Whether `reached` holds for each rank of a group that is starting; does not wait.
 
         Raises:
             NanoEngineError: as `check`.
-            DeadlineError: time.monotonic() came to `deadline`; names the ranks waited for.
+            DeadlineError: it does not, and time.monotonic() came to `deadline`; names the ranks waited for.
         """
-        while True:
-            self.check(starting=True)
-            waiting = [rank for rank in self.ranks if not reached(rank)]
-            if not waiting:
-                return
-            left = deadline - time.monotonic()
-            if left <= 0:
-                names = ", ".join(rank.describe() for rank in waiting)
-                raise DeadlineError(f"{what}: not done within {limit:g} s (start_timeout), waiting for {names}")
-            self.wait(min(left, WATCH_SECONDS))
+        self.check(starting=True)
+        waiting = [rank for rank in self.ranks if not reached(rank)]
+        if waiting and time.monotonic() >= deadline:
+            names = ", ".join(rank.describe() for rank in waiting)
+            raise DeadlineError(f"{what}: not done within {limit:g} s (start_timeout), waiting for {names}")
+        return not waiting
+
+    def log_stacks(self, ranks: list[RankProcess]) -> None:
+        """Log where each of these ranks stands in its Python code, stopped ones included; takes a moment."""
+        states = [(rank, rank.describe()) for rank in ranks]  # before they go on
+        asked = [(rank, state) for rank, state in states if rank.ask_for_stacks()]
+        if not asked:
+            return
+        time.sleep(STACK_SECONDS)
+        for rank, state in asked:
+            logger.error("%s stands at:\n%s", state, rank.read_stacks() or "(it did not say)")
 
     def leave(self, timeout: float = LEAVE_SECONDS) -> None:
         """Let idle ranks leave together; whoever has not left after `timeout` seconds is killed. Never raises."""
@@ -213,7 +249,10 @@ class WorkerGroup:
             # While it imports and loads, a rank may hold Python's lock for long (a cold disk).
             patience = self._silence_limit * (1 if rank.ready else 6)
             if seconds > patience:
-                raise WorkerError(f"{rank.describe()} has given no sign of life for {seconds:.1f} s", rank.rank)
+                message = f"{rank.describe()} has given no sign of life for {seconds:.1f} s"
+                message += ", stopped by a signal" if rank.is_stopped else ""
+                self.log_stacks([rank])
+                raise WorkerError(message, rank.rank, "silent")
 
 
 def _waited_in_vain(rank: RankProcess) -> bool:
@@ -228,4 +267,4 @@ def _error_of(rank: RankProcess, starting: bool) -> NanoEngineError:
         logger.debug("rank %d:\n%s", rank.rank, rank.failed.traceback)
         return error
     logger.error("rank %d failed:\n%s", rank.rank, rank.failed.traceback)
-    return WorkerError(f"rank {rank.rank} failed: {error.message}", rank.rank)
+    return WorkerError(f"rank {rank.rank} failed: {error.message}", rank.rank, "raised")

@@ -43,8 +43,23 @@ def pick(logprobs: torch.Tensor, chosen: torch.Tensor, number: int) -> tuple[tor
     ranks = _num_above(logprobs, values) + 1
     if number == 0:
         return chosen[:, None], values, ranks
-    top = logprobs.topk(min(number, logprobs.shape[-1]), dim=-1)
-    return torch.cat((chosen[:, None], top.indices), dim=1), torch.cat((values, top.values), dim=1), ranks
+    top_ids, top_values = _likeliest(logprobs, min(number, logprobs.shape[-1]))
+    return torch.cat((chosen[:, None], top_ids), dim=1), torch.cat((values, top_values), dim=1), ranks
+
+
+def _likeliest(logprobs: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(num_rows, number) ids and values of the likeliest tokens, the likeliest first, and of equals the lower id.
+
+    Of equals topk takes any, and which depends on `number`, that is on what other rows of the batch ask for.
+    """
+    top = logprobs.topk(min(number + 1, logprobs.shape[-1]), dim=-1)
+    ids, values = top.indices[:, :number].clone(), top.values[:, :number]
+    tied = (top.values[:, 1:] == top.values[:, :-1]).any(dim=-1) & ~top.values.isnan().any(dim=-1)
+    for row in tied.nonzero()[:, 0].tolist():
+        candidates = (logprobs[row] >= values[row, -1]).nonzero()[:, 0]  # by id
+        order = logprobs[row, candidates].argsort(descending=True, stable=True)
+        ids[row] = candidates[order[:number]]
+    return ids, values
 
 
 def _num_above(logprobs: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -60,6 +60,9 @@ def _refusal(request: Request) -> ApiError | None:
         return draining()
     if engine.is_ready:
         return None
+    cause = engine.recovering_from
+    if cause is not None:
+        return ApiError(503, f"the engine recovers from a failure: {cause.message}", UNAVAILABLE, code="recovering")
     return ApiError(503, "the model is still loading", UNAVAILABLE, code="loading")
 
 
@@ -205,7 +208,7 @@ async def reset_prefix_cache(request: Request) -> dict[str, str]:
 @router.get("/health")
 @router.get("/readyz")
 async def health(request: Request) -> JSONResponse:
-    """200 while requests are taken, 503 while the model loads, the server drains or the engine is dead. No work."""
+    """200 while requests are taken, 503 while the engine loads, drains, recovers or is dead. Queues no work."""
     if (refusal := _refusal(request)) is not None:
         return refusal.response()
     return JSONResponse({"status": "ready"})

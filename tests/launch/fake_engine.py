@@ -47,6 +47,7 @@ class FakeEngine:
         self.config = EngineConfig.create(**settings).resolve()
         self.is_ready = True
         self.failure: NanoEngineError | None = None
+        self.recovering_from: NanoEngineError | None = None
         self.delay = 0.0
         self.fail_after: int | None = None
         self.raise_at_once: Exception | None = None

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from configs.errors import EngineDeadError, EngineError
+from configs.errors import EngineDeadError, EngineError, WorkerError
 from launch.server.app import create_app
 from launch.server.middleware import MAX_BODY_BYTES
 from nanoengine.version import __version__
@@ -429,7 +429,7 @@ async def test_the_key_guards_every_route_but_livez(tmp_path: Path) -> None:
 # --- the other routes ---
 
 
-async def test_loading_and_dead_engines_are_503(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_loading_dead_and_recovering_engines_are_503(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     for code, failure in (("loading", None), ("engine_dead", EngineDeadError("the scheduler died"))):
         engine.is_ready, engine.failure = False, failure
         for path in ("/health", "/readyz"):
@@ -438,7 +438,15 @@ async def test_loading_and_dead_engines_are_503(client: httpx.AsyncClient, engin
         assert error_of(await client.post("/v1/chat/completions", json=HI), 503)["code"] == code
         for path in ("/livez", "/version", "/v1/models"):
             assert (await client.get(path)).status_code == 200
-    engine.is_ready, engine.failure = True, None
+    engine.failure, engine.recovering_from = None, WorkerError("rank 1 died", 1)
+    for path in ("/health", "/readyz"):
+        error = error_of(await client.get(path), 503)
+        assert error["code"] == "recovering"
+        assert "rank 1 died" in error["message"]
+    response = await client.post("/v1/completions", json={"prompt": "a"})
+    assert error_of(response, 503)["code"] == "recovering"
+    assert response.headers["retry-after"] == "1"
+    engine.is_ready, engine.recovering_from = True, None
     for path in ("/health", "/readyz"):
         assert (await client.get(path)).status_code == 200
     assert not engine.params, "a probe queues no work"

@@ -24,7 +24,7 @@ from configs.errors import CapacityError, EngineDeadError
 from nanoengine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 
 class Pretender:
-    tokenizer, num_unfinished = None, 0
+    tokenizer, num_unfinished, recovering_from = None, 0, None
     def __init__(self, config):
         self.config, self.is_ready, self.failure = config, False, None
     async def start(self):
@@ -60,7 +60,7 @@ class Pretender:
 
 supervisor.AsyncLLM = Pretender
 from launch.cli import main
-sys.exit(main(["--port", "0", "--shutdown-timeout", "{drain_seconds}"]))
+sys.exit(main(["--port", "0", "--shutdown-timeout", "{drain_seconds}", *{options}]))
 """
 
 
@@ -70,6 +70,7 @@ class Server:
     def __init__(self, **how: Any) -> None:
         settings = {
             "start_seconds": 0,
+            "options": [],
             "start_fails": False,
             "dies_after": 0,
             "drain_seconds": 5,
@@ -255,6 +256,19 @@ def test_a_fatal_error_ends_it_with_an_exit_code_and_one_line(start: Callable[..
     assert server.end(seconds=5) == 1
     assert server.errors() == ["nanoengine: error: rank 1 was killed\n"]
     assert "Traceback" not in "".join(server.err)
+
+
+def test_a_server_that_is_to_survive_its_engine_says_503_until_it_is_stopped(start: Callable[..., Server]) -> None:
+    server = start(dies_after=0.2, options=["--no-exit-on-failure"])
+    url = server.ready()
+    deadline = time.monotonic() + 5
+    while (answer := httpx.get(f"{url}/readyz")).status_code == 200 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1)
+    answer = httpx.get(f"{url}/readyz")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_dead")
+    assert server.end(signal.SIGTERM) == 0
+    assert sum("rank 1 was killed" in line for line in server.err) == 1
 
 
 def test_a_failed_start_is_one_line(start: Callable[..., Server]) -> None:

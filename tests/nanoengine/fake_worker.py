@@ -113,3 +113,26 @@ class FakeRank:
 
 def create_ranks(config: EngineConfig) -> list[FakeRank]:
     return [FakeRank(config, rank) for rank in range(config.parallel.world_size)]
+
+
+POISON = 777
+
+
+def run_inventing(port: RankPort) -> None:
+    """A rank whose tokens depend on all that came before them (`FakeWorkers`), and which dies of the token POISON.
+
+    It does so again whenever a sequence that holds one is computed.
+    """
+    from tests.nanoengine.scheduler_driver import FakeWorkers
+
+    num_blocks = port.report_loaded(BlockCounts(64), "float32", "cpu")
+    if num_blocks is None:
+        return
+    workers = FakeWorkers(num_blocks.device, port.config.cache.block_size)
+    port.report_ready()
+    for step in port.steps():
+        if any(POISON in row.token_ids for row in step.rows):
+            os.kill(os.getpid(), signal.SIGKILL)
+        output = workers.run(step)
+        if port.rank == 0:
+            port.send_output(output)

@@ -22,6 +22,7 @@ from nanoengine.messages import (
     Hello,
     Message,
     Ready,
+    Recovering,
     TokenColumns,
     TokenDelta,
 )
@@ -538,6 +539,25 @@ def test_neither_a_busy_scheduler_nor_an_idle_one_counts_as_hung(client: EngineC
         for _message in sent(client):
             client.handle(ready(1))
     assert client.failure is None
+
+
+def test_a_recovery_pauses_requests_and_is_over_with_the_next_ready(client: EngineClient, clock: Clock) -> None:
+    """However long it takes: the scheduler answers, so it does not hang."""
+    journal = add(client)
+    sent(client)
+    client.handle(ready(1))
+    for _ in range(500):
+        clock.now += 1.0
+        assert client.watch() == []
+        for _message in sent(client):
+            assert client.handle(Recovering(1, to_wire(WorkerError("rank 1 died", 1)))) == []
+    assert isinstance(client.recovering_from, WorkerError)
+    assert client.failure is None
+    add(client)
+    client.handle(ready(1))
+    assert client.recovering_from is None
+    tell(client, journal, 0, [1], "stop")
+    assert ids_of(journal) == [1]
 
 
 def test_a_front_end_that_was_suspended_itself_does_not_blame_the_scheduler(client: EngineClient, clock: Clock) -> None:

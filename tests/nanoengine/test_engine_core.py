@@ -13,7 +13,7 @@ import pytest
 import zmq
 
 from configs.engine import EngineConfig
-from configs.errors import WorkerError
+from configs.errors import CapacityError, WorkerError
 from nanoengine.engine import EngineCore
 from nanoengine.executor import Executor, ExecutorFacts
 from nanoengine.front_socket import FrontSocket, merge
@@ -43,19 +43,39 @@ EPOCH = Epoch(3, 1)
 
 
 class InventingExecutor(Executor):
-    """Computes with FakeWorkers when it is collected; fails when told to."""
+    """Computes with FakeWorkers when it is collected.
+
+    It fails of `failure`, until it is started again, and of each step with the prompt token `poison`. As many starts
+    fail as `failing_starts` says. `rows_at_failure` holds how many rows there were beside it.
+    """
 
     def __init__(self) -> None:
         self.workers = FakeWorkers(FACTS.num_kv_blocks, 16)
         self.steps: list[StepInput] = []
         self.failure: WorkerError | None = None
+        self.poison: int | None = None
+        self.failing_starts = 0
+        self.hold_start = False
+        self.epochs: list[Epoch] = []
+        self.rows_at_failure: list[int] = []
+        self.poisoned: set[int] = set()
 
     @property
     def num_in_flight(self) -> int:
         return len(self.steps)
 
     def start(self, epoch: Epoch) -> ExecutorFacts:
+        self.epochs.append(epoch)
+        if self.failing_starts:
+            self.failing_starts -= 1
+            raise CapacityError("no memory yet")
+        self.failure = None
+        self.poisoned.clear()
+        self.workers.lose_everything()
         return FACTS
+
+    def poll_start(self) -> ExecutorFacts | None:
+        return None if self.hold_start else super().poll_start()
 
     def submit(self, step: StepInput) -> None:
         self.steps.append(step)
@@ -63,7 +83,15 @@ class InventingExecutor(Executor):
     def collect(self, timeout: float | None = 0) -> StepOutput | None:
         if self.failure is not None:
             raise self.failure
-        return self.workers.run(self.steps.pop(0)) if self.steps else None
+        if not self.steps:
+            return None
+        step = self.steps.pop(0)
+        self.poisoned |= {row.seq_id for row in step.rows if self.poison in row.token_ids}
+        if any(row.seq_id in self.poisoned for row in step.rows):
+            self.rows_at_failure.append(step.num_rows)
+            self.failure = WorkerError("rank 0 died (killed by signal 11 (SIGSEGV))", 0, "died")
+            raise self.failure
+        return self.workers.run(step)
 
     def watch(self) -> None:
         if self.failure is not None:
@@ -73,7 +101,7 @@ class InventingExecutor(Executor):
         return []
 
     def stop(self) -> None:
-        pass
+        self.steps.clear()
 
 
 class FrontEnd:
@@ -120,11 +148,11 @@ class FrontEnd:
 class Served:
     """An EngineCore that serves in a thread."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, **settings: Any) -> None:
         self.address = f"ipc://{directory}/front"
         self.executor = InventingExecutor()
         self.front = FrontSocket(self.address, EPOCH.incarnation)
-        config = EngineConfig.create(model="demo").resolve()
+        config = EngineConfig.create(model="demo", check_invariants=True, **settings).resolve()
         self.core = EngineCore(config, self.executor, self.front, FACTS, EPOCH)
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._serve)
@@ -143,8 +171,13 @@ class Served:
 
 
 @pytest.fixture
-def served(tmp_path: Path) -> Iterator[Served]:
-    server = Served(tmp_path)
+def settings() -> dict[str, Any]:
+    return {}
+
+
+@pytest.fixture
+def served(tmp_path: Path, settings: dict[str, Any]) -> Iterator[Served]:
+    server = Served(tmp_path, **settings)
     server.thread.start()
     with contextlib.ExitStack() as stack:
         stack.callback(server.front.close)
@@ -222,6 +255,7 @@ def test_requests_of_a_vanished_front_end_are_aborted(served: Served) -> None:
     assert served.core.scheduler.blocks.num_free_blocks == FACTS.num_kv_blocks
 
 
+@pytest.mark.parametrize("settings", [{"max_restarts": 0}])
 def test_failed_worker_ends_open_requests_with_its_error_and_the_loop(served: Served) -> None:
     front = served.front_end()
     front.send(Hello("c"))

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 
+import psutil
 import pytest
 
 from configs.errors import WorkerError
@@ -174,3 +175,74 @@ def test_a_rank_that_does_not_leave_is_made_to(make: Make) -> None:
     begin = time.monotonic()
     executor.stop()
     assert time.monotonic() - begin < 2.5
+
+
+def test_the_log_says_where_a_stopped_rank_stood(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    executor = make("freeze@0", step_timeout=1.0, first_steps=1)
+    executor.start(EPOCH)
+    run_steps(executor, last=1)
+    executor.submit(step(2))
+    expect_failure(executor, 0, r"waiting for rank 0 \(computing step 2 for .* s\), stopped by a signal")
+    stacks = [record.getMessage() for record in caplog.records if "stands at" in record.getMessage()]
+    assert stacks[0].startswith("rank 0 (computing step 2")
+    assert "fake_worker.py" in stacks[0]
+    assert "in run_worker" in stacks[0]
+
+
+def test_a_start_that_is_polled_does_not_block_and_tells_of_a_death(make: Make) -> None:
+    executor = make()
+    begin = time.monotonic()
+    executor.begin_start(EPOCH)
+    assert executor.poll_start() is None
+    assert time.monotonic() - begin < 1
+    os.kill(rank_pids(executor)[1], signal.SIGKILL)
+    with pytest.raises(WorkerError, match="rank 1 died"):
+        assert eventually(lambda: executor.poll_start() is not None)
+    executor.stop()
+    executor.begin_start(Epoch(EPOCH.incarnation, EPOCH.group + 1))
+    assert eventually(lambda: executor.poll_start() is not None)
+    executor.stop()
+
+
+def spare_pids(executor: MultiprocessExecutor) -> list[int]:
+    assert executor._spare is not None
+    return [rank._process.pid or 0 for rank in executor._spare.ranks if rank._process is not None]
+
+
+def test_spare_ranks_take_over_and_end_with_the_executor(make: Make) -> None:
+    executor = make()
+    executor.start(EPOCH)
+    following = Epoch(EPOCH.incarnation, EPOCH.group + 1)
+    executor.park_spare(following)
+    pids = spare_pids(executor)
+    executor.park_spare(following)
+    assert spare_pids(executor) == pids, "there is one already"
+    run_steps(executor)
+    os.kill(rank_pids(executor)[0], signal.SIGKILL)
+    expect_failure(executor, 0, "rank 0 died")
+    assert alive(pids) == pids
+    executor.end_group()
+    executor.start(following)
+    assert rank_pids(executor) == pids
+    executor.submit(step(1, epoch=following))
+    assert executor.collect(None) == invented(step(1, epoch=following))
+    executor.park_spare(Epoch(EPOCH.incarnation, EPOCH.group + 2))
+    pids += spare_pids(executor)
+    executor.stop()
+    assert alive(pids) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_spare_ranks_that_died_or_stopped_are_not_relied_on(make: Make, number: signal.Signals) -> None:
+    executor = make()
+    executor.start(EPOCH)
+    following = Epoch(EPOCH.incarnation, EPOCH.group + 1)
+    executor.park_spare(following)
+    pids = spare_pids(executor)
+    os.kill(pids[1], number)
+    assert eventually(lambda: psutil.Process(pids[1]).status() in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE))
+    executor.end_group()
+    executor.start(following)
+    assert not set(pids) & set(rank_pids(executor))
+    assert alive(pids) == []
+    executor.stop()

@@ -20,6 +20,7 @@ from nanoengine.messages import (
     EngineState,
     Hello,
     Ready,
+    Recovering,
     ResetPrefixCache,
     SequenceRow,
     SharedPrefix,
@@ -68,6 +69,7 @@ MESSAGES = [
         b"\0\1",
         [SequenceRow("r", 0, "running", 3, 4, 1, 2, 1, 0, 0.5)],
     ),
+    Recovering(2, {"kind": "WorkerError", "message": "rank 1 died", "rank": 1}),
     EngineFailure(2, {"kind": "WorkerError", "message": "rank 1 died", "rank": 1}),
 ]
 
