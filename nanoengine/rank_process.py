@@ -91,7 +91,7 @@ def run_rank(arguments: RankArguments) -> None:
     processes.ignore_interrupts()
     if not processes.set_death_signal(signal.SIGKILL, arguments.parent_pid):
         os._exit(1)
-    processes.name_process(f"nano-worker-{rank}")
+    processes.name_process(f"nano-{'spare' if arguments.parked else 'worker'}-{rank}")
     processes.configure_logging(config.server.log_level, f"worker rank {rank}", config.server.log_format)
     num_threads = processes.limit_threads(config.parallel.world_size)
     # In C, at once, whatever Python is doing: asked for before a group that hangs is killed (`ask_for_stacks`).
@@ -117,6 +117,7 @@ def run_rank(arguments: RankArguments) -> None:
         entry = resolve(arguments.entry)  # the imports, which take most of a start
         logger.log(logging.DEBUG if rank else logging.INFO, "imported its code in %.2f s", time.monotonic() - began)
         if not arguments.parked or port.await_begin():
+            processes.name_process(f"nano-worker-{rank}")
             port.set_phase(Phase.LOADING)
             entry(port)
     except BaseException as error:

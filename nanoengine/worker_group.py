@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 WATCH_SECONDS = 0.5
 LEAVE_SECONDS = 1.5
 STACK_SECONDS = 0.2
-"""How long ranks that are about to be killed have for saying where they stand."""
+MAX_STACK_WAITS = 5
+"""So often they are asked at most, so long apart, where ranks that are about to be killed stand."""
 
 
 class WorkerGroup:
@@ -190,7 +191,10 @@ class WorkerGroup:
         asked = [(rank, state) for rank, state in states if rank.ask_for_stacks()]
         if not asked:
             return
-        time.sleep(STACK_SECONDS)
+        for _ in range(MAX_STACK_WAITS):
+            time.sleep(STACK_SECONDS)
+            if all("Current thread" in rank.read_stacks() for rank, _ in asked):
+                break
         for rank, state in asked:
             logger.error("%s stands at:\n%s", state, rank.read_stacks() or "(it did not say)")
 
