@@ -11,6 +11,7 @@ from fastapi import APIRouter, Body, Request
 from fastapi.responses import JSONResponse, Response
 
 from configs.errors import RequestError
+from launch.server.chat import prepare_chat, tokenize_chat
 from launch.server.echo import Echo
 from launch.server.engine import Engine
 from launch.server.errors import UNAVAILABLE, ApiError, model_not_found
@@ -21,9 +22,7 @@ from launch.server.schema import (
     CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
-    chat_messages,
     check_num_sequences,
-    repeated_message,
 )
 from nanoengine.tokenizer import Tokenizer
 from nanoengine.version import __version__
@@ -87,6 +86,7 @@ async def create_completion(request: Request, body: Annotated[CompletionRequest,
         bool(body.return_token_ids),
         body.include_usage,
         echo=echo,
+        usage_in_chunks=body.usage_in_chunks,
     )
     with body.own_words():
         return await respond(
@@ -112,10 +112,9 @@ async def create_chat_completion(request: Request, body: Annotated[ChatCompletio
     """Answer a conversation."""
     engine = _serving(request, body.model)
     body.check()
-    params, messages = body.sampling_params(engine.config.default_sampling), chat_messages(body.messages)
+    params, tokenizer = body.sampling_params(engine.config.default_sampling), _tokenizer(engine, "messages")
     engine.check_queue()
-    tokenizer, repeated = _tokenizer(engine, "messages"), repeated_message(messages, body.echo)
-    prompt = await asyncio.to_thread(tokenizer.apply_chat_template, messages)
+    chat = await asyncio.to_thread(prepare_chat, body, tokenizer, engine.config.server, params)
     answer_id = f"chatcmpl-{uuid.uuid4().hex}"
     answer = ChatFormat(
         answer_id,
@@ -126,11 +125,14 @@ async def create_chat_completion(request: Request, body: Annotated[ChatCompletio
         body.include_usage,
         tokenizer.token_bytes,
         body.top_logprobs or 0,
-        Echo([repeated], tokenizer.token_text) if repeated else None,
+        chat.echo,
+        body.usage_in_chunks,
+        reader=chat.reader,
     )
-    with body.own_words():
+    prompts = body.salted([chat.prompt_token_ids])
+    with chat.own_words():
         return await respond(
-            request, engine, body.salted([prompt]), params, answer_id, answer, bool(body.stream), body.scheduling()
+            request, engine, prompts, chat.params, answer_id, answer, bool(body.stream), body.scheduling()
         )
 
 
@@ -208,10 +210,9 @@ async def tokenize(request: Request, body: Annotated[TokenizeRequest, Body()]) -
     tokenizer = _tokenizer(engine, "prompt" if body.messages is None else "messages")
     if body.messages is None:
         assert body.prompt is not None
-        ids = await asyncio.to_thread(tokenizer.encode, body.prompt, body.add_special_tokens)
+        ids = await asyncio.to_thread(tokenizer.encode, body.prompt, body.add_special_tokens is not False)
     else:
-        messages = chat_messages(body.messages)
-        ids = await asyncio.to_thread(tokenizer.apply_chat_template, messages, body.add_generation_prompt)
+        ids = await asyncio.to_thread(tokenize_chat, body, tokenizer)
     strings = [tokenizer.token(token) for token in ids] if body.return_token_strs else None
     return {
         "count": len(ids),

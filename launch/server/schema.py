@@ -21,7 +21,7 @@ MAX_PROMPTS = 1024
 DEFAULT_MAX_TOKENS = 16
 # What one request may generate at once, over all of its prompts.
 MAX_SEQUENCES = 16384
-_ANYTHING = object()
+ANYTHING = object()
 
 # Values that leave the answer as it is, for each field that is known but not supported (yet). null always is one.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -34,15 +34,15 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "early_stopping": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "include_reasoning": (_ANYTHING,),
+    "include_reasoning": (ANYTHING,),
     "length_penalty": (1,),
-    "metadata": (_ANYTHING,),
+    "metadata": (ANYTHING,),
     "modalities": (["text"],),
-    "parallel_tool_calls": (_ANYTHING,),
+    "parallel_tool_calls": (ANYTHING,),
     "prediction": (),
-    "prompt_cache_key": (_ANYTHING,),
+    "prompt_cache_key": (ANYTHING,),
     "reasoning_effort": (),
-    "safety_identifier": (_ANYTHING,),
+    "safety_identifier": (ANYTHING,),
     "service_tier": ("auto", "default"),
     "spaces_between_special_tokens": (True,),
     "store": (False,),
@@ -52,20 +52,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "top_logprobs": (0,),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
-    "user": (_ANYTHING,),
+    "user": (ANYTHING,),
     "verbosity": (),
 }
-_NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
-    "annotations": ([],),
-    "audio": (),
-    "function_call": (),
-    "reasoning_content": (),
-    "refusal": (),
-    "tool_calls": ([],),
-}
 _NEUTRAL_IN_STREAM_OPTIONS: dict[str, tuple[Any, ...]] = {
-    "continuous_usage_stats": (False,),
-    "include_obfuscation": (_ANYTHING,),
+    "include_obfuscation": (ANYTHING,),
 }
 
 _SAMPLING_FIELDS = (
@@ -91,7 +82,6 @@ _SAMPLING_FIELDS = (
     "allowed_token_ids",
     "bad_words",
 )
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 
 Prompt = Annotated[
     Any,
@@ -111,6 +101,30 @@ Stop = Annotated[
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}]}),
 ]
 
+ToolChoice = Annotated[
+    Any,
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "enum": ["none", "auto", "required"]},
+                {
+                    "type": "object",
+                    "properties": {
+                        "type": {"const": "function"},
+                        "function": {
+                            "type": "object",
+                            "properties": {"name": {"type": "string"}},
+                            "required": ["name"],
+                        },
+                    },
+                    "required": ["type", "function"],
+                },
+                {"type": "null"},
+            ]
+        }
+    ),
+]
+
 
 class Body(BaseModel):
     """A request's JSON object: types are taken as they are, and unknown fields are kept to be judged."""
@@ -127,6 +141,7 @@ class StreamOptions(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True)
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class SamplingFields(Body):
@@ -185,6 +200,11 @@ class SamplingFields(Body):
         """Whether a stream ends with a chunk that counts."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
+    @property
+    def usage_in_chunks(self) -> bool:
+        """Whether every chunk of a stream counts."""
+        return bool(self.stream_options and self.stream_options.continuous_usage_stats)
+
     def check(self) -> None:
         """Raise RequestError for what no type can say."""
         self.refuse_unsupported()
@@ -194,6 +214,9 @@ class SamplingFields(Body):
             )
             if not self.stream:
                 raise RequestError("stream_options needs stream: true", "stream_options")
+            if self.usage_in_chunks and not self.include_usage:
+                param = "stream_options.continuous_usage_stats"
+                raise RequestError(f"{param} needs stream_options.include_usage: true", param)
         check_cache_salt(self.cache_salt)
 
     def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
@@ -267,13 +290,26 @@ class CompletionRequest(SamplingFields):
         return prompt
 
 
-class ChatCompletionRequest(SamplingFields):
+class TemplateFields(Body):
+    """What a chat template is given beside the messages. null means the default."""
+
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+
+class ChatCompletionRequest(SamplingFields, TemplateFields):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    tool_choice: ToolChoice = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
 
     def check(self) -> None:
         super().check()
@@ -299,14 +335,13 @@ class ChatCompletionRequest(SamplingFields):
             raise
 
 
-class TokenizeRequest(Body):
-    """POST /tokenize: `prompt`, or `messages` as in a chat."""
+class TokenizeRequest(TemplateFields):
+    """POST /tokenize: `prompt`, or `messages` as in a chat, whose special tokens come from the template by default."""
 
     model: str | None = None
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
-    add_special_tokens: bool = True
-    add_generation_prompt: bool = True
+    add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
 
 
@@ -315,11 +350,6 @@ class DetokenizeRequest(Body):
 
     model: str | None = None
     tokens: list[int]
-
-
-def repeated_message(messages: list[dict[str, Any]], echo: bool | None) -> str:
-    """What `echo` puts in front of the answer to a conversation: a last message of the assistant's, as in vLLM."""
-    return str(messages[-1]["content"]) if echo and messages[-1]["role"] == "assistant" else ""
 
 
 def check_num_sequences(num_prompts: int, params: SamplingParams) -> None:
@@ -332,59 +362,13 @@ def check_num_sequences(num_prompts: int, params: SamplingParams) -> None:
         )  # fmt: skip
 
 
-def chat_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages as chat templates know them: a known role and text.
-
-    Raises:
-        RequestError: names the place of what is not supported, e.g. `messages[1].content[0].type`.
-    """
-    return [_chat_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
-
-
-def _chat_message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
-    role = message.get("role")
-    if not isinstance(role, str) or role not in _ROLES:
-        raise RequestError(f"{where}.role must be one of {', '.join(_ROLES)}, got {role!r:.100}", f"{where}.role")
-    taken: dict[str, Any] = {"role": _ROLES[role], "content": _content(message.get("content"), role, where)}
-    for name in ("name", "tool_call_id"):
-        if message.get(name) is not None:
-            if not isinstance(message[name], str):
-                raise RequestError(f"{where}.{name} must be a string", f"{where}.{name}", "invalid_type")
-            taken[name] = message[name]
-    rest = {name: value for name, value in message.items() if name not in ("role", "content", "name", "tool_call_id")}
-    refuse_unsupported(rest, _NEUTRAL_IN_MESSAGE, prefix=f"{where}.")
-    return taken
-
-
-def _content(content: Any, role: str, where: str) -> str:
-    if isinstance(content, str):
-        return content
-    if content is None and role == "assistant":
-        return ""
-    param = f"{where}.content"
-    if not isinstance(content, list) or not content:
-        raise RequestError(f"{param} must be a string or a list of text parts", param, "invalid_type")
-    texts = []
-    for index, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in ("text", "input_text"):
-            raise RequestError(
-                f"{param}[{index}].type must be 'text', the only kind supported, got {kind!r:.100}",
-                f"{param}[{index}].type",
-            )
-        if not isinstance(part.get("text"), str):
-            raise RequestError(f"{param}[{index}].text must be a string", f"{param}[{index}].text", "invalid_type")
-        texts.append(part["text"])
-    return "\n".join(texts)
-
-
 def refuse_unsupported(extra: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]], prefix: str = "") -> None:
     """Raise RequestError for the first field that is unknown, or known and not neutral."""
     for name, value in extra.items():
         if name not in neutral:
             raise RequestError(f"{prefix}{name:.100} is not a field that this server knows", f"{prefix}{name:.100}")
         allowed = neutral[name]
-        if value is None or _ANYTHING in allowed or any(_same(value, each) for each in allowed):
+        if value is None or ANYTHING in allowed or any(_same(value, each) for each in allowed):
             continue
         named = ", ".join(["null", *(repr(each) for each in allowed)])
         raise RequestError(

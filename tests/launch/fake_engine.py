@@ -31,13 +31,15 @@ MAX_MODEL_LEN = 256
 
 
 class FakeEngine:
-    """Answers `ANSWER` token by token, or what `answers` holds for a prompt's text.
+    """Answers `answer` token by token, or what `answers` holds for a prompt's text. `template` is its chat template.
 
     `delay` seconds lie between tokens; `fail_after` tokens the request fails; `open` and `aborted` hold request ids.
     """
 
-    def __init__(self, folder: Path, **settings: Any) -> None:
-        self.tokenizer: Tokenizer | None = Tokenizer(write_byte_level(folder / "tokenizer"))
+    def __init__(self, folder: Path, template: str | None = None, **settings: Any) -> None:
+        config = {} if template is None else {"chat_template": template}
+        self.tokenizer: Tokenizer | None = Tokenizer(write_byte_level(folder / "tokenizer", **config))
+        self.answer = ANSWER
         settings = {"max_model_len": MAX_MODEL_LEN} | settings
         self.config = EngineConfig.create(**settings).resolve()
         self.is_ready = True
@@ -133,7 +135,7 @@ class FakeEngine:
     ) -> Iterator[CompletionOutput]:
         """What sequence `index` is after each token; its answer ends in its index, but for the first."""
         assert self.tokenizer is not None
-        text = self.answers.get(self.tokenizer.decode(prompt), ANSWER) + (f" {index}" if index else "")
+        text = self.answers.get(self.tokenizer.decode(prompt), self.answer) + (f" {index}" if index else "")
         ids = [*self.tokenizer.encode(text), self.tokenizer.eos_token_id or 0]
         stream, stops, text = IncrementalDetokenizer(self.tokenizer, prompt), StopChecker(params.stop), ""
         for count in range(1, len(ids) + 1):
