@@ -8,6 +8,7 @@ from launch.server import errors
 from launch.server.engine import Engine
 from launch.server.middleware import ApiKeyGuard, BodyLimit
 from launch.server.routes import router
+from launch.server.streams import StreamStore
 from nanoengine.version import __version__
 
 
@@ -16,6 +17,7 @@ def create_app(engine: Engine) -> FastAPI:
     # FastAPI's own pages fetch scripts from another host; the OpenAPI document itself stays.
     app = FastAPI(title="nanoengine", version=__version__, docs_url=None, redoc_url=None)
     app.state.engine = engine
+    app.state.streams = StreamStore(engine.config.server.stream_resume_seconds)
     app.include_router(router)
     errors.install(app)
     app.add_middleware(BodyLimit)

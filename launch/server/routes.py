@@ -16,7 +16,7 @@ from launch.server.echo import Echo
 from launch.server.engine import Engine
 from launch.server.errors import UNAVAILABLE, ApiError, model_not_found
 from launch.server.formats import ChatFormat, CompletionFormat
-from launch.server.generation import respond
+from launch.server.generation import respond, resume
 from launch.server.schema import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -134,6 +134,12 @@ async def create_chat_completion(request: Request, body: Annotated[ChatCompletio
         return await respond(
             request, engine, prompts, chat.params, answer_id, answer, bool(body.stream), body.scheduling()
         )
+
+
+@router.get("/v1/streams/{stream_id}")
+async def resume_stream(request: Request, stream_id: str, last_event_id: str | None = None) -> Response:
+    """Go on with a stream that was asked for with `X-Stream-Resume: 1`, behind the event named by Last-Event-ID."""
+    return await resume(request, stream_id, last_event_id)
 
 
 # -- models -----------------------------------------------------------------------------------------------------
