@@ -27,7 +27,9 @@ from configs.errors import (
     RequestError,
     from_wire,
 )
-from nanoengine.journal import RequestJournal, SequenceJournal
+from nanoengine.beam_params import BeamSearchParams
+from nanoengine.beam_search import beams_of
+from nanoengine.journal import CheckedRequest, RequestJournal, SequenceJournal
 from nanoengine.messages import (
     Abort,
     AddRequest,
@@ -58,21 +60,6 @@ PING_INTERVAL = 5.0
 SILENCE_GRACE = 30.0
 # Between two calls of `watch` no more than this counts as silence: this process may have been suspended itself.
 _LONGEST_WATCH_GAP = 2.0
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class CheckedRequest:
-    """A request that was checked and may be added.
-
-    `max_tokens` is what fits into max_model_len, `grammar` what its structured_outputs were compiled to.
-    """
-
-    prompt: str | None
-    prompt_token_ids: list[int]
-    params: SamplingParams
-    max_tokens: int
-    cache_salt: str = ""
-    grammar: str = ""
 
 
 class EngineClient:
@@ -136,7 +123,9 @@ class EngineClient:
             )
         return dataclasses.replace(prompt, token_ids=self.tokenizer.encode(prompt.text))
 
-    def check(self, prompt: Prompt, params: SamplingParams | None = None, grammar: str = "") -> CheckedRequest:
+    def check(
+        self, prompt: Prompt, params: SamplingParams | BeamSearchParams | None = None, grammar: str = ""
+    ) -> CheckedRequest:
         """Check a request against model and settings; nothing is sent.
 
         A prompt must leave room for one token within max_model_len. More tokens than fit are not refused: the
@@ -147,7 +136,9 @@ class EngineClient:
         Raises:
             RequestError: it cannot be served as it stands; `param` names the field at fault.
         """
-        params = check_params(params) or SamplingParams(**self.config.default_sampling)
+        beams = beams_of(params, self.config.resolved_checkpoint)
+        asked = params if beams is None else beams.sampling_params()
+        params = check_params(asked) or SamplingParams(**self.config.default_sampling)
         assert bool(grammar) == (params.structured_outputs is not None), "compile structured_outputs first"
         encoded = self.encode(prompt)
         token_ids = encoded.token_ids or []
@@ -157,7 +148,7 @@ class EngineClient:
             params = self._tokenise_bad_words(params)
         room = self.config.max_model_len - len(token_ids)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
-        return CheckedRequest(encoded.text, token_ids, params, max_tokens, encoded.cache_salt, grammar)
+        return CheckedRequest(encoded.text, token_ids, params, max_tokens, encoded.cache_salt, grammar, beams)
 
     def _check_prompt(self, token_ids: list[int]) -> None:
         if not token_ids:
@@ -274,6 +265,7 @@ class EngineClient:
             request.cache_salt,
             self._timeout(timeout),
             request.grammar,
+            request.beams,
         )
         self._queued[journal.wire_id] = len(request.prompt_token_ids)
         self._live[journal.wire_id] = self._by_request_id[request_id] = journal

@@ -109,12 +109,15 @@ class GrammarCompiler:
             self._pending[key] = future
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "grammar")
-        self._thread.submit(self._work, key, line, params.form, time.monotonic())
+        try:
+            self._thread.submit(self._work, key, line, params.form, time.monotonic())
+        except RuntimeError:  # closed a moment ago, in another thread
+            self._resolve_pending()
         return future
 
     def _check_usable(self) -> None:
         if self._closed:
-            raise EngineDeadError("the engine was closed")
+            raise _closed()
         if self._config.model.skip_tokenizer_init:
             why = "the engine runs without a tokenizer (skip_tokenizer_init)"
         elif self._config.tokenizer_file is None:
@@ -135,10 +138,13 @@ class GrammarCompiler:
             self._thread.shutdown(wait=True, cancel_futures=True)
         if self._process is not None:
             self._process.stop()
+        self._resolve_pending()
+
+    def _resolve_pending(self) -> None:
         with self._lock:
             pending, self._pending = list(self._pending.values()), {}
         for future in pending:
-            _Answer(error=EngineDeadError("the engine was closed")).resolve(future)
+            _Answer(error=_closed()).resolve(future)
 
     # -- in the thread ------------------------------------------------------------------------------------------
 
@@ -154,11 +160,13 @@ class GrammarCompiler:
             logger.exception("compiling a grammar failed")
             answer = _Answer(error=EngineError(f"compiling {FIELD} failed: {type(error).__name__}: {error}"))
         with self._lock:
-            future = self._pending.pop(key)
+            future = self._pending.pop(key, None)
             if kept:
                 self._remember(key, answer)
-        answer.resolve(future)
-        if self._process is not None and not self._process.is_alive:
+        if future is not None:
+            answer.resolve(future)
+        was_killed = self._process is not None and not self._process.is_alive
+        if was_killed and not self._unusable and not self._closed:
             with contextlib.suppress(Exception):  # the next request finds out
                 self._ready_process()  # so that it does not wait for the start of another one
 
@@ -177,7 +185,7 @@ class GrammarCompiler:
             return _Answer(error=from_wire(data["error"])) if "error" in data else _Answer(data["grammar"])
         logger.warning("the grammar compiler was ended: %s (%s)", why, process.stop())
         if self._closed:
-            raise EngineDeadError("the engine was closed")
+            raise _closed()
         error = RequestError(f"{FIELD}.{form} is too complex: {why}", FIELD)
         return _Answer(error=error, expires=time.monotonic() + RETRY_SECONDS)
 
@@ -194,7 +202,8 @@ class GrammarCompiler:
         try:
             data = self._process.receive(START_SECONDS)
         except (TimeoutError, EOFError):
-            raise EngineError(f"the grammar compiler did not start: {self._process.stop()}") from None
+            how = self._process.stop()
+            raise _closed() if self._closed else EngineError(f"the grammar compiler did not start: {how}") from None
         if "error" in data:
             self._unusable = from_wire(data["error"]).message
             raise RequestError(f"{FIELD} cannot be given: {self._unusable}", FIELD)
@@ -207,6 +216,10 @@ class GrammarCompiler:
         while len(self._answers) > MAX_CACHED or self._num_chars > MAX_CACHED_CHARS:
             _, oldest = self._answers.popitem(last=False)
             self._num_chars -= len(oldest.grammar)
+
+
+def _closed() -> EngineDeadError:
+    return EngineDeadError("the engine was closed")
 
 
 class _CompilerProcess:

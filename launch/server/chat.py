@@ -20,10 +20,13 @@ from launch.server.echo import Echo
 from launch.server.response_format import AskedForm
 from launch.server.schema import ChatCompletionRequest, TemplateFields, TokenizeRequest
 from launch.server.tools import ToolPlan, plan_tools
+from nanoengine.beam_params import BeamSearchParams
 from nanoengine.chat_template import ChatTemplate
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.structured_outputs import StructuredOutputsParams
 from nanoengine.tokenizer import Tokenizer
+
+Params = SamplingParams | BeamSearchParams
 
 # Variables that a client may set, as the templates of the families name them, and their types.
 TEMPLATE_VARIABLES: dict[str, type] = {
@@ -46,7 +49,7 @@ class Chat:
     """A chat request, ready. `reader` makes what reads a choice; `forms_source` is the field that asked for a form."""
 
     prompt_token_ids: list[int]
-    params: SamplingParams
+    params: Params
     reader: ReaderFactory
     echo: Echo | None
     forms_source: str | None
@@ -57,15 +60,13 @@ class Chat:
         try:
             yield
         except RequestError as error:
-            form = self.params.structured_outputs
+            form = getattr(self.params, "structured_outputs", None)
             if self.forms_source is None or not isinstance(form, StructuredOutputsParams):
                 raise
             raise AskedForm(form, self.forms_source).in_its_words(error) from None
 
 
-def prepare_chat(
-    body: ChatCompletionRequest, tokenizer: Tokenizer, config: ServerConfig, params: SamplingParams
-) -> Chat:
+def prepare_chat(body: ChatCompletionRequest, tokenizer: Tokenizer, config: ServerConfig, params: Params) -> Chat:
     """Render, tokenise and decide. Takes milliseconds for a long conversation, so call it off the event loop.
 
     Raises:
@@ -203,8 +204,8 @@ def _thinks(tokenizer: Tokenizer, config: ServerConfig) -> bool:
 
 
 def _with_form(
-    body: ChatCompletionRequest, params: SamplingParams, plan: ToolPlan, thoughts: str | None
-) -> tuple[SamplingParams, str | None]:
+    body: ChatCompletionRequest, params: Params, plan: ToolPlan, thoughts: str | None
+) -> tuple[Params, str | None]:
     """The parameters with the form of the answer, behind its reasoning, and the field that asks for the form."""
     asked = body.asked_form()
     if asked is not None and plan.tools:
@@ -220,14 +221,14 @@ def _with_form(
             raise RequestError(error.message.replace(f"{error.param}.grammar", source), source) from None
     else:
         return params, None
+    if isinstance(params, BeamSearchParams):  # a response_format was refused before
+        raise RequestError("use_beam_search does not go with tools that are forced or strict", "use_beam_search")
     if thoughts is not None:
         form = dataclasses.replace(form, reasoning=thoughts)
     return dataclasses.replace(params, structured_outputs=form), source
 
 
-def _with_tags(
-    body: ChatCompletionRequest, params: SamplingParams, tokenizer: Tokenizer, calls: bool, thinks: bool
-) -> SamplingParams:
+def _with_tags(body: ChatCompletionRequest, params: Params, tokenizer: Tokenizer, calls: bool, thinks: bool) -> Params:
     """Keep special tokens in the text where the tags that are looked for are such."""
     tags = [tool_calls.HermesParser.OPEN, tool_calls.HermesParser.CLOSE] if calls else []
     tags += [reasoning.OPEN, reasoning.CLOSE] if thinks else []

@@ -22,6 +22,7 @@ from launch.server.events import DONE, EventStream, event
 from launch.server.formats import AnswerFormat
 from launch.server.streams import StreamStore, next_number, wants_resume
 from launch.server.waiting import cancelled, closed, either
+from nanoengine.beam_params import BeamSearchParams
 from nanoengine.outputs import RequestOutput
 from nanoengine.prompts import PromptInput, at_index
 from nanoengine.sampling_params import SamplingParams
@@ -37,7 +38,7 @@ async def respond(
     request: Request,
     engine: Engine,
     prompts: list[PromptInput],
-    params: SamplingParams,
+    params: SamplingParams | BeamSearchParams,
     answer_id: str,
     answer: AnswerFormat,
     stream: bool,
@@ -68,11 +69,21 @@ async def respond(
 
 
 async def _all_outputs(
-    engine: Engine, prompts: list[PromptInput], params: SamplingParams, answer_id: str, scheduling: dict[str, Any]
+    engine: Engine,
+    prompts: list[PromptInput],
+    params: SamplingParams | BeamSearchParams,
+    answer_id: str,
+    scheduling: dict[str, Any],
 ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
     """The outputs of all prompts as they come, each with its prompt's index. Leaving it aborts what is not finished."""
+
+    def run(prompt: PromptInput, request_id: str) -> AsyncGenerator[RequestOutput, None]:
+        if isinstance(params, BeamSearchParams):
+            return engine.beam_search(prompt, params, request_id, **scheduling)
+        return engine.generate(prompt, params, request_id, **scheduling)
+
     if len(prompts) == 1:
-        async with contextlib.aclosing(engine.generate(prompts[0], params, answer_id, **scheduling)) as single:
+        async with contextlib.aclosing(run(prompts[0], answer_id)) as single:
             async for output in single:
                 yield 0, _unless_failed(output)
         return
@@ -81,8 +92,7 @@ async def _all_outputs(
 
     async def read(index: int) -> None:
         try:
-            stream = engine.generate(prompts[index], params, f"{answer_id}-{index}", **scheduling)
-            async with contextlib.aclosing(stream) as several:
+            async with contextlib.aclosing(run(prompts[index], f"{answer_id}-{index}")) as several:
                 async for output in several:
                     await queue.put((index, output))
         except RequestError as error:

@@ -23,6 +23,7 @@ from launch.server.schema import (
     DetokenizeRequest,
     TokenizeRequest,
     check_num_sequences,
+    num_outputs,
 )
 from nanoengine.tokenizer import Tokenizer
 from nanoengine.version import __version__
@@ -70,7 +71,7 @@ async def create_completion(request: Request, body: Annotated[CompletionRequest,
     """Continue one or several prompts."""
     engine = _serving(request, body.model)
     body.check()
-    params, prompts = body.sampling_params(engine.config.default_sampling), body.prompts()
+    params, prompts = body.params(engine.config.default_sampling), body.prompts()
     check_num_sequences(len(prompts), params)
     engine.check_queue(len(prompts))
     echo = await _echo(engine, body, prompts) if body.echo else None
@@ -82,7 +83,7 @@ async def create_completion(request: Request, body: Annotated[CompletionRequest,
         answer_id,
         engine.config.served_model_name,
         len(prompts),
-        params.n,
+        num_outputs(params),
         bool(body.return_token_ids),
         body.include_usage,
         echo=echo,
@@ -112,7 +113,7 @@ async def create_chat_completion(request: Request, body: Annotated[ChatCompletio
     """Answer a conversation."""
     engine = _serving(request, body.model)
     body.check()
-    params, tokenizer = body.sampling_params(engine.config.default_sampling), _tokenizer(engine, "messages")
+    params, tokenizer = body.params(engine.config.default_sampling), _tokenizer(engine, "messages")
     engine.check_queue()
     chat = await asyncio.to_thread(prepare_chat, body, tokenizer, engine.config.server, params)
     answer_id = f"chatcmpl-{uuid.uuid4().hex}"
@@ -120,7 +121,7 @@ async def create_chat_completion(request: Request, body: Annotated[ChatCompletio
         answer_id,
         engine.config.served_model_name,
         1,
-        params.n,
+        num_outputs(params),
         bool(body.return_token_ids),
         body.include_usage,
         tokenizer.token_bytes,

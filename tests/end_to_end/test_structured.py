@@ -97,6 +97,7 @@ def test_each_form_is_kept(undisturbed: list[list[int]], tokenizer: Tokenizer) -
         {"max_num_batched_tokens": 7},
         TIGHT,
         TIGHT | {"async_scheduling": False, "enable_prefix_caching": False},
+        TIGHT | {"preemption_mode": "swap", "swap_space": 0.01},
     ],
     ids=str,
 )

@@ -18,7 +18,7 @@ import pytest
 
 from configs.engine import EngineConfig
 from configs.errors import EngineDeadError, QueueFullError, RequestError
-from nanoengine import grammar_compiler
+from nanoengine import AsyncLLM, SamplingParams, grammar_compiler
 from nanoengine.grammar_compiler import GrammarCompiler
 from nanoengine.structured_outputs import StructuredOutputsParams
 from tests.nanoengine.process_tools import alive, descendants, eventually
@@ -191,6 +191,28 @@ def test_callers_of_the_same_form_share_the_answer(compiler: GrammarCompiler) ->
     futures = [compiler.compile(form(regex="abc")) for _ in range(3)]
     assert len({future.result(30) for future in futures}) == 1
     assert futures[0] is futures[1]
+
+
+async def test_whoever_gives_up_takes_the_answer_from_nobody() -> None:
+    """Requests of the same form wait for one answer, and a client may hang up."""
+    llm = AsyncLLM("demo")
+    params = SamplingParams(structured_outputs={"regex": "[a-f]{3}"})
+    first, second = (asyncio.create_task(llm._compile(params)) for _ in range(2))
+    await asyncio.sleep(0)
+    first.cancel()
+    assert "[a-f]{3}" in await second
+    assert first.cancelled()
+    await llm.close()
+    with pytest.raises(EngineDeadError):
+        await llm._compile(params)
+
+
+def test_what_waits_when_it_is_closed_ends_with_an_error(config: EngineConfig) -> None:
+    compiler = GrammarCompiler(config)
+    futures = [compiler.compile(form(regex=f"((a{{100}}){{100}}){{{n}}}")) for n in (99, 100)]
+    compiler.close()
+    assert all(isinstance(future.exception(1), EngineDeadError) for future in futures)
+    assert not compiler._pending
 
 
 def test_an_engine_that_cannot_give_it_says_why(tmp_path: Path) -> None:

@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 
 from configs.errors import ChannelError, RequestError, to_wire
-from nanoengine.messages import AddRequest
-from nanoengine.sampling_params import SamplingParams
 from nanoengine.step import Epoch, RowExtras, StepInput, StepOutput
 from tests.nanoengine.scheduler_driver import Driver, expected_output
 
@@ -64,10 +62,7 @@ def test_a_row_has_a_token_or_an_error() -> None:
 
 def test_a_grammar_travels_with_the_row_and_its_whole_past() -> None:
     driver = Driver()
-    driver.tokens["g"] = [4, 5]
-    params = SamplingParams(ignore_eos=True).to_dict()
-    message = AddRequest("c", "g", [1, 2, 3], params, 0, 0.0, 0, [[4, 5]], grammar="the grammar")
-    driver.scheduler.add(message)
+    driver.add("g", [1, 2, 3], [4, 5], grammar="the grammar", ignore_eos=True)
     step = driver.step()
     assert step is not None
     (row,) = step.rows
