@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from launch.server import errors
+from launch.server.documents import document
 from launch.server.engine import Engine
 from launch.server.middleware import ApiKeyGuard, BodyLimit
 from launch.server.routes import router
@@ -20,6 +21,7 @@ def create_app(engine: Engine) -> FastAPI:
     app.state.streams = StreamStore(engine.config.server.stream_resume_seconds)
     app.include_router(router)
     errors.install(app)
+    document(app)
     app.add_middleware(BodyLimit)
     if engine.config.server.api_key is not None:
         app.add_middleware(ApiKeyGuard, api_key=engine.config.server.api_key)  # outermost: nothing is read without it
