@@ -158,7 +158,18 @@ class ServerConfig(_Validated):
     host: str = setting("127.0.0.1", "address to listen on")
     port: int = setting(8000, "port to listen on (0 = any free one, printed)", minimum=0, maximum=65535)
     served_model_name: str | None = setting(None, "the model's name in the API (default: as given to --model)")
-    api_key: str | None = setting(None, "key that clients must send as `Authorization: Bearer KEY`")
+    api_key: tuple[str, ...] = setting(
+        (),
+        "a key that clients may send as `Authorization: Bearer KEY`; may be given several times; `ps` shows it, so "
+        "prefer api_key_file or the variable NANOENGINE_API_KEY",
+        secret=True,
+    )
+    api_key_file: str | None = setting(None, "file with a key on each line; # begins a comment")
+    insecure: bool = setting(False, "listen on an address that other machines can reach although there is no key")
+    api_server_count: int = setting(1, "front-end processes that share the port", minimum=1, maximum=64)
+    shutdown_timeout: float = setting(
+        30.0, "seconds that open requests may go on after SIGTERM or SIGINT", minimum=0, maximum=86400
+    )
     max_queued_requests: int = setting(
         4096, "requests that may wait for their first token before further ones are answered with 429", minimum=1
     )
@@ -187,8 +198,10 @@ class ServerConfig(_Validated):
     log_level: str = setting("info", "least severe level that is logged", choices=("debug", "info", "warning", "error"))
 
     def __post_init__(self) -> None:
+        if isinstance(self.api_key, str | list):  # one key from Python, several from the pipe
+            object.__setattr__(self, "api_key", (self.api_key,) if isinstance(self.api_key, str) else (*self.api_key,))
         super().__post_init__()
-        if self.api_key == "":
+        if not all(self.api_key):
             raise ConfigError("api_key must not be empty", "api_key")
 
 

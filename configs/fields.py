@@ -26,10 +26,12 @@ def setting(
     above: float | None = None,
     choices: tuple[str, ...] | None = None,
     flags: tuple[str, ...] = (),
+    secret: bool = False,
 ) -> Any:
     """Declare a dataclass field: its default, its help text, its range, and further spellings of its CLI flag.
 
-    `minimum` and `maximum` are inclusive, `above` is exclusive. None is allowed where the annotation allows it.
+    `minimum` and `maximum` are inclusive, `above` is exclusive. None is allowed where the annotation allows it. A
+    field of type `tuple[…, …]` may be given several times. The value of a `secret` is shown by no repr and no message.
     """
     metadata = {
         "help": help,
@@ -38,8 +40,9 @@ def setting(
         "above": above,
         "choices": choices,
         "flags": flags,
+        "secret": secret,
     }
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, repr=not secret, metadata=metadata)
 
 
 def allowed(metadata: Mapping[str, Any]) -> str:
@@ -77,7 +80,13 @@ def validate(config: Any) -> None:
 
 
 def check_value(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> None:
-    """Check one value against a type hint (a scalar type, optionally `| None`) and its declared range."""
+    """Check one value against a type hint (a scalar type, optionally `| None`, or a tuple) and its declared range."""
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, tuple):
+            raise ConfigError(f"{name} must be a list, got {_shown(value, metadata)}", name)
+        for each in value:
+            check_value(name, each, typing.get_args(hint)[0], metadata)
+        return
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and type(None) in kinds:
         return
@@ -86,11 +95,16 @@ def check_value(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -
     accepted = (*scalars, int) if float in scalars else scalars
     if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in scalars):
         wanted = " or ".join(kind.__name__ for kind in scalars)
-        raise ConfigError(f"{name} must be of type {wanted}, got {value!r} ({type(value).__name__})", name)
+        got = f"{_shown(value, metadata)} ({type(value).__name__})"
+        raise ConfigError(f"{name} must be of type {wanted}, got {got}", name)
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{name} must be a finite number, got {value!r}", name)
     if _out_of_range(value, metadata):
-        raise ConfigError(f"{name} must be {allowed(metadata)}, got {value!r}", name)
+        raise ConfigError(f"{name} must be {allowed(metadata)}, got {_shown(value, metadata)}", name)
+
+
+def _shown(value: Any, metadata: Mapping[str, Any]) -> str:
+    return "a secret" if metadata.get("secret") else repr(value)
 
 
 def _out_of_range(value: Any, metadata: Mapping[str, Any]) -> bool:

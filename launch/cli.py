@@ -54,6 +54,8 @@ def parse(argv: Sequence[str]) -> EngineConfig:
     parser = make_parser()
     given, unknown = parser.parse_known_args([_dashed(argument) for argument in argv])
     if unknown:
+        if "api_key" in given and not unknown[0].startswith("-"):  # it may be a key, and this line is logged somewhere
+            raise ConfigError("unexpected argument; every option has a name, and each key its own --api-key", "api_key")
         raise ConfigError(_unknown(unknown[0], parser))
     kinds = {field.name: _kind(hint) for field, hint in _settings()}
     return EngineConfig.create(**{name: _read(name, value, kinds[name]) for name, value in vars(given).items()})
@@ -105,8 +107,10 @@ def _kind(hint: Any) -> type:
     return kind
 
 
-def _read(name: str, value: str | bool, kind: type) -> Any:
+def _read(name: str, value: str | bool | list[str], kind: type) -> Any:
     """A value as its type, with an error that names the setting, as those of its range do."""
+    if isinstance(value, list):
+        return tuple(_read(name, each, kind) for each in value)
     try:
         return value if isinstance(value, bool) else kind(value)
     except ValueError:
@@ -123,6 +127,7 @@ def _add_setting(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], 
         flag,
         *field.metadata["flags"],
         dest=field.name,
+        action="append" if typing.get_origin(hint) is tuple else "store",
         metavar=_metavar(field, _kind(hint)),
         help=_help(field, isinstance(hint, types.UnionType)),
     )
@@ -149,7 +154,7 @@ def _metavar(field: dataclasses.Field[Any], kind: type) -> str:
 
 def _help(field: dataclasses.Field[Any], optional: bool) -> str:
     text = str(field.metadata["help"])
-    if field.default is not None or not optional:
+    if field.default != () and (field.default is not None or not optional):
         text += f" (default: {field.default})"
     limits = "" if field.metadata["choices"] else allowed(field.metadata)
     return (text + (f"; {limits}" if limits else "")).replace("%", "%%")

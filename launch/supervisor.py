@@ -1,6 +1,7 @@
-"""Starts a front end, acts on signals and on the engine's end, and stops everything; knows neither routes nor tokens.
+"""Runs the server: signals, one front end or several, and one exit code; knows neither routes nor tokens.
 
-With one front end there is no process to supervise: it runs here, on the main thread's event loop.
+One front end runs here, on the main thread's event loop. Several are processes, and this one owns the engine behind
+them: it starts, watches and ends them, and passes on that a stop was asked for.
 """
 
 from __future__ import annotations
@@ -8,30 +9,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import ipaddress
 import logging
 import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
 from types import FrameType
 
-import uvicorn
-
-from configs.engine import EngineConfig, ServerConfig
-from configs.errors import ConfigError, EngineError, NanoEngineError
-from launch.server.app import create_app
+from configs.engine import EngineConfig
+from configs.errors import NanoEngineError
+from launch.front_end import FrontEnd, run_loop
+from launch.front_group import FrontGroup
+from launch.keys import ApiKeys, load_keys
+from launch.listener import listening, url_of
 from nanoengine import AsyncLLM
 from nanoengine.processes import configure_logging
 
 logger = logging.getLogger(__name__)
 
-# Streams that are open when a stop is asked for may go on this long.
-DRAIN_SECONDS = 5
-# How long after the engine's end the server still answers, so that each client is told.
-_LAST_WORDS_SECONDS = 1
-_WATCH_SECONDS = 0.25
 SERVER_DECODE_GAP = 3.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -40,16 +35,24 @@ def serve(config: EngineConfig) -> int:
     """Serve until a signal or the engine's end; returns the exit code.
 
     Raises:
-        ConfigError: it would listen to other machines without a key.
+        ConfigError: it would listen to other machines without a key, or the keys cannot be read.
         EngineError: the address is not to be had (a busy port, say); nothing was loaded.
         NanoEngineError: what keeps the engine from starting.
     """
-    with contextlib.closing(listen(config.server)) as listener, Signals() as signals:
-        configure_logging(config.server.log_level, "server")
-        if config.server.log_level != "debug":
-            for name in ("uvicorn", "asyncio"):
-                logging.getLogger(name).setLevel(logging.WARNING)
-        return asyncio.run(_serve(config, listener, signals))
+    keys, count = load_keys(config.server), config.server.api_server_count
+    # From here on the digests do: nothing that is logged, dumped or handed down holds a key.
+    config = dataclasses.replace(config, server=dataclasses.replace(config.server, api_key=()))
+    with listening(config.server, bool(keys), count) as listeners, Signals() as signals:
+        configure_server_logging(config)
+        return run_loop(_serve(with_server_defaults(config), listeners, keys, signals))
+
+
+def configure_server_logging(config: EngineConfig) -> None:
+    """Logging of a process with a front end in it."""
+    configure_logging(config.server.log_level, "server")
+    if config.server.log_level != "debug":
+        for name in ("uvicorn", "asyncio"):
+            logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def with_server_defaults(config: EngineConfig) -> EngineConfig:
@@ -93,116 +96,28 @@ class Signals:
             await self._event.wait()
 
 
-class _Server(uvicorn.Server):
-    """uvicorn's server, which leaves the signals to us."""
+async def _serve(config: EngineConfig, listeners: list[socket.socket], keys: ApiKeys, signals: Signals) -> int:
+    url, tp = url_of(config.server, listeners[0]), config.parallel.tensor_parallel_size
+    logger.info("listening on %s; loading model %s from %s, tp=%d", url, config.model.model, config.model_dir, tp)
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
+    def say_ready() -> None:
+        with contextlib.suppress(BrokenPipeError):  # a closed stdout is no reason to stop serving
+            print(f"nanoengine ready: {url} (model={config.served_model_name}, tp={tp})", flush=True)
 
-
-async def _serve(config: EngineConfig, listener: socket.socket, signals: Signals) -> int:
-    engine = AsyncLLM(config=with_server_defaults(config))
-    server = _Server(
-        uvicorn.Config(
-            create_app(engine),
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            lifespan="off",
-        )
-    )
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
     stop = asyncio.create_task(signals.wait())
     try:
-        await _start(engine, config, listener, serving, stop)
-        return await _watch(engine, serving, stop)
+        if len(listeners) == 1:
+            failure = await FrontEnd(AsyncLLM(config=config), listeners[0], keys, stop, say_ready).run()
+        else:
+            failure = await FrontGroup(config, listeners, keys, stop, say_ready).run()
     finally:
         stop.cancel()
-        drain = DRAIN_SECONDS if engine.num_unfinished else 0
-        server.config.timeout_graceful_shutdown = drain + _LAST_WORDS_SECONDS
-        server.should_exit = True
-        if drain:
-            await asyncio.wait([serving], timeout=drain)
-        await engine.close()  # what still streams ends with an error that says so
-        await asyncio.wait([serving])
-
-
-async def _start(
-    engine: AsyncLLM,
-    config: EngineConfig,
-    listener: socket.socket,
-    serving: asyncio.Task[None],
-    stop: asyncio.Task[None],
-) -> None:
-    """Load the model and say so once it serves; returns early when a stop is asked for."""
-    url, tp = _url(config.server, listener), config.parallel.tensor_parallel_size
-    logger.info("listening on %s; loading model %s from %s, tp=%d", url, config.model.model, config.model_dir, tp)
-    starting = asyncio.create_task(engine.start())
-    await asyncio.wait([starting, serving, stop], return_when=asyncio.FIRST_COMPLETED)
-    if not starting.done():
-        starting.cancel()  # nobody waits for it any more; `close` breaks it off
-        return
-    starting.result()
-    with contextlib.suppress(BrokenPipeError):  # a closed stdout is no reason to stop serving
-        print(f"nanoengine ready: {url} (model={config.served_model_name}, tp={tp})", flush=True)
-
-
-async def _watch(engine: AsyncLLM, serving: asyncio.Task[None], stop: asyncio.Task[None]) -> int:
-    """Wait for what ends the server; returns the exit code."""
-    while not stop.done() and not serving.done() and engine.failure is None:
-        await asyncio.wait([stop, serving], timeout=_WATCH_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-    if stop.done():
-        logger.info("stopping")
+    if failure is None:
+        logger.info("stopped")
         return 0
-    if serving.done():
-        serving.result()
-        raise EngineError("the HTTP server ended by itself")
-    assert engine.failure is not None
-    print(f"nanoengine: error: {' '.join(engine.failure.message.split())}", file=sys.stderr)
+    _say_failed(failure)
     return 1
 
 
-# -- the address ------------------------------------------------------------------------------------------------
-
-
-def listen(server: ServerConfig) -> socket.socket:
-    """A listening socket, made before anything is loaded, so that a busy port is noticed at once.
-
-    Raises:
-        ConfigError: the address can be reached from other machines, and there is no key.
-        EngineError: it cannot be listened on.
-    """
-    try:
-        found = socket.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (OSError, UnicodeError) as error:
-        raise ConfigError(f"host must be an address of this machine, got {server.host!r} ({error})", "host") from error
-    family, kind, protocol, _, address = found[0]
-    if not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback and server.api_key is None:
-        raise ConfigError(
-            f"host {server.host} can be reached from other machines: set api_key (--api-key KEY), or use 127.0.0.1",
-            "api_key",
-        )
-    listener = socket.socket(family, kind, protocol)
-    try:
-        # Without it, a restart would wait for the old connections' TIME_WAIT. A port somebody listens on stays busy.
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(2048)
-        listener.setblocking(False)
-    except OSError as error:
-        listener.close()
-        raise _cannot_listen(server, error) from error
-    return listener
-
-
-def _cannot_listen(server: ServerConfig, error: OSError) -> NanoEngineError:
-    what = error.strerror or str(error)
-    return EngineError(
-        f"cannot listen on {server.host} port {server.port}: {what}; choose another port (0: any free one)"
-    )
-
-
-def _url(server: ServerConfig, listener: socket.socket) -> str:
-    host = f"[{server.host}]" if ":" in server.host else server.host
-    return f"http://{host}:{listener.getsockname()[1]}"
+def _say_failed(failure: NanoEngineError) -> None:
+    print(f"nanoengine: error: {' '.join(failure.message.split())}", file=sys.stderr)

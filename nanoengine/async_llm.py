@@ -10,6 +10,7 @@ import asyncio
 import copy
 import weakref
 from collections.abc import AsyncGenerator
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -19,10 +20,11 @@ from nanoengine.beam_params import BeamSearchParams
 from nanoengine.connection import SchedulerConnection
 from nanoengine.engine_client import EngineClient
 from nanoengine.engine_process import EngineProcess
+from nanoengine.engine_status import EngineStatus
 from nanoengine.grammar_compiler import GrammarCompiler
 from nanoengine.journal import RequestJournal
 from nanoengine.llm_engine import GREETING_TIMEOUT, load_tokenizer
-from nanoengine.messages import Ready
+from nanoengine.messages import AbortNamed, Ready
 from nanoengine.outputs import RequestOutput
 from nanoengine.prompts import Prompt, PromptInput, check_beam_params, check_params, parse_prompt
 from nanoengine.sampling_params import SamplingParams
@@ -44,19 +46,28 @@ class AsyncLLM:
     Args:
         model: a name in the registry, or a model directory.
         config: all settings at once, instead of `model` and `settings`; resolved if it is not.
+        engine: a scheduler that another process owns (one of several front ends has it so); by default its own.
         settings: the options of the command line with underscores.
 
     Raises:
         ConfigError, UnknownModelError, CheckpointError: a setting or the model cannot be used.
     """
 
-    def __init__(self, model: str | None = None, *, config: EngineConfig | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        config: EngineConfig | None = None,
+        engine: EngineStatus | None = None,
+        **settings: Any,
+    ) -> None:
         if config is not None and (model is not None or settings):
             raise ConfigError("give either config or model and settings, not both", "config")
         if config is None:
             config = EngineConfig.create(**({} if model is None else {"model": model}), **settings)
         self._config = config if config.checkpoint is not None else config.resolve()
-        self._process = EngineProcess(self._config)
+        self._process = EngineProcess(self._config) if engine is None else engine
+        self._is_shared = engine is not None
         self._grammars = GrammarCompiler(self._config)
         # Ends the process also when nobody closes: on the interpreter's end, or when this object is forgotten.
         self._finalizer = weakref.finalize(self, self._process.stop)
@@ -104,6 +115,16 @@ class AsyncLLM:
     def num_unfinished(self) -> int:
         """Requests that will still get tokens."""
         return 0 if self._client is None else self._client.num_unfinished
+
+    @property
+    def num_queued(self) -> int:
+        """Those of them that wait for their first token."""
+        return 0 if self._client is None else self._client.num_queued
+
+    @property
+    def run_dir(self) -> Path:
+        """The engine's private directory, which all of its front ends share; known once it is starting."""
+        return self._process.run_dir
 
     # -- start and end ------------------------------------------------------------------------------------------
 
@@ -295,6 +316,21 @@ class AsyncLLM:
         if journal is not None:
             self._wake([journal])
             self._on_socket()
+
+    async def abort_named(self, names: list[str] | None) -> list[str]:
+        """End the requests of these ids, or of HTTP requests of these ids; None: all. Unknown ones are no error.
+
+        Returns the ids of those that were open here. Other front ends of the same engine end theirs as well, soon.
+        """
+        if self._client is None:
+            return []
+        message = AbortNamed(names)
+        journals = self._client.abort_named(message)
+        if self._is_shared and self._client.failure is None:
+            self._client.outbox.append(message)
+        self._wake(journals)
+        self._on_socket()
+        return [journal.request_id for journal in journals]
 
     def check_queue(self, num_requests: int = 1) -> None:
         """Raise QueueFullError when so many more requests cannot be queued now; before anything is tokenised."""

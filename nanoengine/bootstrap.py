@@ -5,7 +5,6 @@ It knows nothing of what the scheduler does afterwards. The other side is `nanoe
 
 from __future__ import annotations
 
-import argparse
 import atexit
 import contextlib
 import dataclasses
@@ -21,8 +20,7 @@ from typing import Any, NoReturn
 from configs.engine import EngineConfig
 from configs.errors import to_wire
 from nanoengine import processes
-
-_MAX_BYTES = 2**20
+from nanoengine.spawning import read_message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +59,7 @@ def receive_bootstrap() -> Bootstrap:
     processes.ignore_interrupts()
     signal.signal(signal.SIGTERM, _terminate)
     processes.name_process("nano-scheduler")
-    message = _read_message()
+    message = read_message("The scheduler")
     run_dir = Path(message["run_dir"])
     for name in ("death_fd", "status_fd", "lock_fd"):
         os.set_inheritable(message[name], False)  # none of them is for the ranks
@@ -85,18 +83,6 @@ def receive_bootstrap() -> Bootstrap:
         incarnation=message["incarnation"],
         status_fd=message["status_fd"],
     )
-
-
-def _read_message() -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description="The scheduler of nanoengine; `python -m launch` starts it.")
-    parser.add_argument("--bootstrap-fd", type=int, required=True, help="pipe with configuration, set by the owner")
-    fd = parser.parse_args().bootstrap_fd
-    try:
-        with os.fdopen(fd, "rb") as pipe:
-            message: dict[str, Any] = json.loads(pipe.read(_MAX_BYTES))  # complete before this process was spawned
-            return message
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: no configuration at descriptor {fd} ({error})\n")
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:

@@ -22,7 +22,7 @@ from configs.errors import NanoEngineError, to_wire
 from nanoengine.engine_process import Bootstrap, receive_bootstrap
 from nanoengine.executor import MAX_IN_FLIGHT, Executor, ExecutorFacts, create_executor
 from nanoengine.front_socket import FrontSocket
-from nanoengine.messages import Abort, AddRequest, EngineFailure, Hello, Ready, ResetPrefixCache
+from nanoengine.messages import Abort, AbortNamed, AddRequest, EngineFailure, Hello, Ready, ResetPrefixCache
 from nanoengine.processes import configure_logging, name_process
 from nanoengine.scheduler import Scheduler, SchedulerLimits
 from nanoengine.step import Epoch
@@ -118,6 +118,9 @@ class EngineCore:
             elif isinstance(message, Abort):
                 logger.debug("request %s is aborted: %s", message.request_id, message.reason)
                 self.scheduler.abort(client_id, message.request_id, message.index)
+            elif isinstance(message, AbortNamed):
+                for other in sorted(self.clients - {client_id}):
+                    self.front.send(other, message)
             elif isinstance(message, ResetPrefixCache):
                 self.scheduler.blocks.reset_prefix_cache()
             elif isinstance(message, Hello):

@@ -13,7 +13,7 @@ import random
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from configs.engine import EngineConfig
@@ -32,6 +32,7 @@ from nanoengine.beam_search import beams_of
 from nanoengine.journal import CheckedRequest, RequestJournal, SequenceJournal
 from nanoengine.messages import (
     Abort,
+    AbortNamed,
     AddRequest,
     Deltas,
     EngineFailure,
@@ -43,6 +44,7 @@ from nanoengine.messages import (
     spelt_out,
 )
 from nanoengine.prompts import Prompt, check_params
+from nanoengine.request_checks import check_against_model, check_prompt, tokenise_bad_words
 from nanoengine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -104,6 +106,11 @@ class EngineClient:
         """Requests that will still get tokens."""
         return len(self._live)
 
+    @property
+    def num_queued(self) -> int:
+        """Those of them that wait for their first token."""
+        return len(self._queued)
+
     def open_request_ids(self) -> list[str]:
         """Ids of the requests that will still get tokens, oldest first."""
         return list(self._by_request_id)
@@ -142,71 +149,13 @@ class EngineClient:
         assert bool(grammar) == (params.structured_outputs is not None), "compile structured_outputs first"
         encoded = self.encode(prompt)
         token_ids = encoded.token_ids or []
-        self._check_prompt(token_ids)
-        self._check_against_model(params)
+        check_prompt(token_ids, self.config)
+        check_against_model(params, self.config, self.tokenizer)
         if params.bad_words:
-            params = self._tokenise_bad_words(params)
+            params = tokenise_bad_words(params, self.tokenizer)
         room = self.config.max_model_len - len(token_ids)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         return CheckedRequest(encoded.text, token_ids, params, max_tokens, encoded.cache_salt, grammar, beams)
-
-    def _check_prompt(self, token_ids: list[int]) -> None:
-        if not token_ids:
-            raise RequestError("the prompt must hold at least 1 token, got none", "prompt")
-        limit = self.config.max_model_len
-        if len(token_ids) >= limit:
-            raise RequestError(
-                f"the prompt must be at most {limit - 1} tokens long, which leaves room for 1 token within "
-                f"max_model_len ({limit}); got {len(token_ids)} tokens",
-                "prompt",
-                "context_length_exceeded",
-            )
-        self._check_vocabulary(token_ids, "prompt", "token ids of the prompt")
-
-    def _check_against_model(self, params: SamplingParams) -> None:
-        self._check_vocabulary(params.stop_token_ids or (), "stop_token_ids", "stop_token_ids")
-        self._check_vocabulary(params.logit_bias or (), "logit_bias", "token ids of logit_bias")
-        self._check_vocabulary(params.allowed_token_ids or (), "allowed_token_ids", "allowed_token_ids")
-        for ids in params.bad_words_token_ids or ():
-            self._check_vocabulary(ids, "bad_words_token_ids", "bad_words_token_ids")
-        stops = {*self.config.resolved_checkpoint.eos_token_ids, *(params.stop_token_ids or ())}
-        if params.min_tokens and params.allowed_token_ids and stops.issuperset(params.allowed_token_ids):
-            raise RequestError(
-                "allowed_token_ids must hold a token that does not end the output, since min_tokens is "
-                f"{params.min_tokens}; got {list(params.allowed_token_ids)!r:.200}", "allowed_token_ids",
-            )  # fmt: skip
-        if params.stop and self.tokenizer is None:
-            raise RequestError(
-                "stop strings need a tokenizer, and the engine runs without one (skip_tokenizer_init): "
-                "use stop_token_ids",
-                "stop",
-            )
-
-    def _tokenise_bad_words(self, params: SamplingParams) -> SamplingParams:
-        """Add each word's ids, and those of the word behind a space unless they end in the former anyway."""
-        if self.tokenizer is None:
-            raise RequestError(
-                "bad_words need a tokenizer, and the engine runs without one (skip_tokenizer_init): "
-                "use bad_words_token_ids",
-                "bad_words",
-            )
-        found = [tuple(ids) for ids in params.bad_words_token_ids or ()]
-        for word in params.bad_words or ():
-            try:
-                bare = tuple(self.tokenizer.encode(word.lstrip() or word, add_special_tokens=False))
-                spaced = tuple(self.tokenizer.encode(" " + word.lstrip(), add_special_tokens=False))
-            except RequestError as error:
-                raise RequestError(f"bad_words: {error.message}", "bad_words") from None
-            found += [bare] if spaced[-len(bare) :] == bare else [bare, spaced]
-        return dataclasses.replace(params, bad_words_token_ids=tuple(dict.fromkeys(filter(None, found))))
-
-    def _check_vocabulary(self, token_ids: Iterable[int], param: str, what: str) -> None:
-        vocab_size = self.config.resolved_checkpoint.vocab_size
-        for position, token in enumerate(token_ids):
-            if not 0 <= token < vocab_size:
-                raise RequestError(
-                    f"{what} must be from 0 to {vocab_size - 1}, got {token} at position {position}", param
-                )
 
     def check_queue(self, num_requests: int = 1) -> None:
         """Raise QueueFullError unless so many more requests may wait for their first token. Costs no tokenising."""
@@ -312,6 +261,11 @@ class EngineClient:
         self._forget_if_finished(journal)
         return journal
 
+    def abort_named(self, named: AbortNamed) -> list[RequestJournal]:
+        """End all requests that a message names; returns their journals."""
+        ended = [self.abort(each) for each in self._by_request_id.copy() if named.stands_for(each)]
+        return [journal for journal in ended if journal is not None]
+
     def resubmit_all(self) -> list[AddRequest | Abort]:
         """The messages that hand every unfinished request to a scheduler that knows nothing of them."""
         return [message for journal in self._live.values() for message in journal.submission(self.client_id)]
@@ -340,6 +294,8 @@ class EngineClient:
         Raises ChannelError for a message that no scheduler sends.
         """
         self._heard(self._clock())
+        if isinstance(message, AbortNamed):
+            return self.abort_named(message)
         if not isinstance(message, Ready | Deltas | EngineFailure):
             raise ChannelError(f"a scheduler does not send {type(message).__name__}")
         if message.incarnation < self._incarnation:

@@ -97,7 +97,7 @@ class LLM:
         self._added: set[str] = set()
         self._engine: _Engine
         if base_url is None:
-            if api_key is not None:
+            if api_key:  # the settings' default, no keys, may come along
                 raise ConfigError("api_key belongs to a running server: give base_url too", "api_key")
             self._engine = LLMEngine(EngineConfig.create(model=model, **settings).resolve())
             return

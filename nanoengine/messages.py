@@ -64,6 +64,21 @@ class Abort:
 
 
 @dataclasses.dataclass(slots=True)
+class AbortNamed:
+    """Front end → scheduler → every other front end: end the requests that one of `names` stands for; None: all.
+
+    For clients that ask one front end to end what another one serves.
+    """
+
+    names: list[str] | None
+
+    def stands_for(self, request_id: str) -> bool:
+        """Whether a name is this id, or that of an HTTP request with several prompts of which it is one (`NAME-0`)."""
+        whole, _, number = request_id.rpartition("-")
+        return self.names is None or request_id in self.names or (number.isdecimal() and whole in self.names)
+
+
+@dataclasses.dataclass(slots=True)
 class ResetPrefixCache:
     """Front end → scheduler: no later request may hit what is cached now."""
 
@@ -149,7 +164,7 @@ class EngineFailure:
     error: dict[str, Any]
 
 
-Message = Hello | AddRequest | Abort | ResetPrefixCache | Ready | Deltas | EngineFailure
+Message = Hello | AddRequest | Abort | AbortNamed | ResetPrefixCache | Ready | Deltas | EngineFailure
 
 _TAGS: dict[int, type[Any]] = {
     1: Hello,
@@ -159,6 +174,7 @@ _TAGS: dict[int, type[Any]] = {
     5: Deltas,
     6: EngineFailure,
     7: ResetPrefixCache,
+    30: AbortNamed,
 }
 _TAG_OF = {kind: tag for tag, kind in _TAGS.items()}
 _FIELDS = {

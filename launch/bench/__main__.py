@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from configs.errors import ConfigError, NanoEngineError, UnknownModelError
-from launch.bench import control_plane, decode_gap, lifecycle, sampling, serve, simulate, throughput
+from launch.bench import control_plane, decode_gap, front_end, lifecycle, sampling, serve, simulate, throughput
 
 
 def main() -> int:
@@ -20,6 +20,7 @@ def main() -> int:
     throughput.add_parser(commands)
     sampling.add_parser(commands)
     decode_gap.add_parser(commands)
+    front_end.add_parser(commands)
     arguments = parser.parse_args()
     try:
         return arguments.run(arguments) or 0

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from pydantic.json_schema import models_json_schema
 
 from launch.server.middleware import OPEN_PATHS
+from launch.server.streams import LAST_ID_HEADER, RESUME_HEADER
 
 
 class _Shape(BaseModel):
@@ -149,6 +150,18 @@ _ANSWERS: dict[str, type[BaseModel]] = {
 _STREAMED = ("/v1/completions", "/v1/chat/completions", "/generate")
 _ONLY_STREAMED = ("/v1/streams/{stream_id}",)
 _EVENTS = "Server-sent events, each with a JSON object, and `data: [DONE]` at the end."
+_RESUME = {
+    "name": RESUME_HEADER,
+    "in": "header",
+    "description": "1: the events of the stream have ids, and it can be resumed behind each of them.",
+    "schema": {"type": "string", "enum": ["0", "1"]},
+}
+_LAST_ID = {
+    "name": LAST_ID_HEADER,
+    "in": "header",
+    "description": "The id of the last event that was received; without it the stream comes from its beginning.",
+    "schema": {"type": "string"},
+}
 _ERRORS = {
     "400": "The request cannot be served as it stands; `param` names the field.",
     "404": "There is no such model or stream.",
@@ -187,6 +200,8 @@ def _amend(schema: dict[str, Any]) -> None:
     for path, operations in schema["paths"].items():
         for method, operation in operations.items():
             _amend_answers(path, method, operation["responses"])
+            if path in _STREAMED or path in _ONLY_STREAMED:
+                operation.setdefault("parameters", []).append(_LAST_ID if path in _ONLY_STREAMED else _RESUME)
 
 
 def _amend_answers(path: str, method: str, answers: dict[str, Any]) -> None:

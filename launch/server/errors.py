@@ -52,9 +52,9 @@ class ApiError(Exception):
         error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
         return {"error": error}
 
-    def response(self) -> JSONResponse:
-        """The whole response."""
-        headers = {}
+    def response(self, headers: dict[str, str] | None = None) -> JSONResponse:
+        """The whole response, with further headers."""
+        headers = dict(headers or {})
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         if self.status in (429, 503):
@@ -81,6 +81,11 @@ def from_exception(error: Exception) -> ApiError:
     return ApiError(500, "internal error; the server's log says more", SERVER)
 
 
+def draining() -> ApiError:
+    """The 503 of a server that stops: open requests go on, and new ones belong elsewhere."""
+    return ApiError(503, "the server is shutting down", UNAVAILABLE, code="draining")
+
+
 def model_not_found(name: str, served: str) -> ApiError:
     """The 404 for a model that is not served here."""
     return ApiError(
@@ -98,6 +103,10 @@ def install(app: FastAPI) -> None:
     async def on_known(request: Request, error: Exception) -> JSONResponse:
         return from_exception(error).response()
 
+    async def on_unknown(request: Request, error: Exception) -> JSONResponse:
+        # The middlewares that add the header have been left.
+        return from_exception(error).response({"X-Request-Id": request.state.request_id})
+
     async def on_invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
         return _from_validation(error).response()
@@ -112,7 +121,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(NanoEngineError, on_known)
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http)
-    app.add_exception_handler(Exception, on_known)  # it is raised again after the answer, and uvicorn logs it
+    app.add_exception_handler(Exception, on_unknown)  # it is raised again after the answer, and uvicorn logs it
 
 
 def _from_http(error: HTTPException, request: Request) -> ApiError:

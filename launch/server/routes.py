@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Request
 from fastapi.responses import JSONResponse, Response
 
 from configs.errors import RequestError
+from launch.server.bodies import JsonRoute
 from launch.server.chat import prepare_chat, tokenize_chat
 from launch.server.echo import Echo
 from launch.server.engine import Engine
-from launch.server.errors import UNAVAILABLE, ApiError, model_not_found
+from launch.server.errors import UNAVAILABLE, ApiError, draining, model_not_found
 from launch.server.formats import ChatFormat, CompletionFormat
 from launch.server.generation import respond, resume
 from launch.server.schema import (
@@ -25,10 +25,11 @@ from launch.server.schema import (
     check_num_sequences,
     num_outputs,
 )
+from launch.server.tokens import AbortRequest, GenerateRequest, TokensFormat
 from nanoengine.tokenizer import Tokenizer
 from nanoengine.version import __version__
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 _STARTED = int(time.time())
 
 
@@ -43,12 +44,18 @@ def _serving(request: Request, model: str | None) -> Engine:
     served = engine.config.served_model_name
     if model is not None and model != served:
         raise model_not_found(model, served)
-    if not engine.is_ready:
-        raise _not_ready(engine)
+    if (refusal := _refusal(request)) is not None:
+        raise refusal
     return engine
 
 
-def _not_ready(engine: Engine) -> ApiError:
+def _refusal(request: Request) -> ApiError | None:
+    """Why no request is taken right now: the server drains, the model loads, or the engine is dead."""
+    engine = _engine(request)
+    if request.app.state.lifecycle.draining:
+        return draining()
+    if engine.is_ready:
+        return None
     failure = engine.failure
     if failure is not None:
         return ApiError(503, failure.message, UNAVAILABLE, code="engine_dead")
@@ -78,7 +85,7 @@ async def create_completion(request: Request, body: Annotated[CompletionRequest,
     if isinstance(prompts[0], str):
         # In a thread: a long text takes milliseconds, which every open stream would wait.
         prompts = await asyncio.to_thread(_tokenizer(engine, "prompt").encode_batch, prompts)
-    answer_id = f"cmpl-{uuid.uuid4().hex}"
+    answer_id = f"cmpl-{request.state.request_id}"
     answer = CompletionFormat(
         answer_id,
         engine.config.served_model_name,
@@ -116,7 +123,7 @@ async def create_chat_completion(request: Request, body: Annotated[ChatCompletio
     params, tokenizer = body.params(engine.config.default_sampling), _tokenizer(engine, "messages")
     engine.check_queue()
     chat = await asyncio.to_thread(prepare_chat, body, tokenizer, engine.config.server, params)
-    answer_id = f"chatcmpl-{uuid.uuid4().hex}"
+    answer_id = f"chatcmpl-{request.state.request_id}"
     answer = ChatFormat(
         answer_id,
         engine.config.served_model_name,
@@ -135,6 +142,27 @@ async def create_chat_completion(request: Request, body: Annotated[ChatCompletio
         return await respond(
             request, engine, prompts, chat.params, answer_id, answer, bool(body.stream), body.scheduling()
         )
+
+
+@router.post("/generate")
+async def generate(request: Request, body: Annotated[GenerateRequest, Body()]) -> Response:
+    """Continue one prompt of token ids, with token ids."""
+    engine = _serving(request, body.model)
+    params, prompt = body.params(engine.config.default_sampling), body.prompt()
+    engine.check_queue()
+    answer_id = f"gen-{request.state.request_id}"
+    answer = TokensFormat(answer_id, engine.config.served_model_name, 1, params.n, True, False)
+    return await respond(request, engine, [prompt], params, answer_id, answer, bool(body.stream), body.scheduling())
+
+
+@router.post("/abort")
+async def abort(request: Request, body: Annotated[AbortRequest, Body()]) -> dict[str, list[str]]:
+    """End requests: they answer what they have, with finish_reason "abort". Tells which of them were open here.
+
+    Ids that are unknown, or ended meanwhile, are no error. Under --api-server-count those of other front ends end too.
+    """
+    names = body.names()
+    return {"aborted": await _engine(request).abort_named(names)}
 
 
 @router.get("/v1/streams/{stream_id}")
@@ -185,10 +213,9 @@ async def reset_prefix_cache(request: Request) -> dict[str, str]:
 @router.get("/health")
 @router.get("/readyz")
 async def health(request: Request) -> JSONResponse:
-    """200 while requests are served, 503 while the model loads and once the engine is dead. Queues no work."""
-    engine = _engine(request)
-    if not engine.is_ready:
-        return _not_ready(engine).response()
+    """200 while requests are taken, 503 while the model loads, the server drains or the engine is dead. No work."""
+    if (refusal := _refusal(request)) is not None:
+        return refusal.response()
     return JSONResponse({"status": "ready"})
 
 
@@ -196,6 +223,14 @@ async def health(request: Request) -> JSONResponse:
 async def live() -> dict[str, str]:
     """200 as long as this process answers."""
     return {"status": "alive"}
+
+
+@router.get("/load")
+async def load(request: Request) -> dict[str, int]:
+    """Requests that this front end has in the engine: all, those with a token already, those that wait for one."""
+    engine = _engine(request)
+    total, waiting = engine.num_unfinished, engine.num_queued
+    return {"server_load": total, "running": total - waiting, "waiting": waiting}
 
 
 @router.get("/version")
@@ -211,9 +246,7 @@ async def version() -> dict[str, str]:
 async def tokenize(request: Request, body: Annotated[TokenizeRequest, Body()]) -> dict[str, Any]:
     """The token ids of a prompt, or of a conversation with the chat template around it."""
     engine = _serving(request, body.model)
-    body.refuse_unsupported()
-    if (body.prompt is None) == (body.messages is None):
-        raise RequestError("send either prompt or messages", "prompt" if body.messages is None else "messages")
+    body.check()
     tokenizer = _tokenizer(engine, "prompt" if body.messages is None else "messages")
     if body.messages is None:
         assert body.prompt is not None

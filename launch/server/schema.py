@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, ConfigDict
 
 from configs.errors import RequestError
+from launch.server.field_types import EarlyStopping, Messages, Prompt, Stop, ToolChoice
 from launch.server.response_format import FIELDS, AskedForm, asked_form
 from nanoengine.beam_params import BeamSearchParams
 from nanoengine.prompts import PromptInput, check_cache_salt
@@ -83,56 +84,12 @@ _SAMPLING_FIELDS = (
 )
 _BEAM_FIELDS = ("length_penalty", "early_stopping")
 
-Prompt = Annotated[
-    Any,
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string"},
-                {"type": "array", "items": {"type": "string"}},
-                {"type": "array", "items": {"type": "integer"}},
-                {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
-            ]
-        }
-    ),
-]
-Stop = Annotated[
-    Any,
-    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}]}),
-]
-
-ToolChoice = Annotated[
-    Any,
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string", "enum": ["none", "auto", "required"]},
-                {
-                    "type": "object",
-                    "properties": {
-                        "type": {"const": "function"},
-                        "function": {
-                            "type": "object",
-                            "properties": {"name": {"type": "string"}},
-                            "required": ["name"],
-                        },
-                    },
-                    "required": ["type", "function"],
-                },
-                {"type": "null"},
-            ]
-        }
-    ),
-]
-
-
-EarlyStopping = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "boolean"}, {"const": "never"}, {"type": "null"}]})]
-
 
 class Body(BaseModel):
     """A request's JSON object: types are taken as they are, and unknown fields are kept to be judged."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    # What is kept is refused by name, if it asks for anything; the OpenAPI document does not invite to it.
+    model_config = ConfigDict(extra="allow", strict=True, json_schema_extra={"additionalProperties": False})
 
     def refuse_unsupported(self) -> None:
         """Raise RequestError for the first field that asks for what is not supported."""
@@ -341,7 +298,7 @@ class TemplateFields(Body):
 class ChatCompletionRequest(SamplingFields, TemplateFields):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    messages: Messages
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -381,6 +338,15 @@ class TokenizeRequest(TemplateFields):
     messages: list[dict[str, Any]] | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
+
+    def check(self) -> None:
+        """Raise RequestError for what no type can say."""
+        self.refuse_unsupported()
+        if (self.prompt is None) == (self.messages is None):
+            raise RequestError("send either prompt or messages", "prompt" if self.messages is None else "messages")
+        given = [name for name in TemplateFields.model_fields if getattr(self, name) is not None]
+        if self.messages is None and given:
+            raise RequestError(f"{given[0]} needs messages", given[0])
 
 
 class DetokenizeRequest(Body):

@@ -32,12 +32,19 @@ Events = AsyncGenerator[list[bytes], None]
 
 
 def wants_resume(request: Request, is_stream: bool) -> bool:
-    """Whether the client asks for a stream that it can resume. Raises RequestError for another value of the header."""
+    """Whether the client asks for a stream that it can resume. Raises RequestError where it cannot be served."""
     value = request.headers.get(RESUME_HEADER)
     if value not in (None, "0", "1"):
         raise RequestError(f"the header {RESUME_HEADER} must be 0 or 1, got {value!r:.100}", RESUME_HEADER)
     if value == "1" and not is_stream:
         raise RequestError(f"the header {RESUME_HEADER} needs stream: true", RESUME_HEADER)
+    count = request.app.state.engine.config.server.api_server_count
+    if value == "1" and count > 1:  # another process might be asked to resume it, which knows nothing of it
+        raise RequestError(
+            f"the header {RESUME_HEADER} needs a server with one front end (--api-server-count is {count})",
+            RESUME_HEADER,
+            "unsupported",
+        )
     return value == "1"
 
 

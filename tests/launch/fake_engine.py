@@ -17,6 +17,7 @@ import uvicorn
 from configs.engine import EngineConfig
 from configs.errors import EngineError, NanoEngineError, QueueFullError
 from launch.server.app import create_app
+from launch.server.protocol import BoundedProtocol
 from nanoengine.beam_params import BeamSearchParams
 from nanoengine.detokenizer import IncrementalDetokenizer, StopChecker
 from nanoengine.engine_client import EngineClient
@@ -90,6 +91,14 @@ class FakeEngine:
             if not finished:
                 self.aborted.append(request_id)
 
+    @property
+    def num_unfinished(self) -> int:
+        return len(self.open)
+
+    @property
+    def num_queued(self) -> int:
+        return 0
+
     async def beam_search(
         self, prompt: PromptInput, params: BeamSearchParams, request_id: str | None = None, **scheduling: Any
     ) -> AsyncGenerator[RequestOutput, None]:
@@ -105,6 +114,9 @@ class FakeEngine:
     def check_queue(self, num_requests: int = 1) -> None:
         if self.queue_is_full:
             raise QueueFullError(f"no room for {num_requests}")
+
+    async def abort_named(self, names: list[str] | None) -> list[str]:
+        return sorted(each for each in self.open if names is None or each in names)
 
     async def reset_prefix_cache(self) -> None:
         self.num_resets += 1
@@ -184,7 +196,9 @@ class FakeEngine:
 def served(engine: FakeEngine) -> Iterator[str]:
     """The address of a real uvicorn server over the engine, in a thread."""
     listener = socket.create_server(("127.0.0.1", 0))
-    settings = uvicorn.Config(create_app(engine), log_config=None, lifespan="off", timeout_graceful_shutdown=1)
+    settings = uvicorn.Config(
+        create_app(engine), http=BoundedProtocol, log_config=None, lifespan="off", timeout_graceful_shutdown=1
+    )
     server = uvicorn.Server(settings)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

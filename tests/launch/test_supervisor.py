@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -48,14 +49,18 @@ class Pretender:
             count += 1
             await asyncio.sleep(0.02)
             last = CompletionOutput(0, "x" * count, [1])
-            yield RequestOutput(request_id, None, prompt, [last], False, RequestMetrics(0))
+            if count == {num_tokens}:
+                last.finish_reason = "length"
+                self.num_unfinished -= 1
+            yield RequestOutput(request_id, None, prompt, [last], last.finished, RequestMetrics(0))
+            if last.finished:
+                return
         self.num_unfinished -= 1
         raise self.failure
 
 supervisor.AsyncLLM = Pretender
-supervisor.DRAIN_SECONDS = {drain_seconds}
 from launch.cli import main
-sys.exit(main(["--port", "0"]))
+sys.exit(main(["--port", "0", "--shutdown-timeout", "{drain_seconds}"]))
 """
 
 
@@ -63,7 +68,13 @@ class Server:
     """The process and what it printed."""
 
     def __init__(self, **how: Any) -> None:
-        settings = {"start_seconds": 0, "start_fails": False, "dies_after": 0, "drain_seconds": 5} | how
+        settings = {
+            "start_seconds": 0,
+            "start_fails": False,
+            "dies_after": 0,
+            "drain_seconds": 5,
+            "num_tokens": 0,
+        } | how
         program = PROGRAM
         for name, value in settings.items():
             program = program.replace("{" + name + "}", repr(value))
@@ -172,6 +183,53 @@ def test_a_second_signal_ends_it_at_once(start: Callable[..., Server]) -> None:
         begun = time.monotonic()
         assert server.end(signal.SIGTERM, signal.SIGINT, seconds=1.5) == 128 + signal.SIGINT
         assert time.monotonic() - begun < 1.5
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_lets_open_streams_finish_and_takes_nothing_new(start: Callable[..., Server], number: int) -> None:
+    """A rolling update must lose no answer; load balancers look at /readyz."""
+    server = start(drain_seconds=60, num_tokens=60)
+    url = server.ready()
+    with httpx.stream("POST", f"{url}/v1/completions", json={"prompt": [1], "stream": True}) as response:
+        lines = response.iter_lines()
+        next(lines)
+        server.process.send_signal(number)
+        with httpx.Client() as client:
+            while client.get(f"{url}/readyz").status_code == 200:
+                pass
+            for path in ("/readyz", "/health"):
+                probe = client.get(url + path)
+                assert (probe.status_code, probe.json()["error"]["code"]) == (503, "draining")
+            refused = client.post(f"{url}/v1/completions", json={"prompt": [1]})
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+            assert int(refused.headers["retry-after"]) > 0
+            assert refused.headers["connection"] == "close"
+            assert client.get(f"{url}/livez").status_code == 200
+        rest = [line for line in lines if line]
+    assert '"finish_reason":"length"' in rest[-2]
+    assert rest[-1] == "data: [DONE]"
+    assert server.end() == 0
+    assert "Traceback" not in "".join(server.err)
+
+
+def test_the_engines_end_while_it_drains_is_a_failure(start: Callable[..., Server]) -> None:
+    server = start(drain_seconds=60, dies_after=1)
+    url = server.ready()
+    with httpx.stream("POST", f"{url}/v1/completions", json={"prompt": [1], "stream": True}) as response:
+        lines = response.iter_lines()
+        next(lines)
+        server.process.send_signal(signal.SIGTERM)
+        assert "rank 1 was killed" in [line for line in lines if line][-2]
+    assert server.end(seconds=5) == 1
+
+
+def test_who_only_looks_on_holds_up_no_stop(start: Callable[..., Server]) -> None:
+    """An open connection that asks for nothing, and one in the middle of its headers."""
+    server = start(drain_seconds=60)
+    address = httpx.URL(server.ready())
+    with socket.create_connection((address.host, address.port or 0)) as connection:
+        connection.sendall(b"GET /livez HTTP/1.1\r\n")
+        assert server.end(signal.SIGTERM) == 0
 
 
 def test_a_stream_that_outlasts_the_stop_is_told(start: Callable[..., Server]) -> None:

@@ -84,7 +84,7 @@ def test_the_scheduler_gets_its_configuration_and_nothing_secret_is_in_sight(mak
     engine.wait_ready(20)
     told = json.loads((base / "pids").read_text())
     config = EngineConfig.from_dict(told["config"])
-    assert (config.cache.block_size, config.server.api_key, told["incarnation"]) == (48, None, 4)
+    assert (config.cache.block_size, config.server.api_key, told["incarnation"]) == (48, (), 4)
     assert (told["front_address"], told["stdin"]) == (engine.address, "")
     assert engine.address == f"ipc://{told['run_dir']}/front"
     assert "sesame" not in json.dumps(told)

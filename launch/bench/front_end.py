@@ -1,0 +1,150 @@
+"""Measures a front end alone: what a streamed token costs it, and how soon it answers a probe meanwhile.
+
+The front end is the real process (HTTP, journal, detokeniser, SSE); the engine behind it computes nothing
+(`instant_engine.py`) and hands out a token to each stream at a given rate. Clients and engine are other processes, so
+with two cores or fewer they share them with it. "tokens per core" is what was delivered for each second of CPU time of
+the front end, the kernel's share for its sockets included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Iterator
+
+from configs.engine import EngineConfig
+from launch.bench import processes
+from launch.bench.figures import percentile, table
+from launch.bench.instant_engine import RATE_VARIABLE
+from launch.front_group import FrontEndProcess
+from launch.keys import ApiKeys
+from launch.listener import listening
+from nanoengine.engine_process import EngineProcess
+
+_MODULE = "launch.bench.instant_engine"
+_WARM_UP_SECONDS = 1.0
+_PROBE_SECONDS = 0.02
+_HEADER = ["streams", "asked/s", "tokens/s", "events/s", "CPU %", "tokens per core", "livez p50", "p99", "max ms"]
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare `front-end`."""
+    parser = commands.add_parser("front-end", help=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--streams", type=int, nargs="+", default=[16, 64, 256], help="open at once (default: 16 64 256)"
+    )
+    parser.add_argument("--rate", type=float, nargs="+", default=[2000, 10000], help="tokens a second over all streams")
+    parser.add_argument("--seconds", type=float, default=5, help="how long each combination is measured (default: 5)")
+    parser.add_argument("--chat", action="store_true", help="chat completions instead of completions")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure each combination and print a table."""
+    print(f"load average {os.getloadavg()[0]:.1f} at the start, {os.cpu_count()} cores, times in ms\n")
+    rows = []
+    for streams in arguments.streams:
+        for rate in arguments.rate:
+            with _served(rate, streams) as (front, port):
+                rows.append(asyncio.run(_measure(front, port, streams, rate, arguments)))
+    print(table(_HEADER, rows))
+
+
+@contextlib.contextmanager
+def _served(rate: float, streams: int) -> Iterator[tuple[FrontEndProcess, int]]:
+    """A front end over an instant engine, and its port."""
+    os.environ[RATE_VARIABLE] = str(rate)
+    settings = {"port": 0, "max_queued_requests": max(4096, streams), "log_level": "warning", "shutdown_timeout": 0.0}
+    config = EngineConfig.create(**settings).resolve()
+    engine = EngineProcess(config, module=_MODULE)
+    with contextlib.ExitStack() as stack:
+        (listener,) = stack.enter_context(listening(config.server, False))
+        stack.callback(engine.stop)
+        engine.start()
+        front = FrontEndProcess(config, listener, ApiKeys(), engine.run_dir)
+        stack.callback(front.end)
+        engine.wait_ready(60)
+        front.tell({"ready": True})
+        while not front.is_ready:
+            front.read()
+            if front.exit_code is not None:
+                raise SystemExit(f"the front end ended: {front.failure or front.exit_code}")
+            time.sleep(0.01)
+        yield front, listener.getsockname()[1]
+
+
+@dataclasses.dataclass
+class _Counts:
+    num_events: int = 0
+    num_tokens: int = 0
+
+
+class _Stream(asyncio.Protocol):
+    """Asks for a stream and counts its events; asks again when it ends."""
+
+    def __init__(self, request: bytes, counts: _Counts) -> None:
+        self._request, self._counts = request, counts
+        self._transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        transport.write(self._request)
+
+    def data_received(self, data: bytes) -> None:
+        self._counts.num_events += data.count(b"data: {")
+        # Each event names the ids that it brings: `"token_ids":[5,6]`.
+        for part in data.split(b'"token_ids":[')[1:]:
+            ids = part[: part.index(b"]")]
+            self._counts.num_tokens += ids.count(b",") + bool(ids)
+        if b"data: [DONE]" in data:
+            assert self._transport is not None
+            self._transport.write(self._request)
+
+
+async def _measure(
+    front: FrontEndProcess, port: int, streams: int, rate: float, arguments: argparse.Namespace
+) -> list[str]:
+    loop = asyncio.get_running_loop()
+    counts, request = _Counts(), _request(arguments.chat)
+    open_streams = [
+        (await loop.create_connection(lambda: _Stream(request, counts), "127.0.0.1", port))[0] for _ in range(streams)
+    ]
+    await asyncio.sleep(_WARM_UP_SECONDS)
+    before, cpu, began = dataclasses.replace(counts), processes.cpu_seconds([front.pid]), time.perf_counter()
+    latencies = sorted(await _probe(port, arguments.seconds))
+    seconds = time.perf_counter() - began
+    cpu = processes.cpu_seconds([front.pid]) - cpu
+    tokens, events = counts.num_tokens - before.num_tokens, counts.num_events - before.num_events
+    for stream in open_streams:
+        stream.close()
+    probes = [f"{1000 * percentile(latencies, share):.1f}" for share in (0.5, 0.99, 1)]
+    figures = [streams, rate, tokens / seconds, events / seconds, 100 * cpu / seconds, tokens / max(cpu, 0.01)]
+    return [*(f"{figure:.0f}" for figure in figures), *probes]
+
+
+async def _probe(port: int, seconds: float) -> list[float]:
+    """Seconds that /livez took, asked for again and again on one connection."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    latencies, end = [], time.perf_counter() + seconds
+    while (now := time.perf_counter()) < end:
+        writer.write(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+        await reader.readuntil(b"}")
+        latencies.append(time.perf_counter() - now)
+        await asyncio.sleep(_PROBE_SECONDS)
+    writer.close()
+    return latencies
+
+
+def _request(chat: bool) -> bytes:
+    path = "/v1/chat/completions" if chat else "/v1/completions"
+    asked: dict[str, object] = {"messages": [{"role": "user", "content": "Hi"}]} if chat else {"prompt": "Once upon"}
+    asked |= {"stream": True, "max_tokens": 500, "ignore_eos": True, "return_token_ids": True}
+    body = json.dumps(asked).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body

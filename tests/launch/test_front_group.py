@@ -1,0 +1,286 @@
+"""Several front-end processes on one port, over the demo model: who serves, who dies, and what is left."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from configs.engine import EngineConfig, ServerConfig
+from configs.errors import EngineError
+from launch.front_group import front_config
+from launch.listener import listening
+from tests.launch.server_process import ServerProcess
+
+KEY = "open-sesame"
+HEADERS = {"Authorization": f"Bearer {KEY}"}
+ASKED = {"prompt": "中国的首都是", "temperature": 0, "max_tokens": 8}
+LONG = {"prompt_token_ids": [5, 6, 7], "sampling_params": {"ignore_eos": True, "max_tokens": 3000}, "stream": True}
+ENDLESS = {"prompt": "Once", "ignore_eos": True, "max_tokens": 3000, "stream": True}
+
+
+@contextlib.contextmanager
+def started() -> Iterator[tuple[ServerProcess, Path]]:
+    """A server with two front ends, and where its run directory is made."""
+    with tempfile.TemporaryDirectory(prefix="nano-test-") as name, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOENGINE_API_KEY", KEY)
+        with ServerProcess("--api-server-count", "2", "--shutdown-timeout", "20", run_base=Path(name)) as server:
+            server.wait_ready()
+            yield server, Path(name)
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[tuple[ServerProcess, Path]]:
+    """For the tests that leave it as it was; the last of them kills it."""
+    with started() as both:
+        yield both
+
+
+@pytest.fixture
+def server(shared: tuple[ServerProcess, Path]) -> ServerProcess:
+    return shared[0]
+
+
+@pytest.fixture
+def url(server: ServerProcess) -> str:
+    return server.wait_ready()
+
+
+@pytest.fixture
+def own() -> Iterator[tuple[ServerProcess, Path]]:
+    """For a test that ends it."""
+    with started() as both:
+        yield both
+
+
+def family(server: ServerProcess) -> list[psutil.Process]:
+    return psutil.Process(server.process.pid).children(recursive=True)
+
+
+def fronts(server: ServerProcess) -> list[psutil.Process]:
+    found = []
+    for child in family(server):
+        with contextlib.suppress(psutil.Error):  # one that ended just now
+            found += [child] if "launch.front_end_process" in child.cmdline() else []
+    return found
+
+
+def until(condition: Callable[[], object], seconds: float = 15.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def streams(url: str, count: int, asked: dict[str, object] = ENDLESS) -> Iterator[list[Iterator[str]]]:
+    """So many streams, each on a connection of its own, and each with its first event read."""
+    with contextlib.ExitStack() as stack:
+        lines = []
+        for _ in range(count):
+            client = stack.enter_context(httpx.Client(base_url=url, headers=HEADERS, timeout=30))
+            lines.append(stack.enter_context(client.stream("POST", "/v1/completions", json=asked)).iter_lines())
+        assert all(next(each).startswith("data:") for each in lines)
+        yield lines
+
+
+def serving(front: psutil.Process) -> int:
+    return sum(connection.status == psutil.CONN_ESTABLISHED for connection in front.net_connections("tcp"))
+
+
+def test_front_ends_share_the_port_and_one_that_dies_is_replaced(server: ServerProcess) -> None:
+    url = server.wait_ready()
+    assert len(server.out) == 1, "it says once that it is ready"
+    assert len(fronts(server)) == 2
+    for process in family(server):
+        told = Path(f"/proc/{process.pid}/cmdline").read_bytes() + Path(f"/proc/{process.pid}/environ").read_bytes()
+        assert KEY.encode() not in told
+    assert httpx.get(f"{url}/v1/models").status_code == 401
+    with streams(url, 16, ENDLESS | {"max_tokens": 300}) as lines:
+        victim, survivor = fronts(server)
+        assert serving(victim) >= 1, "one front end has all connections"
+        assert serving(survivor) >= 1
+        victim.kill()
+        until(lambda: len(fronts(server)) == 2 and victim not in fronts(server))
+        broken = 0
+        for each in lines:
+            try:
+                assert [line for line in each if line][-1] == "data: [DONE]"
+            except httpx.HTTPError:
+                broken += 1
+        assert 0 < broken < 16, "the streams of the one break off, and the others go on"
+        assert survivor.is_running()
+    until(lambda: len([1 for _ in range(6) if httpx.get(f"{url}/readyz", headers=HEADERS).status_code == 200]) == 6)
+    assert httpx.post(f"{url}/v1/completions", json=ASKED, headers=HEADERS).json()["choices"][0]["text"] == "北京"
+    assert any("it is started again" in line for line in server.err)
+
+
+class Open:
+    """A stream that is read in a thread; `events` are what came so far."""
+
+    def __init__(self, url: str, path: str, asked: dict[str, Any], request_id: str) -> None:
+        self.events: list[str] = []
+        self._thread = threading.Thread(target=self._read, args=(url + path, asked, request_id))
+        self._thread.start()
+        self.until(1)
+
+    def _read(self, url: str, asked: dict[str, Any], request_id: str) -> None:
+        headers = HEADERS | {"X-Request-Id": request_id}
+        with httpx.stream("POST", url, json=asked, headers=headers, timeout=30) as response:
+            self.events.extend(line for line in response.iter_lines() if line)
+
+    def until(self, count: int) -> None:
+        deadline = time.monotonic() + 15
+        while len(self.events) < count:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+
+    def end(self) -> str:
+        """How it ended, soon."""
+        self._thread.join(5)
+        assert not self._thread.is_alive(), "it was not ended"
+        assert self.events[-1] == "data: [DONE]"
+        last = json.loads(self.events[-2].removeprefix("data: "))
+        reason: str = (last.get("choices") or last.get("outputs"))[0]["finish_reason"]
+        return reason
+
+
+def load(url: str) -> dict[str, int]:
+    found: dict[str, int] = httpx.get(f"{url}/load", headers=HEADERS).json()
+    assert found["server_load"] == found["running"] + found["waiting"]
+    return found
+
+
+def test_requests_are_ended_by_their_ids_wherever_they_are(url: str) -> None:
+    """Each connection goes to one of two front ends, and so does the abort."""
+
+    def abort(ids: str | list[str]) -> int:
+        return httpx.post(f"{url}/abort", headers=HEADERS, json={"request_id": ids}).status_code
+
+    chat = {"messages": [{"role": "user", "content": "a"}], "ignore_eos": True, "max_tokens": 3000, "stream": True}
+    texts = {"prompt": ["a", "b"], "ignore_eos": True, "max_tokens": 3000, "stream": True}
+    opened = {f"id-{number}": Open(url, "/generate", LONG, f"id-{number}") for number in range(6)}
+    opened["chat"], opened["texts"] = (
+        Open(url, "/v1/chat/completions", chat, "chat"),
+        Open(url, "/v1/completions", texts, "texts"),
+    )
+    assert {load(url)["running"] for _ in range(20)} != {0}
+    assert httpx.post(f"{url}/abort", headers=HEADERS, json={"request_id": "nobody"}).json() == {"aborted": []}
+    assert abort("gen-id-0") == 200
+    assert opened.pop("id-0").end() == "abort"
+    assert abort(["id-1", "chat", "texts"]) == 200
+    assert [opened.pop(name).end() for name in ("id-1", "chat", "texts")] == ["abort"] * 3
+    for stream in opened.values():  # the others go on
+        stream.until(len(stream.events) + 5)
+    assert httpx.post(f"{url}/abort", headers=HEADERS, json={"abort_all": True}).status_code == 200
+    assert [stream.end() for stream in opened.values()] == ["abort"] * 4
+    assert all(load(url)["server_load"] == 0 for _ in range(10))
+    asked = {"input_ids": [5], "sampling_params": {"max_tokens": 2, "ignore_eos": True}}
+    answer = httpx.post(f"{url}/generate", headers=HEADERS, json=asked)
+    assert len(answer.json()["outputs"][0]["token_ids"]) == 2
+
+
+def test_an_id_that_is_in_use_is_refused(url: str) -> None:
+    with httpx.stream("POST", f"{url}/generate", json=LONG, headers=HEADERS | {"X-Request-Id": "twice"}) as first:
+        lines = first.iter_lines()
+        next(lines)
+        asked = {"json": {"input_ids": [1]}, "headers": HEADERS | {"X-Request-Id": "twice"}}
+        # Each connection goes to one of two front ends, and one of them has it open.
+        answers = [httpx.post(f"{url}/generate", **asked) for _ in range(20)]
+        refused = [answer.json()["error"] for answer in answers if answer.status_code != 200]
+    assert refused
+    assert all((error["param"], "still runs" in error["message"]) == ("request_id", True) for error in refused)
+
+
+def test_nothing_outlives_a_supervisor_that_is_killed(shared: tuple[ServerProcess, Path]) -> None:
+    """Runs last of those that share a server: it is gone afterwards."""
+    server, run_base = shared
+    before = family(server)
+    server.process.kill()
+    _, alive = psutil.wait_procs(before, timeout=8)
+    assert not alive
+    until(lambda: not list(run_base.iterdir()))
+
+
+def test_a_stop_reaches_every_front_end_and_leaves_nothing(own: tuple[ServerProcess, Path]) -> None:
+    server, run_base = own
+    url, before = server.wait_ready(), family(server)
+    with streams(url, 6, ENDLESS | {"max_tokens": 300}) as lines:
+        # Also to the front ends themselves, as a service manager does that signals the whole group.
+        for front in fronts(server):
+            front.send_signal(signal.SIGTERM)
+        server.process.send_signal(signal.SIGTERM)
+        with httpx.Client(base_url=url, headers=HEADERS) as client:
+            assert client.get("/readyz").json()["error"]["code"] == "draining"
+        for each in lines:
+            rest = [line for line in each if line]
+            assert json.loads(rest[-2][6:])["choices"][0]["finish_reason"] == "length"
+            assert rest[-1] == "data: [DONE]"
+    assert server.process.wait(5) == 0
+    _, alive = psutil.wait_procs(before, timeout=5)
+    assert not alive
+    assert not list(run_base.iterdir())
+    assert "Traceback" not in "".join(server.err)
+
+
+def test_the_engines_end_is_told_to_every_client(own: tuple[ServerProcess, Path]) -> None:
+    server, run_base = own
+    url, before = server.wait_ready(), family(server)
+    with streams(url, 6) as lines:
+        next(child for child in before if "nanoengine.engine" in child.cmdline()).kill()
+        for each in lines:
+            rest = [line for line in each if line]
+            assert "SIGKILL" in json.loads(rest[-2][6:])["error"]["message"]
+            assert rest[-1] == "data: [DONE]"
+    assert server.process.wait(8) == 1
+    assert sum(line.startswith("nanoengine: error:") for line in server.err) == 1
+    _, alive = psutil.wait_procs(before, timeout=5)
+    assert not alive
+    assert not list(run_base.iterdir())
+
+
+# --- parts ---
+
+
+def test_sockets_share_a_port_among_themselves_and_with_nobody_else() -> None:
+    with listening(ServerConfig(port=0), False, 3) as mine:
+        port = mine[0].getsockname()[1]
+        assert {each.getsockname()[1] for each in mine} == {port}
+        with pytest.raises(EngineError, match="in use"), listening(ServerConfig(port=port), False, 3):
+            pass
+        with pytest.raises(EngineError, match="in use"), listening(ServerConfig(port=port), False):
+            pass
+    somebody = socket.create_server(("127.0.0.1", port))
+    with somebody, pytest.raises(EngineError, match="in use"), listening(ServerConfig(port=port), False, 2):
+        pass
+
+
+def test_connections_of_the_dead_are_noticed() -> None:
+    with listening(ServerConfig(port=0), False) as (mine,), socket.create_connection(mine.getsockname()):
+        mine.setblocking(True)
+        connection, _ = mine.accept()
+        with connection:
+            assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+
+
+def test_each_front_end_has_its_share_of_the_queue_and_seeds_of_its_own() -> None:
+    """Two requests of the same prompt must differ, also when they come to two front ends."""
+    config = EngineConfig.create(seed=7, api_server_count=3, max_queued_requests=10, max_queued_tokens=100)
+    configs = [front_config(config, number) for number in range(5)]
+    assert [each.server.max_queued_requests for each in configs] == [4] * 5
+    assert [each.server.max_queued_tokens for each in configs] == [34] * 5
+    seeds = [each.model.seed for each in configs]
+    assert seeds[0] == 7
+    assert len(set(seeds)) == 5
+    assert seeds == [front_config(config, number).model.seed for number in range(5)]
