@@ -87,10 +87,10 @@ def prepare_chat(body: ChatCompletionRequest, tokenizer: Tokenizer, config: Serv
     repeated = repeated_message(messages, body.echo)
     show_reasoning = body.include_reasoning is not False
 
-    def reader(is_stream: bool) -> ChatReader:
+    def reader(eager: bool) -> ChatReader:
         return ChatReader(
             reasoning.ThinkSplitter(begun) if splits else None,
-            None if parser is None else parser(plan.names, is_stream, plan.limit),
+            None if parser is None else parser(plan.names, eager, plan.limit),
             show_reasoning,
             len(repeated),
         )

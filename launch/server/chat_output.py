@@ -12,7 +12,7 @@ from launch.server.reasoning import Part, ThinkSplitter
 from launch.server.tool_calls import CallDelta, ToolParser
 
 Delta = dict[str, Any]
-# Makes the reader of one choice; the argument says whether it is streamed.
+# Makes the reader of one choice; the argument says whether calls are told before they are complete.
 ReaderFactory = Callable[[bool], "ChatReader"]
 
 

@@ -67,7 +67,7 @@ class AnswerFormat:
         for number, output in enumerate(outputs):
             for each in output.outputs:
                 index = number * self._num_outputs + each.index
-                choice = {"index": index, **self._whole_text(index, each.text)}
+                choice = {"index": index, **self._whole_text(index, each)}
                 self._add_logprobs(choice, output, each, self._sent[index])
                 choice |= {
                     "finish_reason": self._finish_reason(index, each.finish_reason),
@@ -180,7 +180,7 @@ class AnswerFormat:
         """Chunks in front of the first text of a choice."""
         return iter(())
 
-    def _whole_text(self, index: int, text: str) -> dict[str, Any]:
+    def _whole_text(self, index: int, each: CompletionOutput) -> dict[str, Any]:
         raise NotImplementedError
 
     def _new_parts(self, index: int, text: str, last: bool) -> list[dict[str, Any]]:
@@ -218,8 +218,8 @@ class CompletionFormat(AnswerFormat):
     def _prompt_of_choice(self, output: RequestOutput) -> dict[str, Any]:
         return _prompt_logprobs(output)
 
-    def _whole_text(self, index: int, text: str) -> dict[str, Any]:
-        return {"text": text}
+    def _whole_text(self, index: int, each: CompletionOutput) -> dict[str, Any]:
+        return {"text": each.text}
 
     def _new_parts(self, index: int, text: str, last: bool) -> list[dict[str, Any]]:
         return [{"text": text}] if text else []
@@ -251,8 +251,9 @@ class ChatFormat(AnswerFormat):
 
     chunk_name = "chat.completion.chunk"
 
-    def _whole_text(self, index: int, text: str) -> dict[str, Any]:
-        return {"message": message_of(self._reader(index, False).feed(text, True))}
+    def _whole_text(self, index: int, each: CompletionOutput) -> dict[str, Any]:
+        # A call that max_tokens cut off is a call, as it is in a stream.
+        return {"message": message_of(self._reader(index, each.finish_reason == "length").feed(each.text, True))}
 
     def _new_parts(self, index: int, text: str, last: bool) -> list[dict[str, Any]]:
         return [{"delta": delta} for delta in self._reader(index, True).feed(text, last)]
@@ -260,9 +261,9 @@ class ChatFormat(AnswerFormat):
     def _finish_reason(self, index: int, reason: str | None) -> str | None:
         return self._readers[index].finish_reason(reason)
 
-    def _reader(self, index: int, is_stream: bool) -> ChatReader:
+    def _reader(self, index: int, eager: bool) -> ChatReader:
         if index not in self._readers:
-            self._readers[index] = self._make_reader(is_stream)
+            self._readers[index] = self._make_reader(eager)
         return self._readers[index]
 
     def _prompt_of_answer(self, output: RequestOutput) -> dict[str, Any]:

@@ -70,6 +70,19 @@ async def test_a_call_is_told_in_openais_shape(engine: FakeEngine) -> None:
             assert reasons == ["tool_calls"]
 
 
+async def test_a_call_that_is_cut_off_is_told_as_far_as_it_came(engine: FakeEngine) -> None:
+    async with client_of(engine) as client:
+        whole = (await client.post(PATH, json=ask(max_tokens=50))).json()["choices"][0]
+        (call,) = whole["message"]["tool_calls"]
+        assert (whole["finish_reason"], call["function"]["name"]) == ("length", "weather")
+        assert '{"city": "北京"}'.startswith(call["function"]["arguments"])
+        events = events_of(await client.post(PATH, json=ask(max_tokens=50, stream=True)))
+        choices = [each for event in events for each in event["choices"]]
+        parts = [each["delta"]["tool_calls"][0]["function"] for each in choices if "tool_calls" in each["delta"]]
+        assert "".join(part["arguments"] for part in parts) == call["function"]["arguments"] != ""
+        assert choices[-1]["finish_reason"] == "length"
+
+
 async def test_an_answer_without_a_call_is_an_answer(engine: FakeEngine) -> None:
     engine.answer = "It rains <in> 北京."
     async with client_of(engine) as client:
