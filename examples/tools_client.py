@@ -1,7 +1,7 @@
 """Lets a served model call Python functions through OpenAI's client, until it answers in words.
 
-    python -m launch --model Qwen/Qwen3-0.6B                  # a model whose chat template knows tools
-    pip install openai && python examples/tools_client.py "What is 17 + 25, and what is the time in Tokyo?"
+python -m launch --model Qwen/Qwen3-0.6B --allow-download     # a model whose chat template knows tools
+python examples/tools_client.py "What is 17 + 25, and what is the time in Tokyo?"      # in another terminal
 
 The demo model knows no tools, and its server says so.
 """
@@ -13,10 +13,12 @@ import datetime
 import zoneinfo
 from typing import Any
 
-import openai
 import pydantic
 
-MAX_TURNS = 8
+try:
+    import openai
+except ImportError:
+    raise SystemExit("this example needs OpenAI's client: pip install openai") from None
 
 
 class Add(pydantic.BaseModel):
@@ -48,17 +50,18 @@ TOOLS = {"Add": Add, "Time": Time}
 
 def main() -> None:
     """Stream each answer, run what it calls, and send the results back."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("question")
-    parser.add_argument("--base-url", default="http://127.0.0.1:8000/v1")
-    parser.add_argument("--api-key", default="none")
+    parser.add_argument("--base-url", default="http://127.0.0.1:8000/v1", help="address of the server's API")
+    parser.add_argument("--api-key", default="none", help="the key it was started with, if it was")
+    parser.add_argument("--max-turns", type=int, default=8, help="answers to ask for")
     arguments = parser.parse_args()
     client = openai.OpenAI(base_url=arguments.base_url, api_key=arguments.api_key)
     model = client.models.list().data[0].id
     messages: list[Any] = [{"role": "user", "content": arguments.question}]
     # strict, as pydantic_function_tool makes them: the arguments are kept to the schema while they are generated.
     tools = [openai.pydantic_function_tool(tool) for tool in TOOLS.values()]
-    for _ in range(MAX_TURNS):
+    for _ in range(arguments.max_turns):
         with client.chat.completions.stream(model=model, messages=messages, tools=tools) as stream:
             for event in stream:
                 if event.type == "content.delta":

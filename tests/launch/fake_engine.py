@@ -35,6 +35,8 @@ MAX_MODEL_LEN = 256
 class FakeEngine:
     """Answers `answer` token by token, or what `answers` holds for a prompt's text. `template` is its chat template.
 
+    While `script` holds something, the first of it is the answer from the next request on.
+
     `delay` seconds lie between tokens; `fail_after` tokens the request fails; `open` and `aborted` hold request ids.
     """
 
@@ -42,6 +44,7 @@ class FakeEngine:
         config = {} if template is None else {"chat_template": template}
         self.tokenizer: Tokenizer | None = Tokenizer(write_byte_level(folder / "tokenizer", **config))
         self.answer = ANSWER
+        self.script: list[str] = []
         settings = {"max_model_len": MAX_MODEL_LEN} | settings
         self.config = EngineConfig.create(**settings).resolve()
         self.is_ready = True
@@ -74,6 +77,8 @@ class FakeEngine:
         prompt = request.prompt_token_ids
         self.salts.append(request.cache_salt)
         self.scheduling.append(scheduling)
+        if self.script:
+            self.answer = self.script.pop(0)
         if self.raise_at_once is not None:
             raise self.raise_at_once
         assert request_id is not None
