@@ -90,6 +90,13 @@ async def test_who_has_no_stream_gets_none(engine: FakeEngine, tmp_path: Path) -
         assert (await client.get(f"/v1/streams/{stream_id}", headers=headers)).status_code == 200
 
 
+async def test_several_front_ends_refuse_what_another_one_would_not_find(tmp_path: Path) -> None:
+    async with client_of(FakeEngine(tmp_path, api_server_count=2)) as client:
+        error = error_of(await client.post("/v1/completions", json=ASKED, headers=RESUME), 400)
+        assert (error["param"], error["code"]) == ("X-Stream-Resume", "unsupported")
+        assert (await client.post("/v1/completions", json=ASKED)).status_code == 200
+
+
 async def test_a_stream_that_fails_is_told_so_again(engine: FakeEngine) -> None:
     engine.fail_after = 3
     async with client_of(engine) as client:
