@@ -41,6 +41,7 @@ TEMPLATE_VARIABLES: dict[str, type] = {
     "thinking_budget": int,
     "tools_in_user_message": bool,
 }
+_CALL_TAGS = (tool_calls.HermesParser.OPEN, tool_calls.HermesParser.CLOSE)
 _THINKING_SWITCHES = ("enable_thinking", "thinking")
 
 
@@ -82,8 +83,19 @@ def prepare_chat(body: ChatCompletionRequest, tokenizer: Tokenizer, config: Serv
     begun = thinks and text.rstrip().endswith(reasoning.OPEN)
     # A prompt that closes the tag itself switches reasoning off.
     splits = begun or (thinks and not text.rstrip().endswith(reasoning.CLOSE) and not body.continue_final_message)
-    params, source = _with_form(body, params, plan, ("open" if begun else "optional") if splits else None)
-    params = _with_tags(body, params, tokenizer, bool(plan.tools), splits)
+    form, source = _form(body, plan, tokenizer)
+    if form is not None:
+        if splits and _is_special(tokenizer, reasoning.OPEN, reasoning.CLOSE):
+            splits = False  # no text matches them, so the form holds from the first token on
+        elif splits:
+            form = dataclasses.replace(form, reasoning="open" if begun else "optional")
+        if isinstance(params, BeamSearchParams):  # a response_format was refused before
+            raise RequestError("use_beam_search does not go with tools that are forced or strict", "use_beam_search")
+        params = dataclasses.replace(params, structured_outputs=form)
+    tags = [*_CALL_TAGS] if plan.tools else []
+    tags += [reasoning.OPEN, reasoning.CLOSE] if splits else []
+    if body.skip_special_tokens is None and _is_special(tokenizer, *tags):
+        params = dataclasses.replace(params, skip_special_tokens=False)  # else they are not in the text
     repeated = repeated_message(messages, body.echo)
     show_reasoning = body.include_reasoning is not False
 
@@ -203,36 +215,23 @@ def _thinks(tokenizer: Tokenizer, config: ServerConfig) -> bool:
     return tokenizer.chat_template.mentions(reasoning.OPEN) or tokenizer.token_id(reasoning.OPEN) is not None
 
 
-def _with_form(
-    body: ChatCompletionRequest, params: Params, plan: ToolPlan, thoughts: str | None
-) -> tuple[Params, str | None]:
-    """The parameters with the form of the answer, behind its reasoning, and the field that asks for the form."""
+def _form(
+    body: ChatCompletionRequest, plan: ToolPlan, tokenizer: Tokenizer
+) -> tuple[StructuredOutputsParams | None, str | None]:
+    """The form of the answer, and the field that asks for it."""
     asked = body.asked_form()
     if asked is not None and plan.tools:
         raise RequestError(f"{asked.source} cannot be used together with tools", asked.source)
-    grammar = plan.grammar()
     if asked is not None:
-        form, source = asked.params, asked.source
-    elif grammar is not None:
-        source = "tools"
-        try:
-            form = StructuredOutputsParams(grammar=grammar)
-        except RequestError as error:
-            raise RequestError(error.message.replace(f"{error.param}.grammar", source), source) from None
-    else:
-        return params, None
-    if isinstance(params, BeamSearchParams):  # a response_format was refused before
-        raise RequestError("use_beam_search does not go with tools that are forced or strict", "use_beam_search")
-    if thoughts is not None:
-        form = dataclasses.replace(form, reasoning=thoughts)
-    return dataclasses.replace(params, structured_outputs=form), source
+        return asked.params, asked.source
+    grammar = plan.grammar(_is_special(tokenizer, *_CALL_TAGS))
+    if grammar is None:
+        return None, None
+    try:
+        return StructuredOutputsParams(grammar=grammar), "tools"
+    except RequestError as error:
+        raise RequestError(error.message.replace(f"{error.param}.grammar", "tools"), "tools") from None
 
 
-def _with_tags(body: ChatCompletionRequest, params: Params, tokenizer: Tokenizer, calls: bool, thinks: bool) -> Params:
-    """Keep special tokens in the text where the tags that are looked for are such."""
-    tags = [tool_calls.HermesParser.OPEN, tool_calls.HermesParser.CLOSE] if calls else []
-    tags += [reasoning.OPEN, reasoning.CLOSE] if thinks else []
-    special = {tokenizer.token_id(tag) for tag in tags} & tokenizer.special_token_ids
-    if special and body.skip_special_tokens is None:
-        return dataclasses.replace(params, skip_special_tokens=False)
-    return params
+def _is_special(tokenizer: Tokenizer, *tags: str) -> bool:
+    return any(tokenizer.token_id(tag) in tokenizer.special_token_ids for tag in tags)

@@ -5,6 +5,8 @@ The shapes say what is always there; answers hold more where it is asked for.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from fastapi import FastAPI
@@ -14,6 +16,7 @@ from pydantic.json_schema import models_json_schema
 
 from launch.server.middleware import OPEN_PATHS
 from launch.server.streams import LAST_ID_HEADER, RESUME_HEADER
+from nanoengine.sampling_params import SamplingParams
 
 
 class _Shape(BaseModel):
@@ -147,6 +150,7 @@ _ANSWERS: dict[str, type[BaseModel]] = {
     "/tokenize": Tokens,
     "/detokenize": Text,
 }
+_RANGES = {field.name: field.metadata for field in dataclasses.fields(SamplingParams) if "help" in field.metadata}
 _STREAMED = ("/v1/completions", "/v1/chat/completions", "/generate")
 _ONLY_STREAMED = ("/v1/streams/{stream_id}",)
 _EVENTS = "Server-sent events, each with a JSON object, and `data: [DONE]` at the end."
@@ -197,11 +201,24 @@ def _amend(schema: dict[str, Any]) -> None:
     components.update(shown["$defs"])
     for name in ("HTTPValidationError", "ValidationError"):  # errors have another form here
         components.pop(name, None)
+    for shape in components.values():
+        for name, field in shape.get("properties", {}).items():
+            if name in _RANGES and shape.get("title", "").endswith("Request"):
+                _add_range(field, _RANGES[name])
     for path, operations in schema["paths"].items():
         for method, operation in operations.items():
             _amend_answers(path, method, operation["responses"])
             if path in _STREAMED or path in _ONLY_STREAMED:
                 operation.setdefault("parameters", []).append(_LAST_ID if path in _ONLY_STREAMED else _RESUME)
+
+
+def _add_range(field: dict[str, Any], setting: Mapping[str, Any]) -> None:
+    """Tell a field's meaning and range, which its declaration among the sampling parameters knows."""
+    field.setdefault("description", setting["help"])
+    for kind in field.get("anyOf", [field]):
+        if kind.get("type") in ("integer", "number"):
+            bounds = {"minimum": "minimum", "maximum": "maximum", "exclusiveMinimum": "above"}
+            kind.update({name: setting[key] for name, key in bounds.items() if setting[key] is not None})
 
 
 def _amend_answers(path: str, method: str, answers: dict[str, Any]) -> None:

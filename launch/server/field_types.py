@@ -9,15 +9,16 @@ from typing import Annotated, Any
 
 from pydantic import Field, WithJsonSchema
 
+_IDS = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
 Prompt = Annotated[
     Any,
     WithJsonSchema(
         {
             "anyOf": [
-                {"type": "string"},
-                {"type": "array", "items": {"type": "string"}},
-                {"type": "array", "items": {"type": "integer"}},
-                {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+                {"type": "string", "minLength": 1},
+                {"type": "array", "minItems": 1, "items": {"type": "string", "minLength": 1}},
+                _IDS,
+                {"type": "array", "minItems": 1, "items": _IDS},
             ]
         }
     ),

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from configs.errors import RequestError
+from launch.server.tool_calls import HermesParser
 from nanoengine.structured_outputs import FIELD, StructuredOutputsParams
 
 MAX_TOOLS = 128
@@ -59,33 +60,32 @@ class ToolPlan:
         """The names that may be called."""
         return frozenset(tool.name for tool in self.tools)
 
-    def grammar(self) -> str | None:
-        """In llguidance's dialect of Lark, what the answer must be; None when it may be anything."""
+    def grammar(self, tags_are_tokens: bool = False) -> str | None:
+        """In llguidance's dialect of Lark, what the answer must be; None when it may be anything.
+
+        `tags_are_tokens` says that the tokenizer has the tags as special tokens, which no text matches.
+        """
         if not self.is_forced and not any(tool.strict for tool in self.tools):
             return None
+        opens, closes = (tag if tags_are_tokens else f'"{tag}"' for tag in (HermesParser.OPEN, HermesParser.CLOSE))
         bodies = [f"call_{index}" for index in range(len(self.tools))]
         lines = [f"call: {' | '.join(bodies)}"]
         for index, tool in enumerate(self.tools):
-            schema = (
-                tool.schema() if self.is_forced or tool.strict else StructuredOutputsParams(json_object=True).schema()
-            )
+            is_exact = self.is_forced or tool.strict
+            schema = tool.schema() if is_exact else StructuredOutputsParams(json_object=True).schema()
             head = json.dumps(f'{{"name": "{tool.name}", "arguments": ')
             lines.append(f'{bodies[index]}: {head} arguments_{index} "}}"')
             lines.append(f"arguments_{index}: %json {_quoted(schema)}")
         if self.is_forced:
             start = 'tagged ("\\n" tagged)*' if self.limit is None else "tagged"
-            return "\n".join([f"start: {start}", 'tagged: "<tool_call>\\n" call "\\n</tool_call>"', *lines])
+            return "\n".join([f"start: {start}", f'tagged: {opens} "\\n" call "\\n" {closes}', *lines])
         # The model's own words up to a tag, which begins a call, and so on.
         often = "*" if self.limit is None else "?"
-        return "\n".join(
-            [
-                f'start: (text "\\n"? call close){often} rest',
-                'text[suffix="<tool_call>"]: /(?s:.*)/',
-                "rest: /(?s:.*)/",
-                'close: "\\n"? "</tool_call>"',
-                *lines,
-            ]
+        words = (
+            ["text: /(?s:.*)/", f"words: text {opens}"] if tags_are_tokens else [f"words[suffix={opens}]: /(?s:.*)/"]
         )
+        ends = ["rest: /(?s:.*)/", f'close: "\\n"? {closes}']
+        return "\n".join([f'start: (words "\\n"? call close){often} rest', *words, *ends, *lines])
 
 
 def _quoted(schema: Mapping[str, Any]) -> str:

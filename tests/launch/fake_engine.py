@@ -8,7 +8,7 @@ import dataclasses
 import socket
 import threading
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,14 @@ class FakeEngine:
     `delay` seconds lie between tokens; `fail_after` tokens the request fails; `open` and `aborted` hold request ids.
     """
 
-    def __init__(self, folder: Path, template: str | None = None, **settings: Any) -> None:
-        config = {} if template is None else {"chat_template": template}
+    def __init__(
+        self,
+        folder: Path,
+        template: str | None = None,
+        tokenizer_config: Mapping[str, object] | None = None,
+        **settings: Any,
+    ) -> None:
+        config = dict(tokenizer_config or {}) | ({} if template is None else {"chat_template": template})
         self.tokenizer: Tokenizer | None = Tokenizer(write_byte_level(folder / "tokenizer", **config))
         self.answer = ANSWER
         self.script: list[str] = []
@@ -168,7 +174,11 @@ class FakeEngine:
         assert self.tokenizer is not None
         text = self.answers.get(self.tokenizer.decode(prompt), self.answer) + (f" {index}" if index else "")
         ids = [*self.tokenizer.encode(text), self.tokenizer.eos_token_id or 0]
-        stream, stops, text = IncrementalDetokenizer(self.tokenizer, prompt), StopChecker(params.stop), ""
+        stream, stops, text = (
+            IncrementalDetokenizer(self.tokenizer, prompt, params.skip_special_tokens),
+            StopChecker(params.stop),
+            "",
+        )
         for count in range(1, len(ids) + 1):
             if count - 1 == self.fail_after:
                 yield CompletionOutput(
@@ -176,7 +186,7 @@ class FakeEngine:
                     error_kind=self.failure_kind,
                 )  # fmt: skip
                 return
-            new, matched = stops.feed(stream.append([ids[count - 1]]))
+            new, matched = stops.feed(stream.append(ids[count - 1 : count] if count < len(ids) else []))
             text += new
             reason = "stop" if matched or count == len(ids) else "length" if count == max_tokens else None
             if reason and not matched:

@@ -10,6 +10,7 @@ import httpx
 import jsonschema
 import llguidance
 import pytest
+import tokenizers
 
 from configs.errors import RequestError
 from launch.server.tools import plan_tools
@@ -227,6 +228,45 @@ def test_forced_and_strict_calls_are_grammars_that_llguidance_takes(engine: Fake
     assert accepts(form("required", reasoning="optional"), CALL)
     assert accepts(form("required", reasoning="open"), f"well</think>\n\n{CALL}")
     assert not accepts(form("required", reasoning="open"), CALL)
+
+
+def test_a_grammar_takes_tags_that_are_special_tokens(engine: FakeEngine) -> None:
+    """Otherwise the token that the model was trained to begin a call with would be forbidden."""
+    assert engine.config.tokenizer_file is not None
+    source = tokenizers.Tokenizer.from_file(str(engine.config.tokenizer_file))
+    source.add_special_tokens(["<tool_call>", "</tool_call>"])
+    tokenizer = llguidance.LLTokenizer(source.to_str())
+    strict = WEATHER | {"function": WEATHER["function"] | {"strict": True}}  # type: ignore[operator]
+    for choice, text, is_good in (
+        ("required", CALL, True),
+        ("required", CALL + "\n" + CALL, True),
+        ("required", CALL.replace("city", "town"), False),
+        ("auto", f"so {CALL} and {CALL}.", True),
+        ("auto", "text", True),
+        ("auto", CALL.replace("city", "town"), False),
+    ):
+        grammar = plan_tools([strict], choice, None).grammar(tags_are_tokens=True)
+        matcher = llguidance.LLMatcher(tokenizer, StructuredOutputsParams(grammar=grammar).to_grammar())
+        assert not matcher.is_error(), matcher.get_error()
+        ids = source.encode(text, add_special_tokens=False).ids
+        assert (matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()) == is_good, (choice, text)
+
+
+async def test_special_tags_stay_in_the_text(tmp_path: Path) -> None:
+    special = {"extra_special_tokens": ["<tool_call>", "</tool_call>", "<think>", "</think>"]}
+    engine = FakeEngine(tmp_path, chat_templates.THINKING, special, max_model_len=2048)
+    engine.answer = f"<think>hm</think>{CALL}"
+    async with client_of(engine) as client:
+        message = (await client.post(PATH, json=ask())).json()["choices"][0]["message"]
+        assert (message["reasoning_content"], message["content"]) == ("hm", None)
+        assert len(message["tool_calls"]) == 1
+        engine.answer = "{}"
+        form = {"response_format": {"type": "json_object"}}
+        message = (await client.post(PATH, json=HI | form)).json()["choices"][0]["message"]
+        assert message == {"role": "assistant", "content": "{}"}
+        asked = engine.params[-1].structured_outputs
+        assert isinstance(asked, StructuredOutputsParams)
+        assert asked.reasoning is None
 
 
 async def test_a_form_waits_until_the_model_has_thought(tmp_path: Path, engine: FakeEngine) -> None:
