@@ -16,7 +16,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "function_call": (),
     "parsed": (ANYTHING,),
+    "reasoning": (),
+    "reasoning_content": (),
     "refusal": (),
+    "tool_calls": ([],),
 }
 _TEXTS = ("name", "tool_call_id")
 _ASSISTANTS = ("reasoning_content", "reasoning", "tool_calls")
