@@ -15,6 +15,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from launch.server.errors import from_exception
+from launch.server.request_id import current_request_id
 from launch.server.waiting import cancelled, closed, either
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ def error_events(error: Exception) -> list[bytes]:
     """The end of a stream that fails after its status was sent."""
     shown = from_exception(error)
     if shown.status == 500:
-        logger.error("a stream failed", exc_info=error)
+        logger.error("the stream of request %s failed", current_request_id.get(), exc_info=error)
     return [event(shown.body()), DONE]
 
 
