@@ -192,6 +192,24 @@ class ServerConfig(_Validated):
     request_timeout: float | None = setting(
         None, "seconds after which a request that is not complete ends with an error (default: never)", above=0
     )
+    tool_call_parser: str = setting(
+        "auto",
+        "form in which the model writes tool calls: hermes = <tool_call>{…}</tool_call>; auto = hermes where the chat "
+        "template teaches it; none = tools are refused",
+        choices=("auto", "hermes", "none"),
+    )
+    reasoning_parser: str = setting(
+        "auto",
+        "what of an answer is reasoning: think = what stands in <think>…</think>; auto = think where tokenizer or "
+        "chat template know the tag; none = nothing",
+        choices=("auto", "think", "none"),
+    )
+    stream_resume_seconds: float = setting(
+        30.0,
+        "seconds for which a stream with the header X-Stream-Resume: 1 goes on without a reader and can be read again",
+        above=0,
+        maximum=3600,
+    )
     exit_on_failure: bool = setting(
         True, "end the server when the engine can serve no more, with exit code 1; else it answers 503 until stopped"
     )

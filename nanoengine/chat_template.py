@@ -6,14 +6,17 @@ The environment (whitespace, filters, functions, the `generation` tag) is that o
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.sandbox
 from jinja2 import nodes
 from jinja2.parser import Parser
@@ -70,6 +73,7 @@ class ChatTemplate:
         self._sources = dict(templates)
         self._special_tokens = dict(special_tokens)
         self._compiled: dict[str, jinja2.Template] = {}
+        self._variables: set[str] | None = None  # of all templates, found when first asked for
 
     def __bool__(self) -> bool:
         return bool(self._sources)
@@ -79,10 +83,13 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> str:
         """The prompt text of a conversation, special tokens included.
+
+        With `continue_final_message` it ends where the last message's content does, for the model to go on with.
 
         Raises:
             TokenizerError: there is no template, or it is malformed.
@@ -93,8 +100,12 @@ class ChatTemplate:
         template = self._template(tools)
         # Clients send null for what they leave out; a template asks whether the key is there.
         chat = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        # Behind the content stands what no client can know; the prompt is cut off there, whatever the template adds.
+        mark = uuid.uuid4().hex if continue_final_message else ""
+        if mark:
+            chat[-1]["content"] = str(chat[-1].get("content", "")) + mark
         try:
-            return template.render(
+            text = template.render(
                 messages=chat,
                 tools=tools,
                 documents=None,
@@ -110,6 +121,23 @@ class ChatTemplate:
         except Exception as error:  # a template can raise anything that an expression can
             what = f"{type(error).__name__}: {error}"
             raise RequestError(f"the chat template fails on the messages: {what}", "messages") from error
+        if mark and mark not in text:
+            raise RequestError("the chat template leaves out the message that is to be continued", "messages")
+        return text[: text.rindex(mark)] if mark else text
+
+    def reads(self, name: str) -> bool:
+        """Whether a template has a variable of this name."""
+        if self._variables is None:
+            environment = _environment()
+            self._variables = set()
+            for source in self._sources.values():
+                with contextlib.suppress(jinja2.TemplateError):  # told where it is rendered
+                    self._variables |= jinja2.meta.find_undeclared_variables(environment.parse(source))
+        return name in self._variables
+
+    def mentions(self, text: str) -> bool:
+        """Whether a template contains a text."""
+        return any(text in source for source in self._sources.values())
 
     def _template(self, tools: object) -> jinja2.Template:
         name = "tool_use" if tools is not None and "tool_use" in self._sources else "default"

@@ -30,6 +30,12 @@ WHITESPACE_PATTERN = r"[ \t]{1,8}|\r?\n[ \t]{0,64}"
 # Of a schema: what holds schemas by names of its own, and what holds no schema.
 _NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _DATA = ("enum", "const", "default", "examples", "x-guidance")
+# Reasoning, up to its closing tag, in front of the form.
+_THOUGHT = 'thought[suffix="</think>"]: /(?s:.*)/\n'
+_REASONING = {
+    "optional": "start: (/<think>/ thought /[ \\n]{0,4}/)? @form\n" + _THOUGHT,
+    "open": "start: thought /[ \\n]{0,4}/ @form\n" + _THOUGHT,
+}
 _FORMS = ("json", "regex", "choice", "grammar", "json_object")
 
 
@@ -47,6 +53,8 @@ class StructuredOutputsParams:
         disable_any_whitespace: compact JSON; otherwise JSON may be indented, and hold a few blanks anywhere.
         disable_additional_properties: objects with `properties` have no others, unless the schema says otherwise.
         whitespace_pattern: a regular expression of the whitespace that JSON may hold, e.g. `[ \n]{0,4}`.
+        reasoning: what may come in front of the form: "optional" is `<think>…</think>`, "open" goes on in a tag that
+            the prompt has opened. None: nothing.
 
     Raises:
         RequestError: on construction; names the field at fault.
@@ -60,6 +68,7 @@ class StructuredOutputsParams:
     disable_any_whitespace: bool = False
     disable_additional_properties: bool = False
     whitespace_pattern: str | None = None
+    reasoning: str | None = None
 
     def __post_init__(self) -> None:
         given = [name for name in _FORMS if getattr(self, name) not in (None, False)]
@@ -82,6 +91,8 @@ class StructuredOutputsParams:
         self._check_options()
 
     def _check_options(self) -> None:
+        if self.reasoning is not None and self.reasoning not in tuple(_REASONING):
+            raise _error("reasoning", f"must be one of {', '.join(_REASONING)}, got {self.reasoning!r:.100}")
         options = ("whitespace_pattern", "disable_any_whitespace", "disable_additional_properties")
         asked = [name for name in options if getattr(self, name)]
         if asked and self.json is None and not self.json_object:
@@ -120,10 +131,15 @@ class StructuredOutputsParams:
             RequestError: a GBNF grammar is malformed. Whether llguidance takes the rest, it must be asked.
         """
         if self.json is not None or self.json_object:
-            return json.dumps({"grammars": [{"json_schema": self._schema()}]})
-        return json.dumps({"grammars": [{"lark_grammar": self._lark()}]})
+            form: dict[str, Any] = {"json_schema": self.schema()}
+        else:
+            form = {"lark_grammar": self._lark()}
+        if self.reasoning is None:
+            return json.dumps({"grammars": [form]})
+        return json.dumps({"grammars": [{"lark_grammar": _REASONING[self.reasoning]}, form | {"name": "form"}]})
 
-    def _schema(self) -> dict[str, Any]:
+    def schema(self) -> dict[str, Any]:
+        """The JSON schema as llguidance is to see it, of `json` or `json_object`."""
         schema = json.loads(self.json) if isinstance(self.json, str) else {"type": "object"}
         assert isinstance(schema, dict)
         for each in _subschemas(schema):

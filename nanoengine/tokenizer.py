@@ -120,6 +120,12 @@ class Tokenizer:
         """A token as it stands in the vocabulary, or None."""
         return self._backend.id_to_token(token_id)
 
+    def token_id(self, token: str) -> int | None:
+        """The id of a token as it stands in the vocabulary, or None."""
+        token_id = self._backend.token_to_id(token)
+        # transformers answers with the unknown token.
+        return token_id if token_id is not None and self.token(token_id) == token else None
+
     def token_bytes(self, token_id: int) -> bytes:
         """What a token adds to a text, which may be a part of a character."""
         piece = self.token_text(token_id) if self.pieces is None else self.pieces[token_id]

@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from launch.keys import ApiKeys
 from launch.server import errors, exposition, page
 from launch.server.access import ObserveHttp
+from launch.server.documents import document
 from launch.server.engine import Engine
 from launch.server.lifecycle import CountOpen, Lifecycle
 from launch.server.metrics import ServerMetrics
@@ -16,6 +17,7 @@ from launch.server.middleware import ApiKeyGuard, BodyLimit, HeaderLimit
 from launch.server.request_id import RequestIds
 from launch.server.routes import router
 from launch.server.shared_numbers import SharedNumbers
+from launch.server.streams import StreamStore
 from nanoengine.version import __version__
 
 
@@ -38,6 +40,7 @@ def create_app(
     # FastAPI's own pages fetch scripts from another host; the OpenAPI document itself stays.
     app = FastAPI(title="nanoengine", version=__version__, docs_url=None, redoc_url=None)
     app.state.engine = engine
+    app.state.streams = StreamStore(engine.config.server.stream_resume_seconds)
     app.state.lifecycle = lifecycle or Lifecycle()
     max_model_len = engine.config.max_model_len
     engine.recorder = metrics = ServerMetrics(max_model_len)
@@ -47,6 +50,7 @@ def create_app(
     app.include_router(page.router)
     app.include_router(exposition.router)
     errors.install(app)
+    document(app)
     # The last one added is the first to see a request: nothing is read of one without a key.
     app.add_middleware(BodyLimit)
     app.add_middleware(CountOpen, lifecycle=app.state.lifecycle)

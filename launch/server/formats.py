@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from launch.server.chat_output import ChatReader, ReaderFactory, message_of
 from launch.server.echo import LEAST_LOGPROB, Echo, TokenEntry, show_entries
 from nanoengine.outputs import CompletionOutput, Logprob, RequestOutput
 
@@ -31,6 +32,7 @@ class AnswerFormat:
 
     object_name = ""
     chunk_name = ""
+    no_text: Mapping[str, Any] = {}  # what a choice shows that has no new text
 
     def __init__(
         self,
@@ -43,6 +45,7 @@ class AnswerFormat:
         token_bytes: Callable[[int], bytes] | None = None,
         num_top_logprobs: int = 0,
         echo: Echo | None = None,
+        usage_in_chunks: bool = False,
     ) -> None:
         self._base: dict[str, Any] = {"id": answer_id, "created": int(time.time()), "model": model}
         self._with_ids, self._with_usage = with_ids, with_usage
@@ -52,6 +55,7 @@ class AnswerFormat:
         self._token_bytes = token_bytes  # None without a tokenizer
         self._num_top = num_top_logprobs
         self._echo = echo
+        self._usage_in_chunks = usage_in_chunks
 
     # -- whole --------------------------------------------------------------------------------------------------
 
@@ -63,9 +67,12 @@ class AnswerFormat:
         for number, output in enumerate(outputs):
             for each in output.outputs:
                 index = number * self._num_outputs + each.index
-                choice = {"index": index, **self._whole_text(each.text)}
+                choice = {"index": index, **self._whole_text(index, each)}
                 self._add_logprobs(choice, output, each, self._sent[index])
-                choice |= {"finish_reason": each.finish_reason, "stop_reason": each.stop_reason}
+                choice |= {
+                    "finish_reason": self._finish_reason(index, each.finish_reason),
+                    "stop_reason": each.stop_reason,
+                }
                 if self._with_ids:
                     choice |= {"token_ids": each.token_ids, "prompt_token_ids": output.prompt_token_ids}
                 choices.append(choice | self._prompt_of_choice(output))
@@ -89,7 +96,7 @@ class AnswerFormat:
     # -- in chunks ----------------------------------------------------------------------------------------------
 
     def chunks(self, number: int, output: RequestOutput) -> Iterator[dict[str, Any]]:
-        """What an output of prompt `number` adds to its choices: for each no chunk, or one or two."""
+        """What an output of prompt `number` adds to its choices: for each none, one or several chunks."""
         if not output.finished and not any(each.token_ids for each in output.outputs):
             return  # some of its prompt was told of, as far as it is computed
         output = self._latest[number] = self._echoed(number, output)
@@ -106,10 +113,12 @@ class AnswerFormat:
         sent.ended = each.finish_reason is not None
         sent.chars += len(text)
         sent.ids += len(ids)
-        choice: dict[str, Any] = {"index": index, **self._new_text(text)}
+        parts = self._new_parts(index, text, sent.ended)
+        choice: dict[str, Any] = {"index": index, **(parts.pop() if parts else self.no_text)}
+        has_text = any(choice[name] for name in self.no_text)
         self._add_logprobs(choice, output, each, sent)
         sent.begun = True
-        choice["finish_reason"] = each.finish_reason
+        choice["finish_reason"] = self._finish_reason(index, each.finish_reason)
         if sent.ended:
             choice["stop_reason"] = each.stop_reason
         if self._with_ids:
@@ -120,7 +129,9 @@ class AnswerFormat:
         choice |= prompt
         if is_first:
             yield from self._opening(index, output)
-        if text or (ids and self._with_ids) or choice["logprobs"] or prompt or sent.ended:
+        for part in parts:
+            yield self._chunk([{"index": index, **part, "logprobs": None, "finish_reason": None}])
+        if has_text or (ids and self._with_ids) or choice["logprobs"] or prompt or sent.ended:
             yield self._chunk([choice])
 
     def usage_chunk(self) -> dict[str, Any] | None:
@@ -130,7 +141,7 @@ class AnswerFormat:
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         chunk = {**self._base, "object": self.chunk_name, "choices": choices}
         if self._with_usage:
-            chunk["usage"] = None
+            chunk["usage"] = self.usage() if self._usage_in_chunks else None
         return chunk
 
     def _add_logprobs(self, choice: dict[str, Any], output: RequestOutput, each: CompletionOutput, sent: _Sent) -> None:
@@ -169,17 +180,22 @@ class AnswerFormat:
         """Chunks in front of the first text of a choice."""
         return iter(())
 
-    def _whole_text(self, text: str) -> dict[str, Any]:
+    def _whole_text(self, index: int, each: CompletionOutput) -> dict[str, Any]:
         raise NotImplementedError
 
-    def _new_text(self, text: str) -> dict[str, Any]:
+    def _new_parts(self, index: int, text: str, last: bool) -> list[dict[str, Any]]:
+        """What further text adds to a choice, each for a chunk of its own."""
         raise NotImplementedError
+
+    def _finish_reason(self, index: int, reason: str | None) -> str | None:
+        return reason
 
 
 class CompletionFormat(AnswerFormat):
     """`text_completion`, which is the name of its chunks too."""
 
     object_name = chunk_name = "text_completion"
+    no_text: Mapping[str, Any] = {"text": ""}
 
     def _show_logprobs(self, entries: list[TokenEntry], sent: _Sent) -> dict[str, Any]:
         """Parallel lists. A token's offset counts the characters of the tokens before it."""
@@ -202,17 +218,23 @@ class CompletionFormat(AnswerFormat):
     def _prompt_of_choice(self, output: RequestOutput) -> dict[str, Any]:
         return _prompt_logprobs(output)
 
-    def _whole_text(self, text: str) -> dict[str, Any]:
-        return {"text": text}
+    def _whole_text(self, index: int, each: CompletionOutput) -> dict[str, Any]:
+        return {"text": each.text}
 
-    def _new_text(self, text: str) -> dict[str, Any]:
-        return {"text": text}
+    def _new_parts(self, index: int, text: str, last: bool) -> list[dict[str, Any]]:
+        return [{"text": text}] if text else []
 
 
 class ChatFormat(AnswerFormat):
-    """`chat.completion`; the first chunk of a choice names the role."""
+    """`chat.completion`; the first chunk of a choice names the role. `reader` makes what reads a choice's text."""
 
     object_name = "chat.completion"
+    no_text: Mapping[str, Any] = {"delta": {}}
+
+    def __init__(self, *args: Any, reader: ReaderFactory, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._make_reader = reader
+        self._readers: dict[int, ChatReader] = {}
 
     def _show_logprobs(self, entries: list[TokenEntry], sent: _Sent) -> dict[str, Any]:
         content = []
@@ -229,11 +251,20 @@ class ChatFormat(AnswerFormat):
 
     chunk_name = "chat.completion.chunk"
 
-    def _whole_text(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text}}
+    def _whole_text(self, index: int, each: CompletionOutput) -> dict[str, Any]:
+        # A call that max_tokens cut off is a call, as it is in a stream.
+        return {"message": message_of(self._reader(index, each.finish_reason == "length").feed(each.text, True))}
 
-    def _new_text(self, text: str) -> dict[str, Any]:
-        return {"delta": {"content": text} if text else {}}
+    def _new_parts(self, index: int, text: str, last: bool) -> list[dict[str, Any]]:
+        return [{"delta": delta} for delta in self._reader(index, True).feed(text, last)]
+
+    def _finish_reason(self, index: int, reason: str | None) -> str | None:
+        return self._readers[index].finish_reason(reason)
+
+    def _reader(self, index: int, eager: bool) -> ChatReader:
+        if index not in self._readers:
+            self._readers[index] = self._make_reader(eager)
+        return self._readers[index]
 
     def _prompt_of_answer(self, output: RequestOutput) -> dict[str, Any]:
         return _prompt_logprobs(output)

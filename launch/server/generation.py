@@ -8,35 +8,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import logging
 from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, TypeVar
 
 from fastapi.responses import JSONResponse
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Receive
 
 from configs.errors import RequestError, from_wire
 from launch.server.engine import Engine
-from launch.server.errors import from_exception
+from launch.server.events import DONE, EventStream, event
 from launch.server.formats import AnswerFormat
+from launch.server.streams import StreamStore, next_number, wants_resume
+from launch.server.waiting import cancelled, closed, either
 from nanoengine.beam_params import BeamSearchParams
-from nanoengine.logs import current_request_id
 from nanoengine.outputs import RequestOutput
 from nanoengine.prompts import PromptInput, at_index
 from nanoengine.sampling_params import SamplingParams
-
-logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 # A stream's status line waits for the first output, so that what is refused gets a status of its own; a request that
 # waits longer than this in the queue is certainly accepted.
 STATUS_WAIT_SECONDS = 5.0
-
-_DONE = b"data: [DONE]\n\n"
 
 
 async def respond(
@@ -54,14 +49,19 @@ async def respond(
     Raises:
         RequestError, EngineError: what fails before there is anything to send.
     """
+    is_kept = wants_resume(request, stream)
     outputs = _all_outputs(engine, prompts, params, answer_id, scheduling)
-    hang_up = asyncio.ensure_future(_hang_up(request.receive))
     if stream:
-        return await _begin_stream(_events(outputs, answer), hang_up)
+        events = _events(outputs, answer)
+        if not is_kept:
+            return await _begin_stream(request, events)
+        store: StreamStore = request.app.state.streams
+        return await _begin_stream(request, store.start(request, answer_id, events).read(0), answer_id)
+    hang_up = asyncio.ensure_future(_hang_up(request.receive))
     try:
         finished = await _unless(hang_up, _collect(outputs, len(prompts)))
     finally:
-        await _cancelled(hang_up)
+        await cancelled(hang_up)
     return JSONResponse(answer.whole(finished)) if finished is not None else _nobody()
 
 
@@ -110,7 +110,7 @@ async def _all_outputs(
             num_open -= item.finished
             yield index, _unless_failed(item)
     finally:
-        await _cancelled(*readers)
+        await cancelled(*readers)
 
 
 def _unless_failed(output: RequestOutput) -> RequestOutput:
@@ -130,82 +130,54 @@ async def _collect(outputs: AsyncGenerator[tuple[int, RequestOutput], None], num
 # -- server-sent events -----------------------------------------------------------------------------------------
 
 
+async def resume(request: Request, stream_id: str, last_event_id: str | None) -> Response:
+    """Send what follows the event that the client names of a stream that is kept; whoever read it before is let go.
+
+    Raises:
+        RequestError, ApiError: there is no such stream or event.
+    """
+    store: StreamStore = request.app.state.streams
+    stream = store.find(request, stream_id)
+    number = next_number(request, stream, last_event_id)
+    if stream.done and number == stream.end > 0:
+        return Response(status_code=204)  # which tells an EventSource to come no more
+    return await _begin_stream(request, stream.read(number), stream_id)
+
+
 async def _events(
     outputs: AsyncGenerator[tuple[int, RequestOutput], None], answer: AnswerFormat
-) -> AsyncGenerator[bytes, None]:
-    """One piece of the body for each output that adds something."""
+) -> AsyncGenerator[list[bytes], None]:
+    """The events of each output that adds something, and of the end."""
     async with contextlib.aclosing(outputs):
         async for index, output in outputs:
-            piece = b"".join([_event(chunk) for chunk in answer.chunks(index, output)])
-            if piece:
-                yield piece
+            batch = [event(chunk) for chunk in answer.chunks(index, output)]
+            if batch:
+                yield batch
     usage = answer.usage_chunk()
-    if usage is not None:
-        yield _event(usage)
+    yield [DONE] if usage is None else [event(usage), DONE]
 
 
-def _event(data: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
-
-
-async def _begin_stream(events: AsyncGenerator[bytes, None], hang_up: asyncio.Future[None]) -> Response:
-    """Wait for the first event, for a while, and answer with the stream. Raises what fails until then."""
-    first = asyncio.ensure_future(anext(events))
+async def _begin_stream(
+    request: Request, events: AsyncGenerator[list[bytes], None], stream_id: str | None = None
+) -> Response:
+    """Wait for the first events, for a while, and answer with the stream. Raises what fails until then."""
+    hang_up = asyncio.ensure_future(_hang_up(request.receive))
+    first = asyncio.ensure_future(_first(events))
     try:
-        await _either(first, hang_up, STATUS_WAIT_SECONDS)
+        await either(first, hang_up, STATUS_WAIT_SECONDS)
         if first.done():
             first.result()
         elif hang_up.done():
-            await _closed(events, first)
+            await closed(events, first)
             return _nobody()
     except BaseException:
-        await _closed(events, first, hang_up)
+        await closed(events, first, hang_up)
         raise
-    return EventStream(first, events, hang_up)
+    return EventStream(first, events, hang_up, stream_id)
 
 
-class EventStream(Response):
-    """A response that sends events until they end or the client hangs up, and then closes their source.
-
-    What fails once the stream has begun is sent as an event. `[DONE]` ends the stream either way.
-    """
-
-    media_type = "text/event-stream"
-
-    def __init__(
-        self, first: asyncio.Future[bytes], events: AsyncGenerator[bytes, None], hang_up: asyncio.Future[None]
-    ) -> None:
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        del self.headers["content-length"]
-        self._first, self._events, self._hang_up = first, events, hang_up
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        sender = asyncio.create_task(self._send_all(send))
-        try:
-            await _either(sender, self._hang_up)
-            if sender.done():
-                sender.result()
-        finally:
-            await _cancelled(sender)
-            await _closed(self._events, self._first, self._hang_up)
-
-    async def _send_all(self, send: Send) -> None:
-        try:
-            await _send_body(send, await self._first)
-            async for event in self._events:
-                await _send_body(send, event)
-        except Exception as error:  # the status is long gone, so the error becomes an event
-            shown = from_exception(error)
-            if shown.status == 500:
-                logger.error("the stream of request %s failed", current_request_id.get(), exc_info=error)
-            await _send_body(send, _event(shown.body()))
-        await _send_body(send, _DONE, more=False)
-
-
-async def _send_body(send: Send, body: bytes, more: bool = True) -> None:
-    # Waits while the client reads slowly; the outputs merge meanwhile.
-    await send({"type": "http.response.body", "body": body, "more_body": more})
+async def _first(events: AsyncGenerator[list[bytes], None]) -> list[bytes]:
+    return await anext(events, [])
 
 
 # -- the client's hanging up ------------------------------------------------------------------------------------
@@ -221,29 +193,12 @@ async def _unless(hang_up: asyncio.Future[None], work: Coroutine[Any, Any, T]) -
     """The result of `work`, or None when the client hangs up first; the work is cancelled then."""
     task = asyncio.create_task(work)
     try:
-        await _either(task, hang_up)
+        await either(task, hang_up)
         return task.result() if task.done() else None
     finally:
-        await _cancelled(task)
-
-
-async def _either(one: asyncio.Future[Any], other: asyncio.Future[Any], seconds: float | None = None) -> None:
-    await asyncio.wait([one, other], timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        await cancelled(task)
 
 
 def _nobody() -> Response:
     """What is answered to a client that has gone; nobody reads it, and logs know the number."""
     return Response(status_code=499)
-
-
-async def _closed(events: AsyncGenerator[bytes, None], *futures: asyncio.Future[Any]) -> None:
-    """Cancel what still waits, then close the events, which ends their requests."""
-    await _cancelled(*futures)
-    await events.aclose()
-
-
-async def _cancelled(*futures: asyncio.Future[Any]) -> None:
-    for future in futures:
-        future.cancel()
-    # Their results, errors included, interest nobody any more.
-    await asyncio.gather(*futures, return_exceptions=True)

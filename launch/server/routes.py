@@ -11,21 +11,20 @@ from fastapi.responses import JSONResponse, Response
 
 from configs.errors import RequestError
 from launch.server.bodies import JsonRoute
+from launch.server.chat import prepare_chat, tokenize_chat
 from launch.server.echo import Echo
 from launch.server.engine import Engine
 from launch.server.errors import UNAVAILABLE, ApiError, draining, model_not_found
 from launch.server.formats import ChatFormat, CompletionFormat
-from launch.server.generation import respond
+from launch.server.generation import respond, resume
 from launch.server.page import shown_view
 from launch.server.schema import (
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
-    chat_messages,
     check_num_sequences,
     num_outputs,
-    repeated_message,
 )
 from launch.server.tokens import AbortRequest, GenerateRequest, TokensFormat
 from nanoengine.tokenizer import Tokenizer
@@ -98,6 +97,7 @@ async def create_completion(request: Request, body: Annotated[CompletionRequest,
         bool(body.return_token_ids),
         body.include_usage,
         echo=echo,
+        usage_in_chunks=body.usage_in_chunks,
     )
     with body.own_words():
         return await respond(
@@ -123,10 +123,9 @@ async def create_chat_completion(request: Request, body: Annotated[ChatCompletio
     """Answer a conversation."""
     engine = _serving(request, body.model)
     body.check()
-    params, messages = body.params(engine.config.default_sampling), chat_messages(body.messages)
+    params, tokenizer = body.params(engine.config.default_sampling), _tokenizer(engine, "messages")
     engine.check_queue()
-    tokenizer, repeated = _tokenizer(engine, "messages"), repeated_message(messages, body.echo)
-    prompt = await asyncio.to_thread(tokenizer.apply_chat_template, messages)
+    chat = await asyncio.to_thread(prepare_chat, body, tokenizer, engine.config.server, params)
     answer_id = f"chatcmpl-{request.state.request_id}"
     answer = ChatFormat(
         answer_id,
@@ -137,11 +136,14 @@ async def create_chat_completion(request: Request, body: Annotated[ChatCompletio
         body.include_usage,
         tokenizer.token_bytes,
         body.top_logprobs or 0,
-        Echo([repeated], tokenizer.token_text) if repeated else None,
+        chat.echo,
+        body.usage_in_chunks,
+        reader=chat.reader,
     )
-    with body.own_words():
+    prompts = body.salted([chat.prompt_token_ids])
+    with chat.own_words():
         return await respond(
-            request, engine, body.salted([prompt]), params, answer_id, answer, bool(body.stream), body.scheduling()
+            request, engine, prompts, chat.params, answer_id, answer, bool(body.stream), body.scheduling()
         )
 
 
@@ -164,6 +166,12 @@ async def abort(request: Request, body: Annotated[AbortRequest, Body()]) -> dict
     """
     names = body.names()
     return {"aborted": await _engine(request).abort_named(names)}
+
+
+@router.get("/v1/streams/{stream_id}")
+async def resume_stream(request: Request, stream_id: str, last_event_id: str | None = None) -> Response:
+    """Go on with a stream that was asked for with `X-Stream-Resume: 1`, behind the event named by Last-Event-ID."""
+    return await resume(request, stream_id, last_event_id)
 
 
 # -- models -----------------------------------------------------------------------------------------------------
@@ -253,16 +261,13 @@ async def engine_state(request: Request) -> dict[str, Any]:
 async def tokenize(request: Request, body: Annotated[TokenizeRequest, Body()]) -> dict[str, Any]:
     """The token ids of a prompt, or of a conversation with the chat template around it."""
     engine = _serving(request, body.model)
-    body.refuse_unsupported()
-    if (body.prompt is None) == (body.messages is None):
-        raise RequestError("send either prompt or messages", "prompt" if body.messages is None else "messages")
+    body.check()
     tokenizer = _tokenizer(engine, "prompt" if body.messages is None else "messages")
     if body.messages is None:
         assert body.prompt is not None
-        ids = await asyncio.to_thread(tokenizer.encode, body.prompt, body.add_special_tokens)
+        ids = await asyncio.to_thread(tokenizer.encode, body.prompt, body.add_special_tokens is not False)
     else:
-        messages = chat_messages(body.messages)
-        ids = await asyncio.to_thread(tokenizer.apply_chat_template, messages, body.add_generation_prompt)
+        ids = await asyncio.to_thread(tokenize_chat, body, tokenizer)
     strings = [tokenizer.token(token) for token in ids] if body.return_token_strs else None
     return {
         "count": len(ids),

@@ -9,22 +9,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, ConfigDict
 
 from configs.errors import RequestError
+from launch.server.field_types import EarlyStopping, Messages, Prompt, Stop, ToolChoice
 from launch.server.response_format import FIELDS, AskedForm, asked_form
 from nanoengine.beam_params import BeamSearchParams
 from nanoengine.prompts import PromptInput, check_cache_salt
 from nanoengine.sampling_params import SamplingParams
 
 MAX_PROMPTS = 1024
-MAX_MESSAGES = 16384
 DEFAULT_MAX_TOKENS = 16
 # What one request may generate at once, over all of its prompts.
 MAX_SEQUENCES = 16384
-_ANYTHING = object()
+ANYTHING = object()
 
 # Values that leave the answer as it is, for each field that is known but not supported (yet). null always is one.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -36,14 +36,14 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "documents": ([],),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "include_reasoning": (_ANYTHING,),
-    "metadata": (_ANYTHING,),
+    "include_reasoning": (ANYTHING,),
+    "metadata": (ANYTHING,),
     "modalities": (["text"],),
-    "parallel_tool_calls": (_ANYTHING,),
+    "parallel_tool_calls": (ANYTHING,),
     "prediction": (),
-    "prompt_cache_key": (_ANYTHING,),
+    "prompt_cache_key": (ANYTHING,),
     "reasoning_effort": (),
-    "safety_identifier": (_ANYTHING,),
+    "safety_identifier": (ANYTHING,),
     "service_tier": ("auto", "default"),
     "spaces_between_special_tokens": (True,),
     "store": (False,),
@@ -52,20 +52,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "top_logprobs": (0,),
     "truncate_prompt_tokens": (),
-    "user": (_ANYTHING,),
+    "user": (ANYTHING,),
     "verbosity": (),
 }
-_NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
-    "annotations": ([],),
-    "audio": (),
-    "function_call": (),
-    "reasoning_content": (),
-    "refusal": (),
-    "tool_calls": ([],),
-}
 _NEUTRAL_IN_STREAM_OPTIONS: dict[str, tuple[Any, ...]] = {
-    "continuous_usage_stats": (False,),
-    "include_obfuscation": (_ANYTHING,),
+    "include_obfuscation": (ANYTHING,),
 }
 
 _SAMPLING_FIELDS = (
@@ -92,34 +83,13 @@ _SAMPLING_FIELDS = (
     "bad_words",
 )
 _BEAM_FIELDS = ("length_penalty", "early_stopping")
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
-
-Prompt = Annotated[
-    Any,
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string"},
-                {"type": "array", "items": {"type": "string"}},
-                {"type": "array", "items": {"type": "integer"}},
-                {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
-            ]
-        }
-    ),
-]
-Stop = Annotated[
-    Any,
-    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}]}),
-]
-
-
-EarlyStopping = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "boolean"}, {"const": "never"}, {"type": "null"}]})]
 
 
 class Body(BaseModel):
     """A request's JSON object: types are taken as they are, and unknown fields are kept to be judged."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    # What is kept is refused by name, if it asks for anything; the OpenAPI document does not invite to it.
+    model_config = ConfigDict(extra="allow", strict=True, json_schema_extra={"additionalProperties": False})
 
     def refuse_unsupported(self) -> None:
         """Raise RequestError for the first field that asks for what is not supported."""
@@ -131,6 +101,7 @@ class StreamOptions(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True)
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class SamplingFields(Body):
@@ -192,6 +163,11 @@ class SamplingFields(Body):
         """Whether a stream ends with a chunk that counts."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
+    @property
+    def usage_in_chunks(self) -> bool:
+        """Whether every chunk of a stream counts."""
+        return bool(self.stream_options and self.stream_options.continuous_usage_stats)
+
     def check(self) -> None:
         """Raise RequestError for what no type can say."""
         self.refuse_unsupported()
@@ -201,6 +177,9 @@ class SamplingFields(Body):
             )
             if not self.stream:
                 raise RequestError("stream_options needs stream: true", "stream_options")
+            if self.usage_in_chunks and not self.include_usage:
+                param = "stream_options.continuous_usage_stats"
+                raise RequestError(f"{param} needs stream_options.include_usage: true", param)
         check_cache_salt(self.cache_salt)
 
     def params(self, defaults: Mapping[str, Any]) -> SamplingParams | BeamSearchParams:
@@ -306,13 +285,26 @@ class CompletionRequest(SamplingFields):
         return prompt
 
 
-class ChatCompletionRequest(SamplingFields):
+class TemplateFields(Body):
+    """What a chat template is given beside the messages. null means the default."""
+
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+
+class ChatCompletionRequest(SamplingFields, TemplateFields):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Messages
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    tool_choice: ToolChoice = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
 
     def check(self) -> None:
         super().check()
@@ -338,15 +330,23 @@ class ChatCompletionRequest(SamplingFields):
             raise
 
 
-class TokenizeRequest(Body):
-    """POST /tokenize: `prompt`, or `messages` as in a chat."""
+class TokenizeRequest(TemplateFields):
+    """POST /tokenize: `prompt`, or `messages` as in a chat, whose special tokens come from the template by default."""
 
     model: str | None = None
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
-    add_special_tokens: bool = True
-    add_generation_prompt: bool = True
+    add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
+
+    def check(self) -> None:
+        """Raise RequestError for what no type can say."""
+        self.refuse_unsupported()
+        if (self.prompt is None) == (self.messages is None):
+            raise RequestError("send either prompt or messages", "prompt" if self.messages is None else "messages")
+        given = [name for name in TemplateFields.model_fields if getattr(self, name) is not None]
+        if self.messages is None and given:
+            raise RequestError(f"{given[0]} needs messages", given[0])
 
 
 class DetokenizeRequest(Body):
@@ -354,11 +354,6 @@ class DetokenizeRequest(Body):
 
     model: str | None = None
     tokens: list[int]
-
-
-def repeated_message(messages: list[dict[str, Any]], echo: bool | None) -> str:
-    """What `echo` puts in front of the answer to a conversation: a last message of the assistant's, as in vLLM."""
-    return str(messages[-1]["content"]) if echo and messages[-1]["role"] == "assistant" else ""
 
 
 def check_num_sequences(num_prompts: int, params: SamplingParams | BeamSearchParams) -> None:
@@ -378,59 +373,13 @@ def num_outputs(params: SamplingParams | BeamSearchParams) -> int:
     return params.beam_width if isinstance(params, BeamSearchParams) else params.n
 
 
-def chat_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages as chat templates know them: a known role and text.
-
-    Raises:
-        RequestError: names the place of what is not supported, e.g. `messages[1].content[0].type`.
-    """
-    return [_chat_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
-
-
-def _chat_message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
-    role = message.get("role")
-    if not isinstance(role, str) or role not in _ROLES:
-        raise RequestError(f"{where}.role must be one of {', '.join(_ROLES)}, got {role!r:.100}", f"{where}.role")
-    taken: dict[str, Any] = {"role": _ROLES[role], "content": _content(message.get("content"), role, where)}
-    for name in ("name", "tool_call_id"):
-        if message.get(name) is not None:
-            if not isinstance(message[name], str):
-                raise RequestError(f"{where}.{name} must be a string", f"{where}.{name}", "invalid_type")
-            taken[name] = message[name]
-    rest = {name: value for name, value in message.items() if name not in ("role", "content", "name", "tool_call_id")}
-    refuse_unsupported(rest, _NEUTRAL_IN_MESSAGE, prefix=f"{where}.")
-    return taken
-
-
-def _content(content: Any, role: str, where: str) -> str:
-    if isinstance(content, str):
-        return content
-    if content is None and role == "assistant":
-        return ""
-    param = f"{where}.content"
-    if not isinstance(content, list) or not content:
-        raise RequestError(f"{param} must be a string or a list of text parts", param, "invalid_type")
-    texts = []
-    for index, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in ("text", "input_text"):
-            raise RequestError(
-                f"{param}[{index}].type must be 'text', the only kind supported, got {kind!r:.100}",
-                f"{param}[{index}].type",
-            )
-        if not isinstance(part.get("text"), str):
-            raise RequestError(f"{param}[{index}].text must be a string", f"{param}[{index}].text", "invalid_type")
-        texts.append(part["text"])
-    return "\n".join(texts)
-
-
 def refuse_unsupported(extra: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]], prefix: str = "") -> None:
     """Raise RequestError for the first field that is unknown, or known and not neutral."""
     for name, value in extra.items():
         if name not in neutral:
             raise RequestError(f"{prefix}{name:.100} is not a field that this server knows", f"{prefix}{name:.100}")
         allowed = neutral[name]
-        if value is None or _ANYTHING in allowed or any(_same(value, each) for each in allowed):
+        if value is None or ANYTHING in allowed or any(_same(value, each) for each in allowed):
             continue
         named = ", ".join(["null", *(repr(each) for each in allowed)])
         raise RequestError(

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.launch import chat_templates
+from tests.launch.fake_engine import FakeEngine, served
 from tests.launch.server_process import ServerProcess
 
 ROOT = Path(__file__).resolve().parents[2]
-EXAMPLES = ["offline", "minimal_generate", "stream_client", "chat"]
+EXAMPLES = ["offline", "minimal_generate", "stream_client", "tools_client", "chat"]
 
 
 def run(name: str, *arguments: str, given: str = "") -> str:
@@ -36,6 +38,22 @@ def test_help_says_what_the_example_does(name: str) -> None:
     text = run(name, "--help")
     assert f"python examples/{name}.py" in text
     assert "--max-" in text
+
+
+def test_tools_client_runs_what_is_called_and_sends_the_results(tmp_path: Path) -> None:
+    engine = FakeEngine(tmp_path, chat_templates.TOOLS, max_model_len=2048)
+    call = '<tool_call>{"name": "Add", "arguments": {"a": 17, "b": 25}}</tool_call>'
+    engine.script = [f"Let me see.\n{call}\n{call.replace('17', '1')}", "It is 42."]
+    with served(engine) as url:
+        out = run("tools_client", "--base-url", f"{url}/v1", "What is 17 + 25?")
+    assert out.splitlines() == [
+        "Let me see.",
+        '[Add {"a": 17, "b": 25} → 42.0]',
+        '[Add {"a": 1, "b": 25} → 26.0]',
+        "It is 42.",
+    ]
+    assert engine.tokenizer is not None
+    assert "tool\n42.0" in engine.tokenizer.decode(engine.prompts[-1])
 
 
 def test_offline_completes_and_chats() -> None:

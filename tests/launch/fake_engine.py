@@ -8,7 +8,7 @@ import dataclasses
 import socket
 import threading
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,24 @@ MAX_MODEL_LEN = 256
 
 
 class FakeEngine:
-    """Answers `answer` token by token, or what `answers` holds for a prompt's text.
+    """Answers `answer` token by token, or what `answers` holds for a prompt's text. `template` is its chat template.
+
+    While `script` holds something, the first of it is the answer from the next request on.
 
     `delay` seconds lie between tokens; `fail_after` tokens the request fails; `open` and `aborted` hold request ids.
     """
 
-    def __init__(self, folder: Path, **settings: Any) -> None:
-        self.tokenizer: Tokenizer | None = Tokenizer(write_byte_level(folder / "tokenizer"))
+    def __init__(
+        self,
+        folder: Path,
+        template: str | None = None,
+        tokenizer_config: Mapping[str, object] | None = None,
+        **settings: Any,
+    ) -> None:
+        config = dict(tokenizer_config or {}) | ({} if template is None else {"chat_template": template})
+        self.tokenizer: Tokenizer | None = Tokenizer(write_byte_level(folder / "tokenizer", **config))
+        self.answer = ANSWER
+        self.script: list[str] = []
         settings = {"max_model_len": MAX_MODEL_LEN} | settings
         self.config = EngineConfig.create(**settings).resolve()
         self.is_ready = True
@@ -80,6 +91,8 @@ class FakeEngine:
         prompt = request.prompt_token_ids
         self.salts.append(request.cache_salt)
         self.scheduling.append(scheduling)
+        if self.script:
+            self.answer = self.script.pop(0)
         if self.raise_at_once is not None:
             raise self.raise_at_once
         assert request_id is not None
@@ -120,6 +133,9 @@ class FakeEngine:
     def check_queue(self, num_requests: int = 1) -> None:
         if self.queue_is_full:
             raise QueueFullError(f"no room for {num_requests}")
+
+    async def abort_named(self, names: list[str] | None) -> list[str]:
+        return sorted(each for each in self.open if names is None or each in names)
 
     async def reset_prefix_cache(self) -> None:
         self.num_resets += 1
@@ -187,7 +203,11 @@ class FakeEngine:
         assert self.tokenizer is not None
         text = self.answers.get(self.tokenizer.decode(prompt), self.answer) + (f" {index}" if index else "")
         ids = [*self.tokenizer.encode(text), self.tokenizer.eos_token_id or 0]
-        stream, stops, text = IncrementalDetokenizer(self.tokenizer, prompt), StopChecker(params.stop), ""
+        stream, stops, text = (
+            IncrementalDetokenizer(self.tokenizer, prompt, params.skip_special_tokens),
+            StopChecker(params.stop),
+            "",
+        )
         for count in range(1, len(ids) + 1):
             if count - 1 == self.fail_after:
                 yield CompletionOutput(
@@ -195,7 +215,7 @@ class FakeEngine:
                     error_kind=self.failure_kind,
                 )  # fmt: skip
                 return
-            new, matched = stops.feed(stream.append([ids[count - 1]]))
+            new, matched = stops.feed(stream.append(ids[count - 1 : count] if count < len(ids) else []))
             text += new
             reason = "stop" if matched or count == len(ids) else "length" if count == max_tokens else None
             if reason and not matched:

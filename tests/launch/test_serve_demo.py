@@ -57,6 +57,29 @@ def test_a_beam_search_answers_with_a_choice_for_each_beam(url: str) -> None:
     assert len({choice["text"] for choice in answer["choices"]}) == 3
 
 
+def test_an_evaluation_harness_ranks_continuations_and_reads_answers(url: str) -> None:
+    """The requests of lm-eval's `local-completions`, and what it does with the answers (`test_lm_eval.py` runs it)."""
+
+    def ids(text: str) -> list[int]:
+        tokens: list[int] = httpx.post(f"{url}/tokenize", json={"prompt": text}).json()["tokens"]
+        return tokens
+
+    context, seed = "What is 17 + 25? Answer:", {"model": "demo", "temperature": 0, "seed": 1234}
+    scores = {}
+    for choice in (" 43", " 42", " 12"):
+        asked = {"prompt": [ids(context) + ids(choice)], "max_tokens": 1, "logprobs": 1, "echo": True}
+        (told,) = httpx.post(f"{url}/v1/completions", json=seed | asked).json()["choices"]
+        behind = slice(len(ids(context)), -1)
+        chosen, top = (told["logprobs"][name][behind] for name in ("token_logprobs", "top_logprobs"))
+        is_greedy = all(logprob == max(each.values()) for logprob, each in zip(chosen, top, strict=True))
+        scores[choice] = (sum(chosen), is_greedy)
+    assert max(scores, key=lambda choice: scores[choice]) == " 42"
+    assert [is_greedy for _, is_greedy in scores.values()] == [False, True, False]
+    asked = {"prompt": [ids(context)] * 2, "max_tokens": 8, "stop": [".", "\n"]}
+    choices = httpx.post(f"{url}/v1/completions", json=seed | asked).json()["choices"]
+    assert [(choice["index"], choice["text"]) for choice in choices] == [(0, " 42"), (1, " 42")]
+
+
 def test_the_openai_client_gets_the_capital_of_china(url: str) -> None:
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
         completion = client.completions.create(model="demo", prompt=PROMPT, temperature=0, max_tokens=8)

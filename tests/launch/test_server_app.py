@@ -194,7 +194,7 @@ async def test_messages_of_each_role_and_form_reach_the_template(client: httpx.A
             "messages[0].content[0].type",
         ),
         ([{"role": "user", "content": "x", "mood": "good"}], "messages[0].mood"),
-        ([{"role": "assistant", "content": "x", "tool_calls": [{}]}], "messages[0].tool_calls"),
+        ([{"role": "assistant", "content": "x", "tool_calls": [{}]}], "messages[0].tool_calls[0]"),
     ],
 )
 async def test_a_bad_message_is_a_400_that_names_its_place(
@@ -302,7 +302,7 @@ async def test_what_fails_before_the_first_token_has_a_status(
     ("field", "value"),
     [
         ("best_of", 0), ("echo", "yes"), ("suffix", "x"),
-        ("tools", [{"type": "function"}]), ("prediction", {"type": "content"}),
+        ("tools", [{"type": "function", "function": {"name": "f"}}]), ("prediction", {"type": "content"}),
         ("top_logprobs", 2), ("stream_options", {"include_usage": True}), ("tool_choice", "required"),
         ("made_up_field", 1), ("made_up_field", None), ("prompt_logprobs", 21), ("store", True), ("n", 65), ("n", 0),
     ],
