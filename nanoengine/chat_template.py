@@ -14,11 +14,12 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
-import jinja2.sandbox
 from jinja2 import nodes
 from jinja2.parser import Parser
 
 from configs.errors import RequestError, TokenizerError
+from nanoengine import template_sandbox
+from nanoengine.template_sandbox import BoundedEnvironment
 
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_FOLDER = "additional_chat_templates"
@@ -53,13 +54,13 @@ def _strftime_now(template: str) -> str:
     return datetime.datetime.now().strftime(template)
 
 
-def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
-    )
+def _environment() -> BoundedEnvironment:
+    extensions = [_GenerationTag, jinja2.ext.loopcontrols]
+    environment = BoundedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
+    environment.finish()
     return environment
 
 
@@ -94,13 +95,13 @@ class ChatTemplate:
         # Clients send null for what they leave out; a template asks whether the key is there.
         chat = [{key: value for key, value in message.items() if value is not None} for message in messages]
         try:
-            return template.render(
-                messages=chat,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **(self._special_tokens | variables),
-            )
+            given = {
+                "messages": chat,
+                "tools": tools,
+                "documents": None,
+                "add_generation_prompt": add_generation_prompt,
+            }
+            return template_sandbox.render(template, given | self._special_tokens | variables)
         except jinja2.exceptions.SecurityError as error:
             raise TokenizerError(f"the chat template is refused: {error}") from error
         except jinja2.TemplateError as error:
@@ -119,7 +120,7 @@ class ChatTemplate:
         if name not in self._compiled:
             try:
                 self._compiled[name] = _environment().from_string(self._sources[name])
-            except jinja2.TemplateError as error:
+            except (jinja2.TemplateError, SyntaxError, RecursionError, ValueError, TypeError, MemoryError) as error:
                 raise TokenizerError(f"the chat template is malformed: {error}") from error
         return self._compiled[name]
 
