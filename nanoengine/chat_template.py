@@ -18,6 +18,7 @@ from jinja2 import nodes
 from jinja2.parser import Parser
 
 from configs.errors import RequestError, TokenizerError
+from configs.model_files import read_text
 from nanoengine import template_sandbox
 from nanoengine.template_sandbox import BoundedEnvironment
 
@@ -134,10 +135,7 @@ def load_templates(model_dir: Path, tokenizer_config: Mapping[str, Any]) -> dict
     files = {path.stem: path for path in sorted((model_dir / TEMPLATE_FOLDER).glob("*.jinja"))}
     if (model_dir / TEMPLATE_FILE).is_file():
         files["default"] = model_dir / TEMPLATE_FILE
-    try:
-        templates = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
-    except (OSError, UnicodeDecodeError) as error:
-        raise TokenizerError(f"cannot read the chat template in {model_dir}: {error}") from error
+    templates = {name: read_text(path, model_dir, TokenizerError) for name, path in files.items()}
     return templates or named_templates(tokenizer_config.get("chat_template"))
 
 

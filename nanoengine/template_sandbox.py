@@ -38,9 +38,10 @@ MAX_WEIGHT = 2**20
 _CLOCK, _JOIN, _WEIGH = "_look_at_the_clock", "_join_bounded", "_weighed"
 _BINARY = frozenset({"+", "*", "**", "%"})
 # Methods and filters whose result can be larger than what they are given: the product of their arguments' sizes.
-_GROWING = frozenset(
-    ["batch", "center", "expandtabs", "format", "format_map", "indent", "join", "ljust", "replace", "rjust", "round", "slice", "tojson", "translate", "wordwrap", "xmlattr", "zfill"]
-)
+_GROWING = frozenset({
+    "batch", "center", "expandtabs", "format", "format_map", "indent", "join", "ljust", "replace", "rjust", "round",
+    "slice", "tojson", "translate", "wordwrap", "xmlattr", "zfill",
+})  # fmt: skip
 _REMOVED_FILTERS = ("urlize",)  # its expressions take long on texts made for them
 _WIDE = re.compile(r"\d{6}")
 
