@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from configs.errors import EngineError
+from launch.keys import KEY_VARIABLE
 from nanoengine._packages import child_environment
 from nanoengine.processes import describe_exit, set_death_signal
 
@@ -39,13 +40,15 @@ class TiedServer:
         self.url = ""
 
     def __enter__(self) -> TiedServer:
+        environment = child_environment()
+        environment.pop(KEY_VARIABLE, None)  # it listens to this machine alone, and this program has no key to show
         # A session of its own: Ctrl-C at the terminal goes to the whole group of the program in front.
         self._process = subprocess.Popen(
             self._command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             text=True,
-            env=child_environment(),
+            env=environment,
             start_new_session=True,
         )
         try:

@@ -16,16 +16,17 @@ check_packages("configs")
 
 if TYPE_CHECKING:
     from configs.errors import NanoEngineError, RequestError
+    from nanoengine.beam_params import BeamSearchParams
     from nanoengine.llm import LLM, AsyncLLM
     from nanoengine.outputs import CompletionOutput, RequestMetrics, RequestOutput
-    from nanoengine.sampling_params import BeamSearchParams, SamplingParams
+    from nanoengine.sampling_params import SamplingParams
     from nanoengine.structured_outputs import StructuredOutputsParams
 
 _WHERE = {
     "LLM": "nanoengine.llm",
     "AsyncLLM": "nanoengine.llm",
     "SamplingParams": "nanoengine.sampling_params",
-    "BeamSearchParams": "nanoengine.sampling_params",
+    "BeamSearchParams": "nanoengine.beam_params",
     "StructuredOutputsParams": "nanoengine.structured_outputs",
     "RequestOutput": "nanoengine.outputs",
     "CompletionOutput": "nanoengine.outputs",

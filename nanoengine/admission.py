@@ -17,7 +17,7 @@ AGEING_SECONDS = 10.0
 # before somebody must be preempted.
 WATERMARK = 0.01
 
-ServingOrder = Callable[[Sequence], tuple[float, int]]
+ServingOrder = Callable[[Sequence], tuple[float, int, int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +47,12 @@ def serving_order(policy: str) -> ServingOrder:
     return _by_arrival
 
 
-def _by_arrival(seq: Sequence) -> tuple[float, int]:
-    return 0.0, seq.seq_id
+def _by_arrival(seq: Sequence) -> tuple[float, int, int]:
+    return 0.0, seq.first_seq_id, seq.seq_id
 
 
-def _by_priority(seq: Sequence) -> tuple[float, int]:
-    return seq.request.arrival_time + AGEING_SECONDS * seq.request.priority, seq.seq_id
+def _by_priority(seq: Sequence) -> tuple[float, int, int]:
+    return seq.request.arrival_time + AGEING_SECONDS * seq.request.priority, seq.first_seq_id, seq.seq_id
 
 
 def reserved_blocks(seq: Sequence, num_running: int, limits: SchedulerLimits) -> int:

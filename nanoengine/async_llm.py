@@ -16,6 +16,7 @@ from typing import Any
 
 from configs.engine import EngineConfig
 from configs.errors import ConfigError, DeadlineError, EngineDeadError, EngineError, NanoEngineError
+from nanoengine.beam_params import BeamSearchParams
 from nanoengine.connection import SchedulerConnection
 from nanoengine.engine_client import EngineClient
 from nanoengine.engine_process import EngineProcess
@@ -25,7 +26,7 @@ from nanoengine.journal import RequestJournal
 from nanoengine.llm_engine import GREETING_TIMEOUT, load_tokenizer
 from nanoengine.messages import AbortNamed, Ready
 from nanoengine.outputs import RequestOutput
-from nanoengine.prompts import Prompt, PromptInput, parse_prompt
+from nanoengine.prompts import Prompt, PromptInput, check_beam_params, check_params, parse_prompt
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.structured_outputs import StructuredOutputsParams
 from nanoengine.tokenizer import Tokenizer
@@ -227,14 +228,14 @@ class AsyncLLM:
 
     # -- requests -----------------------------------------------------------------------------------------------
 
-    async def generate(
+    def generate(
         self,
         prompt: PromptInput,
         sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
         *,
         priority: int = 0,
-        timeout: float | None = None,  # noqa: ASYNC109 - the scheduler keeps it
+        timeout: float | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Answer one prompt: yields everything generated so far whenever there is more, the last time with `finished`.
 
@@ -255,11 +256,36 @@ class AsyncLLM:
             RequestTimeoutError: its time was over before its first token.
             EngineError: the engine is gone, or does not start.
         """
+        return self._answer(prompt, check_params(sampling_params), request_id, priority, timeout)
+
+    def beam_search(
+        self,
+        prompt: PromptInput,
+        params: BeamSearchParams,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        timeout: float | None = None,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Search the best sequences that follow one prompt; yields one output, which holds them all, the best first.
+
+        Otherwise like `generate`.
+        """
+        return self._answer(prompt, check_beam_params(params), request_id, priority, timeout)
+
+    async def _answer(
+        self,
+        prompt: PromptInput,
+        params: SamplingParams | BeamSearchParams | None,
+        request_id: str | None,
+        priority: int,
+        timeout: float | None,  # noqa: ASYNC109 - the scheduler keeps it
+    ) -> AsyncGenerator[RequestOutput, None]:
         await self.start()
         assert self._client is not None
         self._client.check_queue()
         parsed = await self._encode(parse_prompt(prompt))
-        checked = self._client.check(parsed, sampling_params, await self._compile(sampling_params))
+        checked = self._client.check(parsed, params, await self._compile(params))
         journal = self._client.add(checked, request_id, priority, timeout)
         news = self._news[journal] = asyncio.Event()
         self._start_watchdog()
@@ -324,7 +350,7 @@ class AsyncLLM:
             return await asyncio.to_thread(self._client.encode, prompt)
         return prompt
 
-    async def _compile(self, params: SamplingParams | None) -> str:
+    async def _compile(self, params: SamplingParams | BeamSearchParams | None) -> str:
         wanted = getattr(params, "structured_outputs", None)
         if not isinstance(wanted, StructuredOutputsParams):
             return ""

@@ -27,7 +27,9 @@ from configs.errors import (
     RequestError,
     from_wire,
 )
-from nanoengine.journal import RequestJournal, SequenceJournal
+from nanoengine.beam_params import BeamSearchParams
+from nanoengine.beam_search import beams_of
+from nanoengine.journal import CheckedRequest, RequestJournal, SequenceJournal
 from nanoengine.messages import (
     Abort,
     AbortNamed,
@@ -42,7 +44,7 @@ from nanoengine.messages import (
     spelt_out,
 )
 from nanoengine.prompts import Prompt, check_params
-from nanoengine.request_checks import CheckedRequest, check_against_model, check_prompt, tokenise_bad_words
+from nanoengine.request_checks import check_against_model, check_prompt, tokenise_bad_words
 from nanoengine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -128,7 +130,9 @@ class EngineClient:
             )
         return dataclasses.replace(prompt, token_ids=self.tokenizer.encode(prompt.text))
 
-    def check(self, prompt: Prompt, params: SamplingParams | None = None, grammar: str = "") -> CheckedRequest:
+    def check(
+        self, prompt: Prompt, params: SamplingParams | BeamSearchParams | None = None, grammar: str = ""
+    ) -> CheckedRequest:
         """Check a request against model and settings; nothing is sent.
 
         A prompt must leave room for one token within max_model_len. More tokens than fit are not refused: the
@@ -139,7 +143,9 @@ class EngineClient:
         Raises:
             RequestError: it cannot be served as it stands; `param` names the field at fault.
         """
-        params = check_params(params) or SamplingParams(**self.config.default_sampling)
+        beams = beams_of(params, self.config.resolved_checkpoint)
+        asked = params if beams is None else beams.sampling_params()
+        params = check_params(asked) or SamplingParams(**self.config.default_sampling)
         assert bool(grammar) == (params.structured_outputs is not None), "compile structured_outputs first"
         encoded = self.encode(prompt)
         token_ids = encoded.token_ids or []
@@ -149,7 +155,7 @@ class EngineClient:
             params = tokenise_bad_words(params, self.tokenizer)
         room = self.config.max_model_len - len(token_ids)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
-        return CheckedRequest(encoded.text, token_ids, params, max_tokens, encoded.cache_salt, grammar)
+        return CheckedRequest(encoded.text, token_ids, params, max_tokens, encoded.cache_salt, grammar, beams)
 
     def check_queue(self, num_requests: int = 1) -> None:
         """Raise QueueFullError unless so many more requests may wait for their first token. Costs no tokenising."""
@@ -208,6 +214,7 @@ class EngineClient:
             request.cache_salt,
             self._timeout(timeout),
             request.grammar,
+            request.beams,
         )
         self._queued[journal.wire_id] = len(request.prompt_token_ids)
         self._live[journal.wire_id] = self._by_request_id[request_id] = journal

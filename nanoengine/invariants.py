@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nanoengine.sequence import SequenceStatus
+from nanoengine.beam_group import BeamGroup, is_parked
+from nanoengine.sequence import Request, SequenceStatus
 
 if TYPE_CHECKING:
     from nanoengine.scheduler import Scheduler
@@ -15,8 +16,12 @@ def check_invariants(scheduler: Scheduler) -> None:
     queued = [*scheduler.waiting, *scheduler.running]
     assert len({seq.seq_id for seq in queued}) == len(queued), "a sequence stands in two places"
     live = [seq for request in scheduler.requests.values() for seq in request.seqs if not seq.is_finished]
-    assert {seq.seq_id for seq in live} == {seq.seq_id for seq in queued}, "a live sequence stands in no queue"
+    unparked = {seq.seq_id for seq in live if not is_parked(seq)}
+    assert unparked == {seq.seq_id for seq in queued}, "a live sequence stands in no queue"
     assert all(request.get_seqs() and not request.is_finished() for request in scheduler.requests.values())
+    for request in scheduler.requests.values():
+        if request.beams is not None:
+            _check_search(request, request.beams)
     blocks = scheduler.blocks
     for seq in scheduler.waiting:
         assert seq.status in (SequenceStatus.WAITING, SequenceStatus.SWAPPED), f"{seq} waits"
@@ -46,4 +51,17 @@ def check_invariants(scheduler: Scheduler) -> None:
     if not queued:
         assert blocks.num_free_blocks == scheduler.limits.num_kv_blocks, "a block is held by nobody"
         assert blocks.host.num_free_blocks == scheduler.limits.num_host_blocks, "a host block is held by nobody"
-    blocks.check_invariants(queued)
+    blocks.check_invariants(live)
+
+
+def _check_search(request: Request, group: BeamGroup) -> None:
+    """The beams of a search are equally long, and not all of them rest."""
+    beams = group.search.beams
+    assert not group.search.is_over, "a search is over and its client was not told"
+    assert len(request.seqs) == len(beams), "sequences and beams differ"
+    for seq, beam in zip(request.seqs, beams, strict=True):
+        assert seq.completion_token_ids == [each.token_id for each in beam.path()], f"{seq} is not its beam"
+        assert seq.steady is None, f"{seq} is scheduled ahead of its search"
+        assert seq not in group.told or seq.num_pending_tokens == 0, f"{seq} rests and is computed"
+        assert not is_parked(seq) or not seq.block_table, f"{seq} holds blocks and stands in no queue"
+    assert group.told.keys() < set(request.seqs), "a search does not go on"

@@ -20,9 +20,26 @@ from nanoengine.sampling_params import SamplingParams
 from nanoengine.step import PromptLogprobs
 
 if TYPE_CHECKING:
+    from nanoengine.beam_params import BeamSearchParams
     from nanoengine.tokenizer import Tokenizer
 
 _METRIC_TYPES = {"num_cached_tokens": int, "num_preemptions": int, "queue_seconds": float}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CheckedRequest:
+    """A request that was checked and may be added.
+
+    `max_tokens` is what fits into max_model_len, `grammar` what its structured_outputs were compiled to.
+    """
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    max_tokens: int
+    cache_salt: str = ""
+    grammar: str = ""
+    beams: BeamSearchParams | None = None
 
 
 class SequenceJournal:
@@ -193,6 +210,7 @@ class RequestJournal:
         cache_salt: str = "",
         timeout: float | None = None,
         grammar: str = "",
+        beams: BeamSearchParams | None = None,
     ) -> None:
         self.request_id = request_id
         self.wire_id = wire_id
@@ -205,6 +223,7 @@ class RequestJournal:
         self.cache_salt = cache_salt
         self.timeout = timeout
         self.grammar = grammar
+        self.beams = beams
         self.metrics = RequestMetrics(arrival_time)
         self.sequences = [SequenceJournal(i, prompt_token_ids, params, tokenizer) for i in range(params.num_sequences)]
         self.failure: NanoEngineError | None = None
@@ -226,7 +245,7 @@ class RequestJournal:
     @property
     def has_output(self) -> bool:
         """Whether `output` shows anything: the best of several candidates are known when all of them have ended."""
-        return self.finished or not self.params.ranks_candidates
+        return self.finished or not (self.params.ranks_candidates or self.beams)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -280,11 +299,15 @@ class RequestJournal:
 
     def output(self) -> RequestOutput:
         """A snapshot for the client: all tokens so far; it does not change any more, nor does the journal with it."""
-        outputs = [sequence.output() for sequence in self._shown()]
-        for index, output in enumerate(outputs):
+        outputs = []
+        for index, sequence in enumerate(self._shown()):
+            output = sequence.output()
             output.index = index
             if output.finish_reason == "error" and self.failure is not None:
                 output.error_kind = type(self.failure).__name__
+            if self.beams is not None and output.token_ids:
+                output.cumulative_logprob = sequence.cumulative_logprob
+            outputs.append(output)
         return RequestOutput(
             self.request_id,
             self.prompt,
@@ -328,11 +351,13 @@ class RequestJournal:
             seed=self.seed,
             arrival_time=self.metrics.arrival_time,
             priority=self.priority,
-            journal=[list(sequence.token_ids) for sequence in self.sequences],
+            # A beam search starts again from its prompt.
+            journal=[[] if self.beams else list(sequence.token_ids) for sequence in self.sequences],
             cache_salt=self.cache_salt,
             timeout=self.timeout,
             num_prompt_logprobs=self.num_prompt_logprobs,
             grammar=self.grammar,
+            beam_search=None if self.beams is None else self.beams.to_dict(),
         )
         # A sequence that a stop string ended looks unfinished to a scheduler that knows its tokens only.
         ended = [sequence for sequence in self.sequences if sequence.is_finished]

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from configs.engine import EngineConfig
 from configs.errors import ConfigError, EngineDeadError, EngineError, RequestError
 from nanoengine.async_llm import AsyncLLM
+from nanoengine.beam_params import BeamSearchParams
 from nanoengine.llm_engine import LLMEngine
 from nanoengine.outputs import RequestOutput
 from nanoengine.progress import Counted, Progress
@@ -20,6 +21,7 @@ from nanoengine.prompts import (
     Prompt,
     PromptInput,
     at_index,
+    check_beam_params,
     check_params,
     pair_params,
     parse_conversations,
@@ -27,7 +29,7 @@ from nanoengine.prompts import (
     parse_prompts,
 )
 from nanoengine.remote import RemoteEngine
-from nanoengine.sampling_params import BeamSearchParams, SamplingParams
+from nanoengine.sampling_params import SamplingParams
 from nanoengine.tokenizer import Tokenizer
 
 __all__ = ["LLM", "AsyncLLM"]
@@ -48,7 +50,7 @@ class _Engine(Protocol):
 
     @property
     def tokenizer(self) -> Tokenizer | None: ...
-    def check(self, prompt: Prompt, params: SamplingParams | None, /) -> Any: ...
+    def check(self, prompt: Prompt, params: SamplingParams | BeamSearchParams | None, /) -> Any: ...
     def submit(
         self, request: Any, request_id: str | None = None, *, priority: int = 0, timeout: float | None = None
     ) -> _Request: ...
@@ -95,7 +97,7 @@ class LLM:
         self._added: set[str] = set()
         self._engine: _Engine
         if base_url is None:
-            if api_key is not None:
+            if api_key:  # the settings' default, no keys, may come along
                 raise ConfigError("api_key belongs to a running server: give base_url too", "api_key")
             self._engine = LLMEngine(EngineConfig.create(model=model, **settings).resolve())
             return
@@ -158,14 +160,43 @@ class LLM:
         options = _options(priority, timeout, len(prompts))
         return self._run(prompts, pair_params(sampling_params, len(prompts)), use_tqdm, options)
 
-    def beam_search(self, prompts: object, params: BeamSearchParams) -> list[RequestOutput]:
-        """Refused until it is built. Raises RequestError."""
-        raise RequestError("beam search is not built yet; use generate with SamplingParams", "params")
+    def beam_search(
+        self,
+        prompts: PromptInput | Sequence[PromptInput],
+        params: BeamSearchParams | Sequence[BeamSearchParams],
+        use_tqdm: bool = False,
+        *,
+        priority: int | Sequence[int] = 0,
+        timeout: float | None = None,
+    ) -> list[RequestOutput]:
+        """Answer prompts with the best sequences that a beam search finds, `beam_width` for each, the best first.
+
+        The outputs equal those of transformers' `generate(num_beams=…)`; each has its `cumulative_logprob`. Prompts
+        and errors are those of `generate`.
+
+        Args:
+            params: one for all prompts, or one for each.
+            use_tqdm: show a progress bar.
+            priority: one for all prompts, or one for each; under the policy `priority` the lower is served the sooner.
+            timeout: seconds after which a search that is not complete ends with an error.
+
+        Raises:
+            RequestError: a prompt or its parameters cannot be served; none is submitted.
+            EngineDeadError: the engine was gone before this call.
+        """
+        parsed = parse_prompts(prompts)
+        several = list(params) if isinstance(params, list | tuple) else [params] * len(parsed)
+        if len(several) != len(parsed):
+            raise RequestError(
+                f"params must be one for all prompts or one for each, got {len(several)} for {len(parsed)}", "params"
+            )
+        options = _options(priority, timeout, len(parsed))
+        return self._run(parsed, [check_beam_params(each) for each in several], use_tqdm, options)
 
     def _run(
         self,
         prompts: list[Prompt],
-        params: list[SamplingParams | None],
+        params: Sequence[SamplingParams | BeamSearchParams | None],
         use_tqdm: bool,
         options: list[dict[str, Any]],
     ) -> list[RequestOutput]:

@@ -10,13 +10,13 @@ from typing import Any
 
 from configs.engine import EngineConfig
 from configs.errors import DeadlineError, EngineDeadError, RequestError
+from nanoengine.beam_params import BeamSearchParams
 from nanoengine.connection import SchedulerConnection
 from nanoengine.engine_client import EngineClient
 from nanoengine.engine_process import EngineProcess
 from nanoengine.grammar_compiler import GrammarCompiler
-from nanoengine.journal import RequestJournal
+from nanoengine.journal import CheckedRequest, RequestJournal
 from nanoengine.prompts import Message, Prompt
-from nanoengine.request_checks import CheckedRequest
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.structured_outputs import StructuredOutputsParams
 from nanoengine.tokenizer import Tokenizer
@@ -66,9 +66,9 @@ class LLMEngine:
             self.close()
             raise
 
-    def check(self, prompt: Prompt, params: SamplingParams | None) -> CheckedRequest:
+    def check(self, prompt: Prompt, params: SamplingParams | BeamSearchParams | None) -> CheckedRequest:
         """Check a request, encode its prompt and compile its grammar; nothing is sent. Raises RequestError."""
-        wanted = None if params is None else params.structured_outputs
+        wanted = params.structured_outputs if isinstance(params, SamplingParams) else None
         grammar = ""
         if isinstance(wanted, StructuredOutputsParams):
             self.client.check_alive()
@@ -102,7 +102,7 @@ class LLMEngine:
     def wait(self, timeout: float | None = None) -> list[RequestJournal]:
         """Return the requests that have news, each once, as soon as there are any.
 
-        Candidates of which only the best will be shown (best_of) are no news until all have ended.
+        Candidates of which only the best will be shown (best_of, beam search) are no news until all have ended.
         Returns an empty list after `timeout` seconds (None: no limit), or when no request is open. When the engine
         dies, its open requests have news: they ended with an error.
         """

@@ -36,6 +36,8 @@ class AddRequest:
     `timeout` seconds after its arrival the request ends with an error, complete or not. `num_prompt_logprobs` entries
     of the prompt's log-probabilities are journalled already. `grammar` is what the outputs must match, in llguidance's
     form; the front end has compiled it.
+    `beam_search` is `BeamSearchParams.to_dict()`: the outputs, as many as its width, are told at the end, best first.
+    Such a request has no journal to go on from, and starts again.
     """
 
     client_id: str
@@ -50,6 +52,7 @@ class AddRequest:
     timeout: float | None = None
     num_prompt_logprobs: int = 0
     grammar: str = ""
+    beam_search: dict[str, Any] | None = None
 
 
 @dataclasses.dataclass(slots=True)

@@ -22,9 +22,9 @@ class CompletionOutput:
     """One sequence of an answer. `finish_reason` is stop, length, abort or error, None while it runs.
 
     `stop_reason` is the stop string or stop token id that ended it (None for eos). `cumulative_logprob` and
-    `logprobs` are None unless log-probabilities were asked for; then there is a dict for each token, by token id: first
-    the chosen one, then the likeliest in their order. `error` says why it ended with an error, `error_kind` is that
-    error's name in `configs.errors`.
+    `logprobs` are None unless log-probabilities were asked for (a beam search always tells their sum); then there is a
+    dict for each token, by token id: first the chosen one, then the likeliest in their order. `error` says why it
+    ended with an error, `error_kind` is that error's name in `configs.errors`.
     """
 
     index: int

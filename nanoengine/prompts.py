@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from configs.errors import RequestError
-from nanoengine.sampling_params import BeamSearchParams, SamplingParams
+from nanoengine.beam_params import BeamSearchParams
+from nanoengine.sampling_params import SamplingParams
 
 Message: TypeAlias = Mapping[str, Any]
 PromptInput: TypeAlias = "str | Sequence[int] | Mapping[str, Any]"
@@ -114,9 +115,18 @@ def check_params(params: object) -> SamplingParams | None:
     if params is None:
         return None
     if isinstance(params, BeamSearchParams):
-        raise RequestError("beam search is not built yet; use SamplingParams", "sampling_params")
+        raise RequestError(
+            "sampling_params must be a SamplingParams; beam_search takes BeamSearchParams", "sampling_params"
+        )
     if not isinstance(params, SamplingParams):
         raise RequestError(f"sampling_params must be a SamplingParams, got {type(params).__name__}", "sampling_params")
+    return params
+
+
+def check_beam_params(params: object) -> BeamSearchParams:
+    """The parameters of one beam search. Raises RequestError for another type."""
+    if not isinstance(params, BeamSearchParams):
+        raise RequestError(f"params must be a BeamSearchParams, got {type(params).__name__}", "params")
     return params
 
 

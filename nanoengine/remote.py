@@ -29,6 +29,7 @@ from configs.errors import (
     RequestTimeoutError,
     UnknownModelError,
 )
+from nanoengine.beam_params import BeamSearchParams
 from nanoengine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from nanoengine.prompts import Message, Prompt
 from nanoengine.sampling_params import SamplingParams
@@ -116,7 +117,9 @@ class RemoteEngine:
 
     # -- what LLM asks of an engine -----------------------------------------------------------------------------
 
-    def check(self, prompt: Prompt, params: SamplingParams | None) -> tuple[Prompt, SamplingParams | None]:
+    def check(
+        self, prompt: Prompt, params: SamplingParams | BeamSearchParams | None
+    ) -> tuple[Prompt, SamplingParams | BeamSearchParams | None]:
         """Check what can be known without the model. Raises RequestError."""
         if not (prompt.text or prompt.token_ids or prompt.messages):
             raise RequestError("the prompt must not be empty", "prompt")
@@ -124,7 +127,7 @@ class RemoteEngine:
 
     def submit(
         self,
-        request: tuple[Prompt, SamplingParams | None],
+        request: tuple[Prompt, SamplingParams | BeamSearchParams | None],
         request_id: str | None = None,
         *,
         priority: int = 0,
@@ -218,13 +221,19 @@ class RemoteEngine:
             )
         return model or served[0]
 
-    def _payload(self, prompt: Prompt, params: SamplingParams | None, scheduling: dict[str, Any]) -> bytes:
+    def _payload(
+        self, prompt: Prompt, params: SamplingParams | BeamSearchParams | None, scheduling: dict[str, Any]
+    ) -> bytes:
+        beams: dict[str, Any] = {}
+        if isinstance(params, BeamSearchParams):
+            beams = {name: getattr(params, name) for name in ("length_penalty", "early_stopping")}
+            beams["use_beam_search"], params = True, params.sampling_params()
         # Only what differs from the defaults is sent, so that a server which knows fewer fields than ours can answer.
         defaults = SamplingParams()
         known = defaults.to_dict()
         given = (params or defaults).to_dict()
         body = {name: value for name, value in given.items() if value != known[name]}
-        body |= {"model": self.model, "max_tokens": given["max_tokens"], "return_token_ids": True} | scheduling
+        body |= {"model": self.model, "max_tokens": given["max_tokens"], "return_token_ids": True} | scheduling | beams
         if params is not None:  # given as they are, so that no default of the server's checkpoint takes their place
             body |= {name: given[name] for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
         if prompt.cache_salt:

@@ -14,21 +14,6 @@ if TYPE_CHECKING:
     from nanoengine.tokenizer import Tokenizer
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class CheckedRequest:
-    """A request that was checked and may be added.
-
-    `max_tokens` is what fits into max_model_len, `grammar` what its structured_outputs were compiled to.
-    """
-
-    prompt: str | None
-    prompt_token_ids: list[int]
-    params: SamplingParams
-    max_tokens: int
-    cache_salt: str = ""
-    grammar: str = ""
-
-
 def check_prompt(token_ids: list[int], config: EngineConfig) -> None:
     """Raise RequestError for a prompt that is empty, too long to leave room for a token, or not of the vocabulary."""
     if not token_ids:

@@ -36,7 +36,7 @@ def row_extras(seq: Sequence, eos_token_ids: frozenset[int]) -> RowExtras | None
         bad_words=tuple(tuple(ids) for ids in params.bad_words_token_ids or ()),
         min_tokens=params.min_tokens,
         stop_token_ids=stops,
-        num_logprobs=-1 if params.logprobs is None else params.logprobs,
+        num_logprobs=_num_logprobs(seq),
         grammar=seq.request.grammar,
         ignore_eos=params.ignore_eos and bool(seq.request.grammar),
     )
@@ -46,3 +46,11 @@ def row_extras(seq: Sequence, eos_token_ids: frozenset[int]) -> RowExtras | None
         if first < log.total:
             extras = extras._replace(num_prompt_logprobs=params.prompt_logprobs or 0, first_prompt_logprob=first)
     return None if extras == _NO_EXTRAS else extras
+
+
+def _num_logprobs(seq: Sequence) -> int:
+    """How many of the likeliest tokens are told; a beam search chooses among them."""
+    params, beams = seq.request.sampling_params, seq.request.beams
+    if beams is not None:
+        return beams.search.num_likeliest
+    return -1 if params.logprobs is None else params.logprobs

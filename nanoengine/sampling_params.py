@@ -210,11 +210,3 @@ def _bias(value: object) -> dict[int, float]:
             )
         biases[token] = max(-MAX_LOGIT_BIAS, min(MAX_LOGIT_BIAS, float(bias)))
     return biases
-
-
-@dataclasses.dataclass(frozen=True)
-class BeamSearchParams:
-    """Beam search, declared here so that its name stands; running one is refused until it is built."""
-
-    beam_width: int = 5
-    max_tokens: int = 16

@@ -27,6 +27,7 @@ from collections.abc import Callable
 
 from configs.errors import RequestError, RequestTimeoutError, from_wire, to_wire
 from nanoengine.admission import SchedulerLimits, check_admissible, reserved_blocks, serving_order
+from nanoengine.beam_group import begin_search, end_search, is_parked, make_way, take_told
 from nanoengine.block_manager import BlockManager
 from nanoengine.decode_set import DecodeSet, StepInFlight
 from nanoengine.forking import Start, after_siblings, chunk_before_fork, find_start
@@ -37,6 +38,7 @@ from nanoengine.row_params import row_extras, row_params
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.sequence import Request, ScheduledRow, Sequence, SequenceStatus
 from nanoengine.step import PREVIOUS_SAMPLE, DecodeRows, Epoch, SequenceState, StepInput, StepOutput, TokenLogprobs
+from nanoengine.step_batch import StepBatch
 from nanoengine.step_costs import StepCosts
 
 __all__ = ["Scheduler", "SchedulerLimits"]
@@ -63,7 +65,8 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.requests: dict[tuple[str, str], Request] = {}
         self.num_preemptions = self.num_swaps = 0  # of all preemptions, those by swapping
-        self._seq_ids = itertools.count(1)
+        self.num_searches = 0  # beam searches among them
+        self.seq_ids = itertools.count(1)
         self._step_id = 0
         self.in_flight: deque[StepInFlight] = deque()
         self.steady = DecodeSet(limits.block_size, limits.max_model_len, self._order)  # part of `running`
@@ -72,7 +75,7 @@ class Scheduler:
         self._costs = StepCosts(limits.max_decode_gap if limits.enable_chunked_prefill else 0)
         self._deadlines: list[tuple[float, tuple[str, str]]] = []  # a heap of (time, request key)
         self._dropped: list[int] = []  # seq_ids that the workers need not keep any longer
-        self._outbox = Outbox(clock)
+        self.outbox = Outbox(clock)
 
     # -- requests -----------------------------------------------------------------------------------------------
 
@@ -83,54 +86,50 @@ class Scheduler:
         """
         known = self.requests.get((message.client_id, message.request_id))
         if known is not None:
-            self._replay(known, message)
+            if known.beams is None:  # nothing was told of a search yet
+                self._replay(known, message)
             return
         try:
             params = SamplingParams.from_dict(message.params)
+            beams = begin_search(message, self.limits)
             check_admissible(message, self.limits)
         except RequestError as error:
-            self._outbox.refuse(message, error)
+            self.outbox.refuse(message, error)
             return
-        request = Request(
-            message.request_id,
-            message.prompt_token_ids,
-            params,
-            client_id=message.client_id,
-            arrival_time=message.arrival_time,
-            priority=message.priority,
-            seed=message.seed,
-            cache_salt=message.cache_salt,
-            num_prompt_logprobs=message.num_prompt_logprobs,
-            grammar=message.grammar,
-        )
+        request = Request.of(message, params, beams)
+        self.num_searches += beams is not None
         self.requests[request.key] = request
         if message.timeout is not None:
             heapq.heappush(self._deadlines, (message.arrival_time + message.timeout, request.key))
-        for index in range(request.best_of):
-            journal = message.journal[index] if index < len(message.journal) else []
-            request.seqs.append(Sequence(next(self._seq_ids), request, index, journal))
-            self._queue(request.seqs[-1])
+        for index in range(request.best_of if beams is None else 1):
+            journal = message.journal[index] if beams is None and index < len(message.journal) else []
+            request.seqs.append(Sequence(next(self.seq_ids), request, index, journal))
+            self.enqueue(request.seqs[-1])
         for seq in request.seqs:
             if seq.num_completion_tokens and self._stop_status(seq):
                 # The journal was complete already; only the last word got lost.
                 self._finish(seq, self._stop_status(seq), start=seq.num_completion_tokens)
 
-    def _queue(self, seq: Sequence) -> None:
+    def enqueue(self, seq: Sequence) -> None:
+        """Let a sequence wait for its turn."""
         seq.status = SequenceStatus.SWAPPED if seq.host_blocks else SequenceStatus.WAITING
-        bisect.insort(self.waiting, seq, key=self._order)
+        if not is_parked(seq):
+            bisect.insort(self.waiting, seq, key=self._order)
 
     def _replay(self, request: Request, message: AddRequest) -> None:
         for seq in request.seqs:
             start = len(message.journal[seq.index]) if seq.index < len(message.journal) else 0
             if seq.prompt_log is not None:
-                self._outbox.emit_prompt(seq, seq.prompt_log.since(message.num_prompt_logprobs))
-            self._outbox.emit(seq, start)
+                self.outbox.emit_prompt(seq, seq.prompt_log.since(message.num_prompt_logprobs))
+            self.outbox.emit(seq, start)
 
     def abort(self, client_id: str, request_id: str, index: int | None = None) -> None:
         """End one sequence of a request, or all (index None). An unknown or finished one is ignored."""
         request = self.requests.get((client_id, request_id))
         if request is None:
             return
+        if request.beams is not None:
+            index = request.beams.abandon(index)
         for seq in request.seqs:
             if not seq.is_finished and index in (None, seq.index):
                 self._finish(seq, SequenceStatus.FINISHED_ABORTED, start=seq.num_completion_tokens)
@@ -178,7 +177,7 @@ class Scheduler:
         With a step in flight None may also mean that its outcome must be known first. At most one may be.
         """
         assert len(self.in_flight) <= 1, "commit() comes before a third schedule()"
-        batch = _Batch(self.limits.max_num_batched_tokens - len(self.steady))
+        batch = StepBatch(self.limits.max_num_batched_tokens - len(self.steady))
         grown = self._grow_steady(batch)
         if len(self.running) > len(self.steady):
             self._schedule_running(batch)
@@ -207,7 +206,7 @@ class Scheduler:
         finished, self._dropped = self._dropped, []
         return StepInput(self.epoch, self._step_id, copies, states, finished, decodes)
 
-    def _grow_steady(self, batch: _Batch) -> list[Sequence]:
+    def _grow_steady(self, batch: StepBatch) -> list[Sequence]:
         """Give each steady decode that comes to a block's boundary a new block; returns who got one."""
         due, grown = self.steady.at_boundary(), []
         if self.blocks.can_allocate(len(due)):
@@ -224,7 +223,7 @@ class Scheduler:
                 batch.budget += 1
         return grown
 
-    def _schedule_running(self, batch: _Batch) -> None:
+    def _schedule_running(self, batch: StepBatch) -> None:
         """Give each running sequence that is no steady decode its next tokens, decodes before prefill chunks."""
         running = [seq for seq in self.running if seq.steady is None]
         left = [(seq, seq.num_uncomputed_tokens) for seq in running if not self._reaches_length(seq)]
@@ -247,14 +246,14 @@ class Scheduler:
                 self.blocks.allocate(seq, end)
             batch.add(seq, num_tokens)
 
-    def _bound_gap(self, batch: _Batch) -> None:
+    def _bound_gap(self, batch: StepBatch) -> None:
         """Before the first prefill chunk goes beside decodes: leave so many tokens that they are not held up."""
         if not batch.bounded and (batch.rows or self.steady):
             limit = self._costs.max_prefill_tokens()
             batch.budget = batch.budget if limit is None else min(batch.budget, limit)
         batch.bounded = True
 
-    def _make_room(self, seq: Sequence, num_tokens: int, batch: _Batch) -> bool:
+    def _make_room(self, seq: Sequence, num_tokens: int, batch: StepBatch) -> bool:
         """Preempt the newest sequences until `seq` can grow; it may be the one to go. Says whether it can grow now."""
         end = seq.num_computed_tokens + num_tokens
         while not self.blocks.can_allocate(self.blocks.num_new_blocks(seq, end)):
@@ -269,7 +268,7 @@ class Scheduler:
                 return False
             batch.budget += victim.steady is not None
             batch.remove(victim)
-            self._preempt(victim)
+            self.preempt(victim)
             if victim is seq:
                 return False
         return True
@@ -280,7 +279,8 @@ class Scheduler:
             return False
         return self._is_full(seq, seq.num_pending_tokens)
 
-    def _preempt(self, seq: Sequence) -> None:
+    def preempt(self, seq: Sequence) -> None:
+        """Take its blocks from a running sequence, which is computed again later."""
         self.steady.leave(seq)
         self.running.remove(seq)
         seq.num_preemptions += 1
@@ -291,9 +291,9 @@ class Scheduler:
         else:
             self.blocks.free(seq)
             seq.forget_computation()
-        self._queue(seq)
+        self.enqueue(seq)
 
-    def _schedule_waiting(self, batch: _Batch) -> None:
+    def _schedule_waiting(self, batch: StepBatch) -> None:
         """Admit waiting sequences in order while budget, rows and blocks last.
 
         One whose prefix a running sequence is computing just now is passed over until the blocks are there. That
@@ -301,7 +301,7 @@ class Scheduler:
         """
         position = num_passed = 0
         while position < len(self.waiting) and num_passed < MAX_PASSED and batch.budget > 0:
-            if len(self.running) >= self.limits.max_num_seqs:
+            if len(self.running) >= self.limits.max_num_seqs and not make_way(self):
                 break
             seq = self.waiting[position]
             if seq.num_pending_tokens:
@@ -316,6 +316,8 @@ class Scheduler:
             # All blocks of its tokens are taken at once: several half-prefilled prompts could block each other.
             reserve = reserved_blocks(seq, len(self.running), self.limits)
             if not self.blocks.can_allocate(start.num_new_blocks(seq, self.blocks), start.hits, reserve):
+                if make_way(self):
+                    continue
                 if self.running:
                     break
                 # Every block is free and still it does not fit: a new worker group may have fewer than the last.
@@ -336,6 +338,10 @@ class Scheduler:
         request = seq.request
         if request.first_scheduled_time is None:
             request.first_scheduled_time, request.num_cached_tokens = self._clock(), seq.num_computed_tokens
+        self.run(seq)
+
+    def run(self, seq: Sequence) -> None:
+        """Let a sequence run that has its blocks and stands in no queue."""
         seq.status = SequenceStatus.RUNNING
         bisect.insort(self.running, seq, key=self._order)
 
@@ -370,9 +376,9 @@ class Scheduler:
         assert flight.step_id == output.step_id, f"step {output.step_id} was collected where {flight.step_id} was due"
         self._costs.observe(flight.num_decodes, flight.num_prefill_tokens, output.compute_seconds)
         for row, chunk in output.prompt_logprobs.items():
-            seq = flight.record(row).seq
+            seq = flight.seq_of(row)
             if seq.prompt_log is not None and not seq.is_finished:
-                self._outbox.emit_prompt(seq, seq.prompt_log.add(chunk))
+                self.outbox.emit_prompt(seq, seq.prompt_log.add(chunk))
         for row, error in output.errors.items():
             self._fail(flight.seq_of(row).request, from_wire(error))
         if flight.steady:
@@ -386,7 +392,7 @@ class Scheduler:
         for seq, num_computed in self.steady.filled(flight.age):
             self.blocks.publish(seq, num_computed - 1, num_computed)
         if token_ids:
-            self._outbox.emit_columns(rows, flight.age, token_ids)
+            self.outbox.emit_columns(rows, flight.age, token_ids)
         for row in odd:
             self._commit_row(flight.record(row), output, row)
 
@@ -402,6 +408,9 @@ class Scheduler:
             self._append(seq, output.tokens[row], output.logprobs.get(row, []))
 
     def _append(self, seq: Sequence, token_ids: list[int], logprobs: list[TokenLogprobs]) -> None:
+        if seq.request.beams is not None:
+            take_told(self, seq, logprobs[-1])
+            return
         start = seq.num_completion_tokens
         for token_id, token_logprobs in itertools.zip_longest(token_ids, logprobs):
             seq.append_token(token_id, token_logprobs)
@@ -409,7 +418,7 @@ class Scheduler:
             if status is not None:
                 self._finish(seq, status, start)
                 return
-        self._outbox.emit(seq, start)
+        self.outbox.emit(seq, start)
 
     def _stop_status(self, seq: Sequence) -> SequenceStatus | None:
         """Whether the newest token ends the sequence, and how."""
@@ -429,22 +438,29 @@ class Scheduler:
         """End a sequence in whatever queue it stands, free its blocks and tell its client."""
         assert status is not None
         assert status.is_finished
+        if seq.request.beams is not None:
+            end_search(self, seq.request, status)
+            return
+        self.leave(seq, status)
+        self.outbox.emit(seq, start)
+        if seq.request.is_finished():
+            del self.requests[seq.request.key]
+
+    def leave(self, seq: Sequence, status: SequenceStatus) -> None:
+        """Take a sequence out of whatever queue it stands in, for good, and free its blocks."""
         if seq.status is SequenceStatus.RUNNING:
             self.steady.leave(seq)
             self.running.remove(seq)
-        else:
+        elif not is_parked(seq):
             self.waiting.remove(seq)
         if seq.num_sent_blocks is not None:
             self._dropped.append(seq.seq_id)
         self.blocks.free(seq)
         seq.status = status
-        self._outbox.emit(seq, start)
-        if seq.request.is_finished():
-            del self.requests[seq.request.key]
 
     def take_deltas(self) -> ClientDeltas:
         """What the front ends have to be told since the last call, in order."""
-        return self._outbox.take()
+        return self.outbox.take()
 
     # -- recovery and checks ------------------------------------------------------------------------------------
 
@@ -460,9 +476,9 @@ class Scheduler:
         self._dropped.clear()
         for seq in self.running:
             seq.num_preemptions += 1
-            self._queue(seq)
+            self.enqueue(seq)
         self.running.clear()
-        for seq in self.waiting:
+        for seq in (seq for request in self.requests.values() for seq in request.seqs if not seq.is_finished):
             seq.block_table.clear()
             seq.forget_computation()
             seq.num_pending_tokens = 0
@@ -472,20 +488,3 @@ class Scheduler:
     def check_invariants(self) -> None:
         """Raise AssertionError unless queues, requests and blocks agree."""
         check_invariants(self)
-
-
-class _Batch:
-    """The rows of the step that is being put together, in batch order, under its token budget."""
-
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
-        self.preempted = False  # somebody had to give way, so nobody is admitted
-        self.bounded = False  # `budget` is what max_decode_gap leaves
-        self.rows: dict[Sequence, int] = {}
-
-    def add(self, seq: Sequence, num_tokens: int) -> None:
-        self.rows[seq] = num_tokens
-        self.budget -= num_tokens
-
-    def remove(self, seq: Sequence) -> None:
-        self.budget += self.rows.pop(seq, 0)

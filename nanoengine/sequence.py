@@ -11,11 +11,13 @@ import enum
 import time
 from typing import TYPE_CHECKING, Any
 
+from nanoengine.messages import AddRequest
 from nanoengine.prompt_log import PromptLog
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.step import TokenLogprobs
 
 if TYPE_CHECKING:
+    from nanoengine.beam_group import BeamGroup
     from nanoengine.decode_set import DecodeSet
 
 
@@ -55,6 +57,7 @@ class Sequence:
     `num_sent_blocks` counts the entries of `block_table` that the workers know; None: they know nothing of this
     sequence, and its full state travels with its next row.
     `host_blocks` holds what is computed of a swapped sequence, block by block, in the place of `block_table`.
+    `first_seq_id` is the seq_id of the sequence that it was forked off in the first place, whose turn it has.
 
     While it is a steady decode (`steady` is the set it is in) both counters follow from the set's clock, and whoever
     wants to change them makes it leave the set first.
@@ -66,6 +69,7 @@ class Sequence:
         "block_hashes",
         "block_table",
         "error",
+        "first_seq_id",
         "host_blocks",
         "index",
         "logprobs",
@@ -82,7 +86,7 @@ class Sequence:
     )
 
     def __init__(self, seq_id: int, request: Request, index: int, journal: list[int]) -> None:
-        self.seq_id = seq_id
+        self.seq_id = self.first_seq_id = seq_id
         self.request = request
         self.index = index
         self.token_ids = [*request.prompt_token_ids, *journal]
@@ -154,6 +158,8 @@ class Sequence:
 
     def max_num_tokens(self, max_model_len: int) -> int:
         """The number of tokens, those of the prompt included, that ends it."""
+        if self.request.beams is not None:
+            return len(self.token_ids) + 1  # what follows a beam is decided when that is known, never ahead
         max_tokens = self.request.sampling_params.max_tokens
         return max_model_len if max_tokens is None else min(max_model_len, self.num_prompt_tokens + max_tokens)
 
@@ -193,6 +199,7 @@ class Sequence:
     def fork(self, seq_id: int, index: int) -> Sequence:
         """A copy that goes its own way from here; it shares nothing that may change with its parent."""
         child = Sequence(seq_id, self.request, index, self.completion_token_ids)
+        child.first_seq_id = self.first_seq_id
         child.num_computed_tokens = self.num_computed_tokens
         child.block_table = list(self.block_table)
         child.block_hashes = list(self.block_hashes)
@@ -217,6 +224,7 @@ class Request:
 
     __slots__ = (
         "arrival_time",
+        "beams",
         "cache_salt",
         "client_id",
         "first_scheduled_time",
@@ -261,8 +269,27 @@ class Request:
         self.grammar = grammar
         self.ignores_eos = sampling_params.ignore_eos and not grammar
         self.first_scheduled_time: float | None = None
+        self.beams: BeamGroup | None = None  # of a beam search; `seqs` are its beams then
         self.num_cached_tokens = 0  # of the prompt, when the first of its sequences was scheduled first
         self.seqs: list[Sequence] = []
+
+    @classmethod
+    def of(cls, message: AddRequest, params: SamplingParams, beams: BeamGroup | None = None) -> Request:
+        """What a front end asks for; `params` are those of the message."""
+        request = cls(
+            message.request_id,
+            message.prompt_token_ids,
+            params,
+            client_id=message.client_id,
+            arrival_time=message.arrival_time,
+            priority=message.priority,
+            seed=message.seed,
+            cache_salt=message.cache_salt,
+            num_prompt_logprobs=message.num_prompt_logprobs,
+            grammar=message.grammar,
+        )
+        request.beams = beams
+        return request
 
     @property
     def key(self) -> tuple[str, str]:

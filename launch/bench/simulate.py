@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from launch.bench.figures import percentile, table
 from launch.bench.traces import TracedRequest, TraceSpec, generate
 from nanoengine.messages import AddRequest, TokenColumns
@@ -82,6 +84,8 @@ class Simulation:
         self.clock = self.busy = 0.0
         self.num_steps = self.num_refused = self.num_finished = self.num_output_tokens = 0
         self.ttft, self.tpot = array("d"), array("d")  # seconds, of every request that finished
+        self.urgent_ttft = array("d")  # of those that were urgent
+        self._urgent: set[str] = set()
         self.num_prefill_tokens = 0
         self._arrival: dict[str, float] = {}
         self._first: dict[str, float] = {}
@@ -115,10 +119,12 @@ class Simulation:
                 params=_PARAMS | {"max_tokens": request.num_output_tokens},
                 seed=request.number,
                 arrival_time=request.arrival,
-                priority=0,
+                priority=request.priority,
                 journal=[],
             )
         )
+        if request.priority < 0:
+            self._urgent.add(name)
         self._deliver()  # a refusal comes at once
 
     def _compute(self, step: StepInput) -> None:
@@ -153,18 +159,25 @@ class Simulation:
     def _end(self, name: str, num_tokens: int, finish_reason: str) -> None:
         arrival, first = self._arrival.pop(name), self._first.pop(name, None)
         self._last.pop(name, None)
+        is_urgent = name in self._urgent
+        self._urgent.discard(name)
         if finish_reason == "error" or first is None:
             self.num_refused += 1
             return
         self.num_finished += 1
         self.ttft.append(first - arrival)
+        if is_urgent:
+            self.urgent_ttft.append(first - arrival)
         if num_tokens > 1:
             self.tpot.append((self.clock - first) / (num_tokens - 1))
 
     def figures(self) -> dict[str, Any]:
         """What came of it; times in the trace's seconds."""
         ttft, tpot, blocks = sorted(self.ttft), sorted(self.tpot), self.scheduler.blocks
-        gaps = sorted(self.gaps)
+        urgent = sorted(self.urgent_ttft)
+        gaps = self.gaps  # one for each token of the trace, so they are sorted where they lie
+        if gaps:
+            np.frombuffer(gaps, dtype=np.float32).sort()
         return {
             "seconds": round(self.clock, 3),
             "finished": self.num_finished,
@@ -174,6 +187,7 @@ class Simulation:
             "busy_share": round(self.busy / self.clock, 3) if self.clock else 0.0,
             "steps": self.num_steps,
             **{f"ttft_p{q}_ms": round(1e3 * percentile(ttft, q / 100), 1) for q in (50, 90, 99)},
+            **{f"urgent_ttft_p{q}_ms": round(1e3 * percentile(urgent, q / 100), 1) for q in (50, 90, 99) if urgent},
             **{f"tpot_p{q}_ms": round(1e3 * percentile(tpot, q / 100), 2) for q in (50, 90, 99)},
             "gap_p99_ms": round(1e3 * percentile(gaps, 0.99), 2),
             "gap_max_ms": round(1e3 * percentile(gaps, 1), 2),
@@ -201,12 +215,17 @@ def add_parser(commands: Any) -> None:
         "--prefix-share", type=float, default=spec.prefix_share,
         help="share of requests that start with one of the system prompts (default: %(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--urgent-share", type=float, default=spec.urgent_share,
+        help="share of requests of priority -1, the others have 0 (default: %(default)s)",
+    )  # fmt: skip
     for name in ("prompt_median", "output_median", "max_prompt", "max_output", "num_prefixes", "prefix_length"):
         flag = "--" + name.replace("_", "-")
         parser.add_argument(flag, type=int, default=getattr(spec, name), help="tokens (default: %(default)s)")
     parser.add_argument("--num-kv-blocks", type=int, nargs="+", default=[24_000], help="one run each (default: 24000)")
     parser.add_argument("--max-num-batched-tokens", type=int, nargs="+", default=[2048], help="(default: 2048)")
     parser.add_argument("--max-num-seqs", type=int, nargs="+", default=[256], help="one run each (default: 256)")
+    parser.add_argument("--policy", choices=("fcfs", "priority"), nargs="+", default=["fcfs"])
     parser.add_argument(
         "--max-decode-gap", type=float, nargs="+", default=[0.0], help="0 = off; one run each (default: 0)"
     )
@@ -227,16 +246,19 @@ def run(arguments: argparse.Namespace) -> None:
     """Replay the trace once for each combination of settings, and print a table."""
     names = [field.name for field in dataclasses.fields(TraceSpec) if hasattr(arguments, field.name)]
     spec = TraceSpec(num_requests=arguments.requests, **{name: getattr(arguments, name) for name in names})
+    if not (0 <= spec.prefix_share <= 1 and 0 <= spec.urgent_share <= 1):
+        raise SystemExit("--prefix-share and --urgent-share must be from 0 to 1")
     if min(spec.num_requests, spec.prompt_median, spec.output_median, spec.num_prefixes) < 1 or spec.rate <= 0:
         raise SystemExit("--requests, --rate, the medians and --num-prefixes must be greater than 0")
     if "swap" in arguments.preemption_mode and not all(arguments.num_host_blocks):
         raise SystemExit("--preemption-mode swap needs --num-host-blocks greater than 0")
     model = StepTimeModel(*(getattr(arguments, f"step_{f.name}") for f in dataclasses.fields(StepTimeModel)))
     results = []
-    for num_blocks, budget, num_seqs, gap, num_host_blocks, preemption_mode in itertools.product(
+    for num_blocks, budget, num_seqs, policy, gap, num_host_blocks, preemption_mode in itertools.product(
         arguments.num_kv_blocks,
         arguments.max_num_batched_tokens,
         arguments.max_num_seqs,
+        arguments.policy,
         arguments.max_decode_gap,
         arguments.num_host_blocks,
         arguments.preemption_mode,
@@ -250,6 +272,7 @@ def run(arguments: argparse.Namespace) -> None:
             num_host_blocks=num_host_blocks,
             preemption_mode=preemption_mode,
             enable_prefix_caching=not arguments.no_prefix_caching,
+            policy=policy,
             max_decode_gap=gap,
         )
         results.append(simulate(spec, limits, model))
@@ -270,6 +293,7 @@ def simulate(spec: TraceSpec, limits: SchedulerLimits, model: StepTimeModel) -> 
         "num_kv_blocks": limits.num_kv_blocks,
         "max_num_batched_tokens": limits.max_num_batched_tokens,
         "max_num_seqs": limits.max_num_seqs,
+        "policy": limits.policy,
         "max_decode_gap": limits.max_decode_gap,
         "num_host_blocks": limits.num_host_blocks,
         "preemption_mode": limits.preemption_mode,
@@ -284,6 +308,7 @@ _SETTINGS = {
     "preemption_mode": "preemption",
     "max_num_batched_tokens": "budget",
     "max_num_seqs": "seqs",
+    "policy": "policy",
     "max_decode_gap": "gap",
 }
 
@@ -291,18 +316,21 @@ _SETTINGS = {
 def render(results: list[dict[str, Any]]) -> str:
     """The table: settings that differ, times in milliseconds as p50/p90/p99, gaps between tokens as p99/largest."""
     shown = [name for name in _SETTINGS if name == "num_kv_blocks" or len({result[name] for result in results}) > 1]
+    urgent = ["urgent"] if any("urgent_ttft_p50_ms" in result for result in results) else []
     header = [
-        *(_SETTINGS[name] for name in shown), "tokens/s", "busy", "TTFT ms", "TPOT ms", "gap ms", "preempted",
+        *(_SETTINGS[name] for name in shown), "tokens/s", "busy", "TTFT ms", *urgent, "TPOT ms", "gap ms", "preempted",
         "blocks out/in", "hits (host)", "refused", "replay CPU s",
     ]  # fmt: skip
     rows = []
     for result in results:
-        ttft = "/".join(f"{result[f'ttft_p{q}_ms']:.0f}" for q in (50, 90, 99))
+        ttft = ["/".join(f"{result[f'ttft_p{q}_ms']:.0f}" for q in (50, 90, 99))]
+        if urgent:
+            ttft.append("/".join(f"{result.get(f'urgent_ttft_p{q}_ms', 0):.0f}" for q in (50, 90, 99)))
         tpot = "/".join(f"{result[f'tpot_p{q}_ms']:.1f}" for q in (50, 90, 99))
         gap = f"{result['gap_p99_ms']:.1f}/{result['gap_max_ms']:.1f}"
         speed = [f"{result['output_tokens_per_s']:.0f}", f"{result['busy_share']:.0%}"]
         moved = f"{result['blocks_swapped_out']}/{result['blocks_swapped_in']}"
         hits = f"{result['hit_rate']:.1%} ({result['host_hit_rate']:.1%})"
         rest = [result["preemptions"], moved, hits, result["refused"], f"{result['replay_s']:.1f}"]
-        rows.append([*(result[name] for name in shown), *speed, ttft, tpot, gap, *rest])
+        rows.append([*(result[name] for name in shown), *speed, *ttft, tpot, gap, *rest])
     return table(header, rows)

@@ -2,7 +2,7 @@
 
 Lengths are heavy-tailed (log-normal). Arrivals are Poisson, or bursty: a gamma process whose gaps vary four times as
 much, so that requests come in clumps. Some requests start with one of a few system prompts, of Zipf popularity.
-A trace is drawn as it is read: a million requests take no memory.
+A share of them may be urgent. A trace is drawn as it is read: a million requests take no memory.
 """
 
 from __future__ import annotations
@@ -36,22 +36,28 @@ class TraceSpec:
     prefix_share: float = 0.5
     num_prefixes: int = 32
     prefix_length: int = 256
+    urgent_share: float = 0.0
     seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TracedRequest:
-    """One request: `arrival` in seconds from the start; it ends after exactly `num_output_tokens`."""
+    """One request: `arrival` in seconds from the start; it ends after exactly `num_output_tokens`.
+
+    `priority` is -1 for an urgent one, else 0.
+    """
 
     number: int
     arrival: float
     prompt_token_ids: list[int]
     num_output_tokens: int
+    priority: int = 0
 
 
 def generate(spec: TraceSpec) -> Iterator[TracedRequest]:
     """The requests in order of arrival; the same for the same spec."""
     rng = random.Random(spec.seed)
+    urgency = random.Random(spec.seed + 1)  # of its own: who is urgent changes nothing else of a trace
     # A gamma of shape 1 is exponential; a smaller shape makes many short gaps and a few long ones.
     shape = 1.0 if spec.arrivals == "poisson" else 1 / BURSTY_CV**2
     cumulated = list(itertools.accumulate(1 / rank for rank in range(1, spec.num_prefixes + 1)))
@@ -66,7 +72,8 @@ def generate(spec: TraceSpec) -> Iterator[TracedRequest]:
             shared = (1 + rng.choices(prefixes, cum_weights=cumulated)[0]) * _OWN_TOKENS
             prompt[:0] = range(shared, shared + spec.prefix_length)
         num_output_tokens = _length(rng, spec.output_median, spec.output_sigma, spec.max_output)
-        yield TracedRequest(number, clock, prompt, num_output_tokens)
+        priority = -1 if urgency.random() < spec.urgent_share else 0
+        yield TracedRequest(number, clock, prompt, num_output_tokens, priority)
 
 
 def _length(rng: random.Random, median: int, sigma: float, longest: int) -> int:

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from configs.engine import EngineConfig
 from configs.errors import NanoEngineError
+from nanoengine.beam_params import BeamSearchParams
 from nanoengine.outputs import RequestOutput
 from nanoengine.prompts import PromptInput
 from nanoengine.sampling_params import SamplingParams
@@ -32,6 +33,15 @@ class Engine(Protocol):
         self,
         prompt: PromptInput,
         sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        timeout: float | None = None,
+    ) -> AsyncGenerator[RequestOutput, None]: ...
+    def beam_search(
+        self,
+        prompt: PromptInput,
+        params: BeamSearchParams,
         request_id: str | None = None,
         *,
         priority: int = 0,

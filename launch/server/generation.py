@@ -22,6 +22,7 @@ from configs.errors import RequestError, from_wire
 from launch.server.engine import Engine
 from launch.server.errors import from_exception
 from launch.server.formats import AnswerFormat
+from nanoengine.beam_params import BeamSearchParams
 from nanoengine.outputs import RequestOutput
 from nanoengine.prompts import PromptInput, at_index
 from nanoengine.sampling_params import SamplingParams
@@ -41,7 +42,7 @@ async def respond(
     request: Request,
     engine: Engine,
     prompts: list[PromptInput],
-    params: SamplingParams,
+    params: SamplingParams | BeamSearchParams,
     answer_id: str,
     answer: AnswerFormat,
     stream: bool,
@@ -67,11 +68,21 @@ async def respond(
 
 
 async def _all_outputs(
-    engine: Engine, prompts: list[PromptInput], params: SamplingParams, answer_id: str, scheduling: dict[str, Any]
+    engine: Engine,
+    prompts: list[PromptInput],
+    params: SamplingParams | BeamSearchParams,
+    answer_id: str,
+    scheduling: dict[str, Any],
 ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
     """The outputs of all prompts as they come, each with its prompt's index. Leaving it aborts what is not finished."""
+
+    def run(prompt: PromptInput, request_id: str) -> AsyncGenerator[RequestOutput, None]:
+        if isinstance(params, BeamSearchParams):
+            return engine.beam_search(prompt, params, request_id, **scheduling)
+        return engine.generate(prompt, params, request_id, **scheduling)
+
     if len(prompts) == 1:
-        async with contextlib.aclosing(engine.generate(prompts[0], params, answer_id, **scheduling)) as single:
+        async with contextlib.aclosing(run(prompts[0], answer_id)) as single:
             async for output in single:
                 yield 0, _unless_failed(output)
         return
@@ -80,8 +91,7 @@ async def _all_outputs(
 
     async def read(index: int) -> None:
         try:
-            stream = engine.generate(prompts[index], params, f"{answer_id}-{index}", **scheduling)
-            async with contextlib.aclosing(stream) as several:
+            async with contextlib.aclosing(run(prompts[index], f"{answer_id}-{index}")) as several:
                 async for output in several:
                     await queue.put((index, output))
         except RequestError as error:

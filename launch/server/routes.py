@@ -23,6 +23,7 @@ from launch.server.schema import (
     TokenizeRequest,
     chat_messages,
     check_num_sequences,
+    num_outputs,
     repeated_message,
 )
 from launch.server.tokens import AbortRequest, GenerateRequest, TokensFormat
@@ -78,7 +79,7 @@ async def create_completion(request: Request, body: Annotated[CompletionRequest,
     """Continue one or several prompts."""
     engine = _serving(request, body.model)
     body.check()
-    params, prompts = body.sampling_params(engine.config.default_sampling), body.prompts()
+    params, prompts = body.params(engine.config.default_sampling), body.prompts()
     check_num_sequences(len(prompts), params)
     engine.check_queue(len(prompts))
     echo = await _echo(engine, body, prompts) if body.echo else None
@@ -90,7 +91,7 @@ async def create_completion(request: Request, body: Annotated[CompletionRequest,
         answer_id,
         engine.config.served_model_name,
         len(prompts),
-        params.n,
+        num_outputs(params),
         bool(body.return_token_ids),
         body.include_usage,
         echo=echo,
@@ -119,7 +120,7 @@ async def create_chat_completion(request: Request, body: Annotated[ChatCompletio
     """Answer a conversation."""
     engine = _serving(request, body.model)
     body.check()
-    params, messages = body.sampling_params(engine.config.default_sampling), chat_messages(body.messages)
+    params, messages = body.params(engine.config.default_sampling), chat_messages(body.messages)
     engine.check_queue()
     tokenizer, repeated = _tokenizer(engine, "messages"), repeated_message(messages, body.echo)
     prompt = await asyncio.to_thread(tokenizer.apply_chat_template, messages)
@@ -128,7 +129,7 @@ async def create_chat_completion(request: Request, body: Annotated[ChatCompletio
         answer_id,
         engine.config.served_model_name,
         1,
-        params.n,
+        num_outputs(params),
         bool(body.return_token_ids),
         body.include_usage,
         tokenizer.token_bytes,

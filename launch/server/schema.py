@@ -7,6 +7,7 @@ of fields that they do not use.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from configs.errors import RequestError
 from launch.server.response_format import FIELDS, AskedForm, asked_form
+from nanoengine.beam_params import BeamSearchParams
 from nanoengine.prompts import PromptInput, check_cache_salt
 from nanoengine.sampling_params import SamplingParams
 
@@ -32,11 +34,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
     "documents": ([],),
-    "early_stopping": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
     "include_reasoning": (_ANYTHING,),
-    "length_penalty": (1,),
     "metadata": (_ANYTHING,),
     "modalities": (["text"],),
     "parallel_tool_calls": (_ANYTHING,),
@@ -52,7 +52,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "top_logprobs": (0,),
     "truncate_prompt_tokens": (),
-    "use_beam_search": (False,),
     "user": (_ANYTHING,),
     "verbosity": (),
 }
@@ -92,6 +91,7 @@ _SAMPLING_FIELDS = (
     "allowed_token_ids",
     "bad_words",
 )
+_BEAM_FIELDS = ("length_penalty", "early_stopping")
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 
 Prompt = Annotated[
@@ -111,6 +111,9 @@ Stop = Annotated[
     Any,
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}]}),
 ]
+
+
+EarlyStopping = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "boolean"}, {"const": "never"}, {"type": "null"}]})]
 
 
 class Body(BaseModel):
@@ -157,6 +160,9 @@ class SamplingFields(Body):
     logit_bias: dict[str, float] | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
+    use_beam_search: bool | None = None
+    length_penalty: float | None = None
+    early_stopping: EarlyStopping = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
     guided_json: dict[str, Any] | str | None = None
@@ -197,16 +203,48 @@ class SamplingFields(Body):
                 raise RequestError("stream_options needs stream: true", "stream_options")
         check_cache_salt(self.cache_salt)
 
+    def params(self, defaults: Mapping[str, Any]) -> SamplingParams | BeamSearchParams:
+        """The parameters of each prompt. Raises RequestError for an impossible value."""
+        if self.use_beam_search:
+            with self.own_words():
+                return self.beam_search_params(defaults)
+        for name, neutral in (("length_penalty", 1), ("early_stopping", False)):
+            value = getattr(self, name)
+            if value is not None and not _same(value, neutral):
+                raise RequestError(f"{name} needs use_beam_search: true, got {value!r:.100}", name)
+        return self.sampling_params(defaults)
+
+    def beam_search_params(self, defaults: Mapping[str, Any]) -> BeamSearchParams:
+        """The parameters of a beam search of `n` beams; of the model's defaults only its length applies.
+
+        Raises RequestError for an impossible value, and for a field that samples or stops in a way that it does not.
+        """
+        if self.stream:
+            raise RequestError("stream must be false with use_beam_search, which ends before it can tell", "stream")
+        given = {name: defaults[name] for name in defaults if name == "max_tokens"} | self._given_params()
+        width = given.get("n", 1)
+        asked, neutral = SamplingParams(**given), SamplingParams(n=width, best_of=width)
+        taken = {field.name for field in dataclasses.fields(BeamSearchParams)}
+        for name, value in given.items():
+            if name not in taken | {"n", "seed"} and getattr(asked, name) != getattr(neutral, name):
+                raise RequestError(f"{name} does not go with use_beam_search, got {value!r:.100}", name)
+        own = {name: value for name in _BEAM_FIELDS if (value := getattr(self, name)) is not None}
+        own |= {name: value for name, value in given.items() if name in taken}
+        return BeamSearchParams(beam_width=width, **own)
+
+    def _given_params(self) -> dict[str, Any]:
+        given: dict[str, Any] = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
+        form = self.asked_form()
+        if form is not None:
+            given["structured_outputs"] = form.params
+        return given | self.own_params()
+
     def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         """The parameters of each prompt, with the model's defaults for what is left out.
 
         Raises RequestError for an impossible value.
         """
-        given: dict[str, Any] = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
-        form = self.asked_form()
-        if form is not None:
-            given["structured_outputs"] = form.params
-        params = SamplingParams(**{**defaults, **given, **self.own_params()})
+        params = SamplingParams(**{**defaults, **self._given_params()})
         if self.stream and params.ranks_candidates:
             raise RequestError(
                 f"best_of must be n ({params.n}) in a stream, since the best are known only at the end, "
@@ -287,9 +325,9 @@ class ChatCompletionRequest(SamplingFields):
         # Left out or null, it is what the checkpoint says, or as many as fit.
         return own if length is None else own | {"max_tokens": length}
 
-    def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
+    def params(self, defaults: Mapping[str, Any]) -> SamplingParams | BeamSearchParams:
         try:
-            return super().sampling_params({"max_tokens": None, **defaults})
+            return super().params({"max_tokens": None, **defaults})
         except RequestError as error:
             renamed = {"logprobs": "top_logprobs"}
             if self.max_completion_tokens is not None:
@@ -323,14 +361,21 @@ def repeated_message(messages: list[dict[str, Any]], echo: bool | None) -> str:
     return str(messages[-1]["content"]) if echo and messages[-1]["role"] == "assistant" else ""
 
 
-def check_num_sequences(num_prompts: int, params: SamplingParams) -> None:
+def check_num_sequences(num_prompts: int, params: SamplingParams | BeamSearchParams) -> None:
     """Raise RequestError when prompts and their outputs are too many together."""
+    if isinstance(params, BeamSearchParams):
+        params = params.sampling_params()
     if num_prompts * params.num_sequences > MAX_SEQUENCES:
         name = "n" if params.best_of is None else "best_of"
         raise RequestError(
             f"{name} must be at most {MAX_SEQUENCES // num_prompts} with {num_prompts} prompts, "
             f"got {params.num_sequences}", name,
         )  # fmt: skip
+
+
+def num_outputs(params: SamplingParams | BeamSearchParams) -> int:
+    """How many choices each prompt gets."""
+    return params.beam_width if isinstance(params, BeamSearchParams) else params.n
 
 
 def chat_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

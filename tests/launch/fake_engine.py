@@ -18,6 +18,7 @@ from configs.engine import EngineConfig
 from configs.errors import EngineError, NanoEngineError, QueueFullError
 from launch.server.app import create_app
 from launch.server.protocol import BoundedProtocol
+from nanoengine.beam_params import BeamSearchParams
 from nanoengine.detokenizer import IncrementalDetokenizer, StopChecker
 from nanoengine.engine_client import EngineClient
 from nanoengine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
@@ -50,6 +51,7 @@ class FakeEngine:
         self.open: set[str] = set()
         self.aborted: list[str] = []
         self.params: list[SamplingParams] = []
+        self.beams: list[BeamSearchParams] = []
         self.prompts: list[list[int]] = []
         self.salts: list[str] = []
         self.scheduling: list[dict[str, Any]] = []
@@ -94,6 +96,18 @@ class FakeEngine:
     @property
     def num_queued(self) -> int:
         return 0
+
+    async def beam_search(
+        self, prompt: PromptInput, params: BeamSearchParams, request_id: str | None = None, **scheduling: Any
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """As many sequences as it is wide, told at the end."""
+        self.beams.append(params)
+        async with contextlib.aclosing(
+            self.generate(prompt, params.sampling_params(), request_id, **scheduling)
+        ) as outputs:
+            async for output in outputs:
+                if output.finished:
+                    yield output
 
     def check_queue(self, num_requests: int = 1) -> None:
         if self.queue_is_full:

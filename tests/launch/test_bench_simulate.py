@@ -154,6 +154,16 @@ def test_a_bound_on_the_gap_between_tokens_shows() -> None:
     assert free["output_tokens"] == bounded["output_tokens"]
 
 
+def test_urgent_requests_wait_less_under_the_policy_priority() -> None:
+    spec = dataclasses.replace(SPEC, rate=200, urgent_share=0.2)
+    assert [dataclasses.replace(each, priority=0) for each in generate(spec)] == [
+        *generate(dataclasses.replace(spec, urgent_share=0))
+    ], "who is urgent changes nothing else"
+    fcfs, priority = (simulate(spec, limits(policy=policy), StepTimeModel()) for policy in ("fcfs", "priority"))
+    assert priority["urgent_ttft_p90_ms"] < fcfs["urgent_ttft_p90_ms"]
+    assert priority["output_tokens"] == fcfs["output_tokens"]
+
+
 @pytest.mark.parametrize("preemption_mode", ["recompute", "swap"])
 def test_a_host_tier_hits_what_the_device_evicted(preemption_mode: str) -> None:
     spec = dataclasses.replace(SPEC, num_requests=400, rate=60)

@@ -49,6 +49,14 @@ def test_it_says_that_it_is_ready_and_is(server: ServerProcess, url: str) -> Non
     assert httpx.get(f"{url}/health").status_code == 200
 
 
+def test_a_beam_search_answers_with_a_choice_for_each_beam(url: str) -> None:
+    asked = {"prompt": PROMPT, "use_beam_search": True, "n": 3, "max_tokens": 8}
+    answer = httpx.post(f"{url}/v1/completions", json=asked).json()
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
+    assert answer["choices"][0]["text"].startswith("北京")
+    assert len({choice["text"] for choice in answer["choices"]}) == 3
+
+
 def test_the_openai_client_gets_the_capital_of_china(url: str) -> None:
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
         completion = client.completions.create(model="demo", prompt=PROMPT, temperature=0, max_tokens=8)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
+from nanoengine.beam_params import BeamSearchParams
 from nanoengine.messages import AddRequest, TokenDelta
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.scheduler import Scheduler, SchedulerLimits
@@ -198,11 +199,14 @@ class Driver:
         timeout: float | None = None,
         journals: list[list[int]] | None = None,
         num_prompt_logprobs: int = 0,
+        beams: BeamSearchParams | None = None,
         grammar: str = "",
         **params: Any,
     ) -> None:
-        """`journal` is that of the first sequence, `journals` those of all."""
+        """`journal` is that of the first sequence, `journals` those of all; `beams` stand in for `params`."""
         sampling = SamplingParams(**({"temperature": 0, "max_tokens": 8} | params))
+        if beams is not None:
+            sampling = beams.sampling_params()
         journals = journals or [journal or [], *([] for _ in range(1, sampling.num_sequences))]
         message = AddRequest(
             client,
@@ -216,6 +220,7 @@ class Driver:
             cache_salt=cache_salt,
             timeout=timeout,
             num_prompt_logprobs=num_prompt_logprobs,
+            beam_search=None if beams is None else beams.to_dict(),
             grammar=grammar,
         )
         for index, known in enumerate(journals):

@@ -84,7 +84,7 @@ def test_a_steady_decode_is_no_row_of_its_own_and_comes_as_columns(async_schedul
         deltas = driver.scheduler.take_deltas()
         assert [type(entry) for _, entry in deltas.entries] == [TokenColumns]
         assert [item.delta.request_id for item in deltas] == [f"r{i}" for i in range(4)]
-        driver.scheduler._outbox._entries += deltas.entries
+        driver.scheduler.outbox._entries += deltas.entries
         driver.receive()
     driver.run()
     assert all(driver.tokens[f"r{i}"] == expected_output(prompt_of(3 + i, i), 20) for i in range(4))

@@ -26,7 +26,7 @@ from nanoengine.messages import (
     TokenDelta,
 )
 from nanoengine.prompts import Prompt
-from nanoengine.sampling_params import BeamSearchParams, SamplingParams
+from nanoengine.sampling_params import SamplingParams
 from nanoengine.tokenizer import Tokenizer
 from tests.nanoengine.fake_engine import EOS, MAX_MODEL_LEN, VOCAB_SIZE, write_model
 
@@ -154,7 +154,7 @@ def test_a_prompt_that_is_too_long_is_refused_with_the_code_of_the_api(client: E
     assert refused.value.code == "context_length_exceeded"
 
 
-@pytest.mark.parametrize("params", [{"temperature": 0}, "greedy", 3, BeamSearchParams()])
+@pytest.mark.parametrize("params", [{"temperature": 0}, "greedy", 3])
 def test_parameters_of_another_type_are_refused(client: EngineClient, params: Any) -> None:
     with pytest.raises(RequestError) as refused:
         client.check(IDS, params)

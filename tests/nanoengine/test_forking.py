@@ -113,7 +113,7 @@ def test_preempted_sequence_takes_what_is_cached_of_its_own_output(async_schedul
     scheduler = driver.scheduler
     second = scheduler.running[1]
     known = second.num_tokens
-    scheduler._preempt(second)
+    scheduler.preempt(second)
     step = driver.step()
     assert step is not None
     [resumed] = [row for row in step.rows if row.params is not None]

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from configs.errors import CapacityError, ConfigError, EngineDeadError, RequestError, UnknownModelError, to_wire
+from nanoengine.beam_params import BeamSearchParams
 from nanoengine.llm import LLM
 from nanoengine.messages import Abort, AddRequest, Deltas, EngineFailure, Message, TokenDelta
 from nanoengine.progress import Progress
-from nanoengine.sampling_params import BeamSearchParams, SamplingParams
+from nanoengine.sampling_params import SamplingParams
 from tests.nanoengine import fake_engine
 from tests.nanoengine.fake_engine import (
     ENDLESS,
@@ -149,11 +150,13 @@ def test_parameters_that_do_not_fit_the_prompts_are_refused(llm: LLM, params: An
     assert refused.value.param == "sampling_params"
 
 
-def test_beam_search_is_refused_until_it_is_built(llm: LLM) -> None:
-    with pytest.raises(RequestError, match="beam search is not built yet"):
-        llm.beam_search(["x"], BeamSearchParams())
-    with pytest.raises(RequestError, match="beam search is not built yet"):
-        llm.generate("x", BeamSearchParams())  # type: ignore[arg-type]
+def test_beam_search_and_generate_refuse_each_others_parameters(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="params must be a BeamSearchParams, got SamplingParams"):
+        llm.beam_search([[1]], SamplingParams())  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="must be one for all prompts or one for each, got 3 for 2"):
+        llm.beam_search([[1], [2]], [BeamSearchParams()] * 3)
+    with pytest.raises(RequestError, match="sampling_params must be a SamplingParams; beam_search takes"):
+        llm.generate([1], BeamSearchParams())  # type: ignore[arg-type]
 
 
 def test_a_request_that_fails_does_not_stop_the_others(llm: LLM, process: FakeEngineProcess) -> None:
