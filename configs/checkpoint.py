@@ -7,12 +7,11 @@ here, before any process starts. Field names follow Hugging Face's `config.json`
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 from pathlib import Path
 from typing import Any
 
 from configs.errors import CheckpointError
+from configs.model_files import read_json_object
 
 # How each architecture differs where its config.json does not say so itself.
 _FAMILIES: dict[str, dict[str, Any]] = {
@@ -31,7 +30,6 @@ _SAMPLING_DEFAULTS = {
     "repetition_penalty": "repetition_penalty",
     "max_new_tokens": "max_tokens",
 }
-_MAX_JSON_BYTES = 16 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +104,7 @@ def load_checkpoint_config(model_dir: str | Path, use_generation_config: bool = 
         )
     names = raw.get("architectures") or []
     architecture = names[0] if isinstance(names, list) and names else None
-    if architecture not in _FAMILIES:
+    if not isinstance(architecture, str) or architecture not in _FAMILIES:
         raise CheckpointError(
             f"architecture {architecture!r} in {root / 'config.json'} is not implemented; known: {', '.join(_FAMILIES)}"
         )
@@ -118,15 +116,13 @@ def _read_json(path: Path, required: bool) -> dict[str, Any]:
         if required:
             raise CheckpointError(f"{path} does not exist; a model directory needs config.json and *.safetensors")
         return {}
-    if path.stat().st_size > _MAX_JSON_BYTES:
-        raise CheckpointError(f"{path} is larger than {_MAX_JSON_BYTES} bytes")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, got {type(data).__name__}")
-    return data
+    return read_json_object(path, path.parent, CheckpointError)
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return -1e308 < value < 1e308  # math.isfinite raises for an int that is no float
 
 
 class _Normaliser:
@@ -174,7 +170,7 @@ class _Normaliser:
         )
 
     def error(self, key: str, value: Any, wanted: str) -> CheckpointError:
-        return CheckpointError(f"{key} in {self.path} must be {wanted}, got {value!r}")
+        return CheckpointError(f"{key} in {self.path} must be {wanted}, got {value!r:.200}")
 
     def integer(self, key: str, default: int | None = None, maximum: int = 2**24) -> int:
         value = self.raw.get(key)
@@ -188,7 +184,7 @@ class _Normaliser:
         return self._number(key, self.raw.get(key, default))
 
     def _number(self, key: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        if not _is_finite(value) or value <= 0:
             raise self.error(key, value, "a number greater than 0")
         return float(value)
 
@@ -240,6 +236,8 @@ class _Normaliser:
     def sliding_window(self, architecture: str) -> int | None:
         """The window that would have to be honoured; None when every layer attends to everything."""
         layer_types = self.raw.get("layer_types") or []
+        if not isinstance(layer_types, list):
+            raise self.error("layer_types", layer_types, "a list of names")
         if any(kind != "full_attention" for kind in layer_types):
             if self.raw.get("sliding_window") is None:
                 raise self.error("layer_types", sorted(set(map(str, layer_types))), "full_attention throughout")
@@ -256,7 +254,7 @@ class _Normaliser:
             if value is None:
                 continue
             kinds = int if key in ("top_k", "max_new_tokens") else int | float
-            if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
+            if not isinstance(value, kinds) or not _is_finite(value):
                 raise self.error(f"{key} of the generation_config.json beside", value, "a number")
             found.append((name, value))
         return tuple(found)
@@ -269,7 +267,7 @@ class _Normaliser:
             for token in value if isinstance(value, list) else [value]:
                 if token is None:
                     continue
-                if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+                if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < 2**31:
                     raise self.error("eos_token_id", value, "a token id or a list of token ids")
                 found.add(token)
         return tuple(sorted(found))

@@ -17,11 +17,13 @@ from typing import Any
 import jinja2
 import jinja2.ext
 import jinja2.meta
-import jinja2.sandbox
 from jinja2 import nodes
 from jinja2.parser import Parser
 
 from configs.errors import RequestError, TokenizerError
+from configs.model_files import read_text
+from nanoengine import template_sandbox
+from nanoengine.template_sandbox import BoundedEnvironment
 
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_FOLDER = "additional_chat_templates"
@@ -56,13 +58,13 @@ def _strftime_now(template: str) -> str:
     return datetime.datetime.now().strftime(template)
 
 
-def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
-    )
+def _environment() -> BoundedEnvironment:
+    extensions = [_GenerationTag, jinja2.ext.loopcontrols]
+    environment = BoundedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
+    environment.finish()
     return environment
 
 
@@ -105,13 +107,13 @@ class ChatTemplate:
         if mark:
             chat[-1]["content"] = str(chat[-1].get("content", "")) + mark
         try:
-            text = template.render(
-                messages=chat,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **(self._special_tokens | variables),
-            )
+            given = {
+                "messages": chat,
+                "tools": tools,
+                "documents": None,
+                "add_generation_prompt": add_generation_prompt,
+            }
+            text = template_sandbox.render(template, given | self._special_tokens | variables)
         except jinja2.exceptions.SecurityError as error:
             raise TokenizerError(f"the chat template is refused: {error}") from error
         except jinja2.TemplateError as error:
@@ -147,7 +149,7 @@ class ChatTemplate:
         if name not in self._compiled:
             try:
                 self._compiled[name] = _environment().from_string(self._sources[name])
-            except jinja2.TemplateError as error:
+            except (jinja2.TemplateError, SyntaxError, RecursionError, ValueError, TypeError, MemoryError) as error:
                 raise TokenizerError(f"the chat template is malformed: {error}") from error
         return self._compiled[name]
 
@@ -161,10 +163,7 @@ def load_templates(model_dir: Path, tokenizer_config: Mapping[str, Any]) -> dict
     files = {path.stem: path for path in sorted((model_dir / TEMPLATE_FOLDER).glob("*.jinja"))}
     if (model_dir / TEMPLATE_FILE).is_file():
         files["default"] = model_dir / TEMPLATE_FILE
-    try:
-        templates = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
-    except (OSError, UnicodeDecodeError) as error:
-        raise TokenizerError(f"cannot read the chat template in {model_dir}: {error}") from error
+    templates = {name: read_text(path, model_dir, TokenizerError) for name, path in files.items()}
     return templates or named_templates(tokenizer_config.get("chat_template"))
 
 

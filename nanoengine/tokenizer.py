@@ -7,7 +7,6 @@ need. Only `tokenizer_mode="slow"`, or a directory without tokenizer.json, loads
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +14,7 @@ from typing import Any, Protocol
 import tokenizers
 
 from configs.errors import RequestError, TokenizerError
+from configs.model_files import check_inside, read_json_object
 from configs.registry import load_model_path
 from nanoengine.chat_template import ChatTemplate, load_templates, named_templates
 from nanoengine.detokenizer import IncrementalDetokenizer, StopChecker, TokenPieces, decoder_state
@@ -22,6 +22,8 @@ from nanoengine.detokenizer import IncrementalDetokenizer, StopChecker, TokenPie
 __all__ = ["IncrementalDetokenizer", "StopChecker", "Tokenizer"]
 
 _SLACK = 4
+MAX_TOKENIZER_BYTES = 256 * 2**20
+MAX_ADDED_TOKENS = 2**20
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Any of these files lets transformers build a tokenizer where there is no tokenizer.json.
 _SLOW_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
@@ -201,10 +203,16 @@ class _FastBackend:
     """
 
     def __init__(self, directory: Path) -> None:
+        path = directory / "tokenizer.json"
+        check_inside(path, directory, TokenizerError)
+        if path.stat().st_size > MAX_TOKENIZER_BYTES:
+            raise TokenizerError(f"{path} is larger than {MAX_TOKENIZER_BYTES} bytes")
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
-        except Exception as error:  # the library raises bare Exception
-            raise TokenizerError(f"cannot read {directory / 'tokenizer.json'}: {error}") from error
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises bare Exception, and its panics are none
+            raise TokenizerError(f"cannot read {path}: {error}") from error
         # What was baked into the file for training must not cut or fill prompts.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -220,10 +228,20 @@ class _FastBackend:
     def _add_missing_tokens(self, config: Mapping[str, Any]) -> None:
         """Tokens that only tokenizer_config.json declares, or declares otherwise (as special, say)."""
         known = {repr(token) for token in self._tokenizer.get_added_tokens_decoder().values()}
-        declared = sorted((config.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0]))
+        decoder = config.get("added_tokens_decoder") or {}
+        if not isinstance(decoder, dict) or not all(
+            key.isascii() and key.isdigit() and len(key) < 10 for key in decoder
+        ):
+            raise TokenizerError("added_tokens_decoder in tokenizer_config.json must map token ids to tokens")
+        declared = sorted(decoder.items(), key=lambda item: int(item[0]))
         wanted = [_added_token(entry) for _, entry in declared]
         wanted = [token for token in wanted if repr(token) not in known]
         extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+        if not isinstance(extra, list | dict) or len(extra) + len(decoder) > MAX_ADDED_TOKENS:
+            raise TokenizerError(
+                "extra_special_tokens in tokenizer_config.json must be a list or a mapping of tokens, and all tokens "
+                f"that it adds at most {MAX_ADDED_TOKENS}"
+            )
         names = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
         names |= {token.content for token in wanted}
         for entry in [*self.named_tokens.values(), *(extra.values() if isinstance(extra, dict) else extra)]:
@@ -264,6 +282,7 @@ class _TransformersBackend:
                 f"there is no tokenizer in {directory}; name another directory (tokenizer), or set skip_tokenizer_init "
                 "to work with token ids alone"
             )
+        _read_json(directory / "tokenizer_config.json")  # refuses what names code
         from transformers import AutoTokenizer
 
         try:
@@ -299,14 +318,11 @@ class _TransformersBackend:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object; empty where the file is missing, since each of these files is optional."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return {}
-    except (OSError, ValueError) as error:
-        raise TokenizerError(f"cannot read {path}: {error}") from error
-    if not isinstance(data, dict):
-        raise TokenizerError(f"{path} must hold a JSON object")
+    data = read_json_object(path, path.parent, TokenizerError)
+    if "auto_map" in data:
+        raise TokenizerError(f"{path} names remote code (auto_map); models are data, remote code is refused")
     return data
 
 

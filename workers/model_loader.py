@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from configs.checkpoint import CheckpointConfig
 from configs.engine import EngineConfig
 from configs.errors import CheckpointError
 from workers.attention import get_backend
@@ -70,6 +72,7 @@ class ModelLoader:
             max_positions=config.max_model_len,
         )
         with open_weights(Path(config.model_dir)) as tensors:
+            _check_size(checkpoint, tensors, config.model_dir)
             model = get_model_class(checkpoint.architecture)(spec)
             load_weights(model, tensors, config.model_dir, self._read_order(communicator))
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -124,6 +127,18 @@ def load_weights(
     if tied_head is not None and not wanted[_EMBEDDING][0].holds("", tied_head):
         raise CheckpointError(
             f"{where} says tie_word_embeddings, but {_HEAD} differs from {_EMBEDDING}; one of the two is wrong"
+        )
+
+
+def _check_size(checkpoint: CheckpointConfig, tensors: dict[str, WeightTensor], where: str) -> None:
+    """Raise CheckpointError before memory is taken for a config.json whose sizes the files are far from filling."""
+    heads = 2 * checkpoint.num_attention_heads + 2 * checkpoint.num_key_value_heads
+    layer = checkpoint.hidden_size * (heads * checkpoint.head_dim + 3 * checkpoint.intermediate_size)
+    wanted = checkpoint.vocab_size * checkpoint.hidden_size + checkpoint.num_hidden_layers * layer
+    held = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    if wanted > 4 * held + 2**20:
+        raise CheckpointError(
+            f"the weights in {where} do not fit its config.json, which asks for {wanted} numbers; the files hold {held}"
         )
 
 

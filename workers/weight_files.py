@@ -6,7 +6,6 @@ Only headers are read when a checkpoint is opened. Files are mapped, and a read 
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from configs.errors import CheckpointError
+from configs.model_files import check_inside, read_json_object
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -57,6 +57,7 @@ def open_weights(model_dir: Path) -> Iterator[dict[str, WeightTensor]]:
     with contextlib.ExitStack() as stack:
         tensors: dict[str, WeightTensor] = {}
         for path, promised in _find_files(model_dir).items():
+            check_inside(path, model_dir, CheckpointError)
             file = stack.enter_context(_open(path))
             names = set(file.keys())
             if promised is not None and promised - names:
@@ -103,13 +104,7 @@ def _find_files(model_dir: Path) -> dict[Path, set[str] | None]:
 
 def _read_index(model_dir: Path) -> dict[Path, set[str] | None]:
     path = model_dir / _INDEX
-    try:
-        if path.stat().st_size > _MAX_INDEX_BYTES:
-            raise CheckpointError(f"{path} is larger than {_MAX_INDEX_BYTES} bytes")
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    weight_map = data.get("weight_map") if isinstance(data, dict) else None
+    weight_map = read_json_object(path, model_dir, CheckpointError, _MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path} must map tensor names to files under weight_map")
     files: dict[Path, set[str] | None] = {}

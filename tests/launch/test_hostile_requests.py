@@ -308,7 +308,8 @@ def test_fuzzed_requests_never_make_a_5xx(server: ServerProcess, url: str) -> No
             connection.close()  # the server may end a kept connection at any time
             status, text = send(method, path, data)
         statuses[status] += 1
-        assert status < 500, (operation, text)
+        # A client may ask for a timeout that nothing can meet, and is told so.
+        assert status < 500 or (status == 504 and body.get("timeout")), (operation, text)
         assert b'"error":{' not in text or status >= 400, (operation, text)
 
     try:
