@@ -230,7 +230,6 @@ def decode(frame: bytes) -> Message:
 # ------------------------------------------------------------------- what the scheduler takes from a front end
 
 _MAX_INT, _MAX_TEXT = 2**63 - 1, 1024
-_FROM_FRONT = (Hello, AddRequest, Abort, ResetPrefixCache)
 
 
 def decode_from_front(frame: bytes) -> Message:
@@ -240,7 +239,7 @@ def decode_from_front(frame: bytes) -> Message:
     nothing of another form may get further. Raises ChannelError.
     """
     message = decode(frame)
-    if not isinstance(message, _FROM_FRONT):
+    if not isinstance(message, Hello | AddRequest | Abort | AbortNamed) and _FIELDS[type(message)]:
         raise ChannelError(f"a front end may not send a {type(message).__name__}")
     wrong = _wrong_field(message)
     if wrong:
@@ -260,8 +259,11 @@ def _wrong_field(message: Message) -> str:
             }
         case Hello():
             fits = {"client_id": _is_text(message.client_id)}
+        case AbortNamed():
+            is_list = isinstance(message.names, list) and all(_is_text(name) for name in message.names)
+            fits = {"names": message.names is None or is_list}
         case _:
-            fits = {}
+            fits = {}  # one without fields
     return next((name for name, fit in fits.items() if not fit), "")
 
 
@@ -270,7 +272,7 @@ def _wrong_in_request(message: AddRequest) -> str:
         "client_id": _is_text(message.client_id),
         "request_id": _is_text(message.request_id),
         "prompt_token_ids": _are_ints(message.prompt_token_ids),
-        "params": isinstance(message.params, dict) and all(isinstance(name, str) for name in message.params),
+        "params": _is_mapping(message.params),
         "seed": _is_int(message.seed) and message.seed >= 0,
         "arrival_time": _is_seconds(message.arrival_time),
         "priority": _is_int(message.priority),
@@ -279,12 +281,17 @@ def _wrong_in_request(message: AddRequest) -> str:
         "timeout": message.timeout is None or _is_seconds(message.timeout),
         "num_prompt_logprobs": _is_int(message.num_prompt_logprobs) and message.num_prompt_logprobs >= 0,
         "grammar": isinstance(message.grammar, str),
+        "beam_search": message.beam_search is None or _is_mapping(message.beam_search),
     }
     return next((name for name, fit in fits.items() if not fit), "")
 
 
 def _is_text(value: object) -> bool:
     return isinstance(value, str) and len(value) <= _MAX_TEXT
+
+
+def _is_mapping(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(name, str) for name in value)
 
 
 def _is_int(value: object) -> bool:
