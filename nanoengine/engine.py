@@ -238,7 +238,7 @@ class EngineCore:
                 self.clients.add(client_id)
                 self.front.send(client_id, self._state())
             else:
-                logger.warning("front end %s sent an unexpected %s", client_id, type(message).__name__)
+                self.front.reject("unexpected", f"front end {client_id!r:.100} sent a {type(message).__name__}")
 
     def _ready(self) -> Ready:
         return Ready(

@@ -66,16 +66,17 @@ class FrontSocket:
             except zmq.Again:
                 break
             except ValueError:
-                self._reject("parts", "a front end sent a message of the wrong number of parts")
+                self.reject("parts", "a front end sent a message of the wrong number of parts")
                 continue
             client_id = identity.decode(errors="replace")
             try:
                 received.append((client_id, decode_from_front(frame)))
             except ChannelError as error:
-                self._reject("malformed", f"front end {client_id!r:.100}: {error.message:.300}")
+                self.reject("malformed", f"front end {client_id!r:.100}: {error.message:.300}")
         return received
 
-    def _reject(self, reason: str, text: str) -> None:
+    def reject(self, reason: str, text: str) -> None:
+        """Count a message that is refused, and log it, within bounds."""
         self.rejected[reason] += 1
         self._log.warning(text)
 

@@ -397,7 +397,7 @@ def _wrong_field(message: Message) -> str:
         case Hello():
             fits = {"client_id": _is_text(message.client_id)}
         case _:
-            fits = {}
+            fits = {}  # one without fields
     return next((name for name, fit in fits.items() if not fit), "")
 
 

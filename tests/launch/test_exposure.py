@@ -131,11 +131,13 @@ def spellings(path: str) -> Iterator[str]:
 def raw(url: str, sent: bytes) -> bytes:
     address = urlsplit(url)
     with socket.create_connection((address.hostname, address.port), timeout=15) as connection:
-        connection.sendall(sent)
-        connection.shutdown(socket.SHUT_WR)
         try:
+            connection.sendall(sent)
+            connection.shutdown(socket.SHUT_WR)
             return b"".join(iter(lambda: connection.recv(65536), b""))
-        except ConnectionResetError:
+        except TimeoutError:
+            raise
+        except OSError:  # the server has hung up
             return b""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 import os
@@ -328,3 +329,28 @@ def test_a_request_that_cannot_be_packed_fails_alone() -> None:
         connection.close()
         router.close()
         path.unlink(missing_ok=True)
+
+
+def test_every_message_of_a_front_end_is_let_through_and_no_other() -> None:
+    """Whoever adds one says in its first line who sends it, and has its fields checked."""
+    samples: dict[type[Any], Any] = {
+        messages.Hello: messages.Hello("me"),
+        messages.AddRequest: messages.AddRequest(*request_values()[1:]),
+        messages.Abort: messages.Abort("r", None, "why"),
+        messages.AbortNamed: messages.AbortNamed(["r"]),
+    }
+    for kind in messages._TAGS.values():
+        is_from_front = str(kind.__doc__).startswith("Front end →")
+        if kind in samples or (is_from_front and not messages._FIELDS[kind]):
+            assert is_from_front, kind
+            message = samples.get(kind) or kind()
+            assert isinstance(messages.decode_from_front(messages.encode(message)), kind)
+            for name in messages._FIELDS[kind]:
+                broken = copy.copy(message)
+                setattr(broken, name, b"no such type")
+                with pytest.raises(ChannelError, match=name):
+                    messages.decode_from_front(messages.encode(broken))
+            continue
+        assert not is_from_front, f"{kind.__name__} has fields that decode_from_front does not check"
+        with pytest.raises(ChannelError):
+            messages.decode_from_front(msgpack.packb([messages._TAG_OF[kind], *[None] * len(messages._FIELDS[kind])]))
