@@ -216,7 +216,7 @@ def test_nothing_outlives_a_supervisor_that_is_killed(shared: tuple[ServerProces
 def test_a_stop_reaches_every_front_end_and_leaves_nothing(own: tuple[ServerProcess, Path]) -> None:
     server, run_base = own
     url, before = server.wait_ready(), family(server)
-    with streams(url, 6, ENDLESS | {"max_tokens": 300}) as lines:
+    with streams(url, 6, ENDLESS | {"max_tokens": 1500}) as lines:  # some seconds, in which it drains
         # Also to the front ends themselves, as a service manager does that signals the whole group.
         for front in fronts(server):
             front.send_signal(signal.SIGTERM)
