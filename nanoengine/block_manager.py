@@ -1,8 +1,7 @@
 """Hands out K/V blocks and remembers which prefixes lie in them; knows neither queues nor tensors.
 
-A block is in one of three states: held by at least one sequence (reference count above 0), cached (count 0, but its
-content is known by hash and may be hit), or free (count 0, content unknown). New blocks come from the free ones,
-then from the cached ones, least recently used first.
+A block is held by at least one sequence, cached or free (`block_pool.py`). New blocks come from the free ones, then
+from the cached ones, least recently used first.
 
 A full block's hash covers its tokens and, through its parent's hash, everything before them and the request's salt. It
 is published only after the step that filled the block has returned, so no sequence can hit what is not computed yet.
@@ -22,10 +21,10 @@ from __future__ import annotations
 
 import secrets
 from array import array
-from collections import OrderedDict, deque
 from collections.abc import Collection, Iterable
 from hashlib import blake2b
 
+from nanoengine.block_pool import BlockPool
 from nanoengine.host_pool import HostPool
 from nanoengine.sequence import Sequence
 from nanoengine.step import DEVICE_TO_DEVICE, DEVICE_TO_HOST, HOST_TO_DEVICE, BlockCopy
@@ -34,7 +33,7 @@ from nanoengine.step import DEVICE_TO_DEVICE, DEVICE_TO_HOST, HOST_TO_DEVICE, Bl
 ON_HOST = -1
 
 
-class BlockManager:
+class BlockManager(BlockPool):
     """Blocks of one worker group, all ranks alike: every rank's cache has the same block ids.
 
     `num_hit_tokens` counts the prefix hits on the host too, `num_host_hit_tokens` those alone; `num_blocks_swapped_out`
@@ -55,13 +54,8 @@ class BlockManager:
 
     def reset(self, num_blocks: int, num_host_blocks: int) -> None:
         """Forget everything but the counters: a new worker group has an empty cache, and old hashes would be lies."""
-        self.num_blocks = num_blocks
+        self._empty(num_blocks)
         self.host = HostPool(num_host_blocks)
-        self._ref_counts = [0] * self.num_blocks
-        self._hash_of: list[bytes | None] = [None] * self.num_blocks
-        self._block_of: dict[bytes, int] = {}
-        self._free: deque[int] = deque(range(self.num_blocks))
-        self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._announced: dict[bytes, Sequence] = {}  # who computes it
         self._copies: list[BlockCopy] = []
         # Sequences that may be about to write into a block that is not theirs alone; looked up, never iterated over.
@@ -71,26 +65,6 @@ class BlockManager:
         """The copies that every rank has to perform before it computes the next step, in order."""
         copies, self._copies = self._copies, []
         return copies
-
-    @property
-    def num_free_blocks(self) -> int:
-        """Blocks that an allocation may take, cached ones included."""
-        return len(self._free) + len(self._cached)
-
-    @property
-    def num_cached_blocks(self) -> int:
-        """Blocks of reference count 0 whose content may still be hit."""
-        return len(self._cached)
-
-    @property
-    def cached_blocks(self) -> Collection[int]:
-        """Those blocks, least recently used first."""
-        return self._cached.keys()
-
-    @property
-    def ref_counts(self) -> list[int]:
-        """How many sequences hold it, for each block; to be read only."""
-        return self._ref_counts
 
     def blocks_for(self, num_tokens: int) -> int:
         """How many blocks hold `num_tokens` tokens."""
@@ -120,7 +94,8 @@ class BlockManager:
 
     def _on_device(self, block_hash: bytes | None) -> int:
         """The device's block with the content of that hash, or ON_HOST; nothing has the hash None."""
-        return ON_HOST if block_hash is None else self._block_of.get(block_hash, ON_HOST)
+        block = self.find(block_hash)
+        return ON_HOST if block is None else block
 
     def is_coming(self, seq: Sequence, num_hits: int) -> bool:
         """Whether another sequence is computing the block of `seq` that follows its hits."""
@@ -141,14 +116,14 @@ class BlockManager:
         if self._announced.get(block_hash) is seq:
             del self._announced[block_hash]
 
-    def can_allocate(self, num_new: int, hits: Iterable[int] = (), reserve: int = 0) -> bool:
+    def can_allocate(self, num_new: int, hits: Collection[int] = (), reserve: int = 0) -> bool:
         """Whether `num_new` blocks can be taken beside the `hits`, leaving `reserve` blocks.
 
         A hit of reference count 0 counts as free until it is taken, so it must not be counted twice; one on the host
         takes a free block, too.
         """
-        unheld = sum(block == ON_HOST or self._ref_counts[block] == 0 for block in hits)
-        return num_new + unheld + reserve <= self.num_free_blocks
+        on_device = [block for block in hits if block != ON_HOST]
+        return self.can_hold(num_new + len(hits) - len(on_device) + reserve, on_device)
 
     def allocate(self, seq: Sequence, num_tokens: int, hits: Iterable[int] = ()) -> None:
         """Give `seq` the `hits` (for a sequence without blocks), then new blocks until it can hold `num_tokens`.
@@ -162,7 +137,7 @@ class BlockManager:
                 seq.num_computed_tokens = len(hits) * self.block_size
             for block in hits:
                 if block != ON_HOST:
-                    self._take(block)
+                    self.hold(block)
             seq.block_table.extend(self._copied_back(seq, hits) if ON_HOST in hits or seq.host_blocks else hits)
         elif seq in self.tail_sharers:
             if self._must_copy(seq):
@@ -237,9 +212,7 @@ class BlockManager:
         self._copies.append((HOST_TO_DEVICE, host_block, block))
         self.num_blocks_swapped_in += 1
         if block_hash is not None:
-            assert block_hash not in self._block_of, "a block is copied back that the device has"
-            self._hash_of[block] = block_hash
-            self._block_of[block_hash] = block
+            self._name(block, block_hash)
         return block
 
     def swap_out(self, seq: Sequence) -> bool:
@@ -289,17 +262,6 @@ class BlockManager:
         seq.block_table.clear()
         self.tail_sharers.discard(seq)
 
-    def _release(self, block: int) -> None:
-        """Count one holder less; without any, the block is cached or free."""
-        self._ref_counts[block] -= 1
-        assert self._ref_counts[block] >= 0, f"block {block} was freed twice"
-        if self._ref_counts[block]:
-            return
-        if self._hash_of[block] is None:
-            self._free.append(block)
-        else:
-            self._cached[block] = None
-
     def publish(self, seq: Sequence, start: int, end: int) -> None:
         """Make the blocks of `seq` that the tokens from `start` to `end` filled up available to prefix hits.
 
@@ -315,16 +277,12 @@ class BlockManager:
             block, block_hash = seq.block_table[i], hashes[i]
             self._withdraw(seq, block_hash)
             if self._hash_of[block] is None and block_hash not in self._block_of:
-                self._hash_of[block] = block_hash
-                self._block_of[block_hash] = block
+                self._name(block, block_hash)
 
     def reset_prefix_cache(self) -> None:
         """Forget what is cached; blocks that sequences hold stay theirs, but nobody will hit them any more."""
         self.host.forget_prefixes()
-        self._free.extend(self._cached)
-        self._cached.clear()
-        self._block_of.clear()
-        self._hash_of = [None] * self.num_blocks
+        self.forget_prefixes()
 
     def _hashes(self, seq: Sequence, num_blocks: int) -> list[bytes]:
         """Hashes of the first `num_blocks` full blocks of `seq`; what was computed once is kept with it."""
@@ -341,24 +299,10 @@ class BlockManager:
         digest.update(data)
         return digest.digest()
 
-    def _take(self, block: int) -> None:
-        if self._ref_counts[block] == 0:
-            del self._cached[block]
-        self._ref_counts[block] += 1
-
     def _new_block(self) -> int:
-        if self._free:
-            block = self._free.popleft()
-        else:
-            block, _ = self._cached.popitem(last=False)
-            # A reused block must not answer to its old content.
-            old_hash = self._hash_of[block]
-            assert old_hash is not None
-            del self._block_of[old_hash]
-            self._hash_of[block] = None
-            host_block = self.host.keep(old_hash)
-            if host_block is not None:
-                self._copy_out(block, host_block)
+        block, old_hash = self._take()
+        if old_hash is not None and (host_block := self.host.keep(old_hash)) is not None:
+            self._copy_out(block, host_block)
         self._ref_counts[block] = 1
         return block
 
@@ -367,24 +311,9 @@ class BlockManager:
         live = list(live)
         computing = {seq.seq_id for seq in live if seq.block_table}
         assert computing >= {seq.seq_id for seq in self._announced.values()}, "a block is announced by nobody"
-        held = [0] * self.num_blocks
         for seq in live:
-            assert len(set(seq.block_table)) == len(seq.block_table), f"{seq} holds a block twice"
-            for block in seq.block_table:
-                held[block] += 1
             assert not self._must_copy(seq) or seq in self.tail_sharers, f"{seq} would write into a shared block"
         assert self.tail_sharers <= set(live), "a sequence that ended shares a block"
-        assert held == self._ref_counts, "reference counts differ from what the sequences hold"
-        free, cached = set(self._free), set(self._cached)
-        assert len(free) == len(self._free), "a block is free twice"
-        assert not free & cached, "a block is both free and cached"
-        for block, count in enumerate(held):
-            unheld = block in free or block in cached
-            assert unheld == (count == 0), f"block {block} has {count} holders and is {'' if unheld else 'not '}free"
-            hashed = self._hash_of[block]
-            assert block not in free or hashed is None, f"free block {block} kept its hash"
-            assert block not in cached or hashed is not None, f"cached block {block} has no hash"
-            assert hashed is None or self._block_of.get(hashed) == block, f"the hash of block {block} names another"
-        assert len(self._block_of) == sum(h is not None for h in self._hash_of), "a hash names a block that lost it"
+        self._check_books([seq.block_table for seq in live], "block")
         assert not any(seq.block_table and seq.host_blocks for seq in live), "a sequence is swapped out and is not"
         self.host.check_invariants([seq.host_blocks for seq in live])
