@@ -45,8 +45,9 @@ EPOCH = Epoch(3, 1)
 class InventingExecutor(Executor):
     """Computes with FakeWorkers when it is collected.
 
-    It fails of `failure`, until it is started again, and of each step with the prompt token `poison`. As many starts
-    fail as `failing_starts` says. `rows_at_failure` holds how many rows there were beside it.
+    It fails of `failure`, until it is started again, before each step whose number is in `failing_steps` (counted
+    over all groups), and of each step with the prompt token `poison`. As many starts fail as `failing_starts` says.
+    `rows_at_failure` holds how many rows there were beside it.
     """
 
     def __init__(self) -> None:
@@ -54,6 +55,8 @@ class InventingExecutor(Executor):
         self.steps: list[StepInput] = []
         self.failure: WorkerError | None = None
         self.poison: int | None = None
+        self.num_steps = 0
+        self.failing_steps: set[int] = set()
         self.failing_starts = 0
         self.hold_start = False
         self.epochs: list[Epoch] = []
@@ -85,6 +88,11 @@ class InventingExecutor(Executor):
             raise self.failure
         if not self.steps:
             return None
+        if self.num_steps in self.failing_steps:
+            self.failing_steps.remove(self.num_steps)
+            self.failure = WorkerError("rank 1 died", 1, "died")
+            raise self.failure
+        self.num_steps += 1
         step = self.steps.pop(0)
         self.poisoned |= {row.seq_id for row in step.rows if self.poison in row.token_ids}
         if any(row.seq_id in self.poisoned for row in step.rows):
