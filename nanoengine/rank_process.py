@@ -43,7 +43,9 @@ STACK_SIGNAL = signal.SIGUSR1
 _MAX_STACK_BYTES = 2**16
 _REAP_SECONDS = 5.0
 _LISTEN_SECONDS = 30.0
-_LAST_WORDS_SECONDS = 0.2
+# What a rank said last may still be on its way through ZeroMQ's threads when it has ended: one that left by itself has
+# sent it (`_leave`), one that was killed most likely has nothing to say.
+_LAST_WORDS_SECONDS, _KILLED_WORDS_SECONDS = 2.0, 0.2
 
 
 class InheritedFd:
@@ -231,11 +233,12 @@ class RankProcess:
     def receive(self, ended: bool = False) -> list[StepOutput]:
         """Take in what the rank has said, and return the step outputs. Raises ChannelError on a broken link.
 
-        What one that has `ended` said last may still be on its way through ZeroMQ's thread.
+        The last words of one that has `ended` are waited for.
         """
         outputs: list[StepOutput] = []
+        patience = 0.0 if not ended else _LAST_WORDS_SECONDS if (self.exit_code or 0) >= 0 else _KILLED_WORDS_SECONDS
         while True:
-            message = self.link.receive(_LAST_WORDS_SECONDS if ended and not self.failed else 0)
+            message = self.link.receive(0 if self.failed else patience)
             match message:
                 case None:
                     return outputs

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterator
+from multiprocessing.connection import wait as wait_for_sentinels
 
 import psutil
 import pytest
 
 from configs.errors import WorkerError
 from nanoengine.executor import MultiprocessExecutor
+from nanoengine.rank_process import RankProcess
 from nanoengine.step import Epoch
 from tests.nanoengine.fake_worker import invented
 from tests.nanoengine.process_tools import alive, eventually
@@ -87,6 +90,26 @@ def test_an_exception_on_any_rank_fails_the_step_at_once(make: Make, rank: int) 
     executor.submit(step(1))
     executor.submit(step(2))
     expect_failure(executor, rank, f"rank {rank} failed: ValueError: rank trouble")
+
+
+def test_the_last_words_of_a_rank_are_awaited_that_ends_between_two_looks(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pipe is closed a moment before it has an exit code, and what it said may still be in ZeroMQ's thread."""
+    executor = make("raise@1")
+    executor.start(EPOCH)
+    assert executor._group is not None
+    rank = executor._group.ranks[1]
+    executor.submit(step(1))
+    executor.submit(step(2))
+    assert rank.sentinel is not None
+    assert wait_for_sentinels([rank.sentinel], 20)
+    looks: Iterator[int | None] = iter([None])
+    receive = rank.link.receive
+    with monkeypatch.context() as patch:
+        patch.setattr(RankProcess, "exit_code", property(lambda self: next(looks, 1) if self is rank else None))
+        patch.setattr(rank.link, "receive", lambda timeout=0.0: receive(timeout) if timeout else None)
+        expect_failure(executor, 1, "rank 1 failed: ValueError: rank trouble")
 
 
 def test_a_stopped_rank_is_noticed_by_its_silence(make: Make) -> None:
