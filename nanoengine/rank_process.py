@@ -31,7 +31,7 @@ import zmq
 from configs.engine import EngineConfig
 from configs.errors import to_wire
 from nanoengine import processes
-from nanoengine.channel import Direction, Failed, Hello, Link, Loaded, RankPort, Ready
+from nanoengine.channel import Begin, Direction, Failed, Hello, Link, Loaded, RankPort, Ready
 from nanoengine.control_block import ControlBlock, Phase, RankWords
 from nanoengine.listener import await_listener
 from nanoengine.step import Epoch, StepOutput
@@ -172,6 +172,7 @@ class RankProcess:
         self.loaded: Loaded | None = None
         self.ready = False
         self.failed: Failed | None = None
+        self._is_connected = self._shall_begin = False
         self._arguments = arguments
         self._stacks_fd = arguments.stacks.fd
         self._process: BaseProcess | None = None
@@ -230,6 +231,15 @@ class RankProcess:
         """What the process has written by now."""
         return os.pread(self._stacks_fd, _MAX_STACK_BYTES, 0).decode(errors="replace").rstrip()
 
+    def begin(self) -> None:
+        """Let a parked rank load the model; one that is still on its way to us is told as soon as it is here.
+
+        Raises DeadlineError when it takes no message.
+        """
+        self._shall_begin = True
+        if self._is_connected:
+            self.link.send(Begin())
+
     def receive(self, ended: bool = False) -> list[StepOutput]:
         """Take in what the rank has said, and return the step outputs. Raises ChannelError on a broken link.
 
@@ -246,6 +256,9 @@ class RankProcess:
                     outputs.append(message)
                 case Hello():
                     self.link.unlink()
+                    self._is_connected = True
+                    if self._shall_begin:
+                        self.link.send(Begin())
                 case Loaded():
                     self.loaded = message
                     logger.info(

@@ -23,7 +23,7 @@ import zmq
 from configs.engine import EngineConfig
 from configs.errors import DeadlineError, EngineError, NanoEngineError, WorkerError, from_wire
 from nanoengine import processes
-from nanoengine.channel import KEY_BYTES, Begin, Message, Stop, encode
+from nanoengine.channel import KEY_BYTES, Message, Stop, encode
 from nanoengine.control_block import ControlBlock, anonymous_file
 from nanoengine.rank_process import InheritedFd, RankArguments, RankProcess
 from nanoengine.step import Epoch, StepOutput
@@ -108,7 +108,8 @@ class WorkerGroup:
             self.check(starting=True)
             if any(rank.is_stopped for rank in self.ranks):
                 return False
-            self.broadcast(Begin())
+            for rank in self.ranks:
+                rank.begin()
             return True
         except NanoEngineError as error:
             logger.warning("the spare ranks are of no use: %s", error)
