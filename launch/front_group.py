@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -104,6 +105,10 @@ class FrontEndProcess:
                     self.is_ready = self.is_ready or bool(report.get("ready"))
                     if "error" in report:
                         self.failure = from_wire(report["error"])
+
+    def wait(self, timeout: float) -> None:
+        """Block until it says something or ends, for at most `timeout` seconds; then `read`."""
+        select.select([self._report_fd], [], [], timeout)
 
     def ask_to_stop(self) -> None:
         """Pass a stop on."""

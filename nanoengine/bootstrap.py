@@ -38,7 +38,11 @@ class Bootstrap:
         self._report({"ready": True})
 
     def report_failure(self, error: BaseException) -> None:
-        """Tell the owner why the engine ends; the process should exit with a code other than 0 afterwards."""
+        """Tell the owner why the engine ends; the process should exit with a code other than 0 afterwards.
+
+        From here on SIGTERM is ignored: the owner, who may send it now, must not disturb the exit that is under way.
+        """
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self._report({"error": to_wire(error)})
 
     def _report(self, report: dict[str, Any]) -> None:

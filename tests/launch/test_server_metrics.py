@@ -297,6 +297,7 @@ async def test_numbers_of_a_running_stream_reach_the_others(tmp_path: Path) -> N
         deadline = time.monotonic() + PATIENCE
         while total(text := await other.scrape(), "generation_tokens_total") < 3:
             assert time.monotonic() < deadline, text
+            await asyncio.sleep(0.02)
         assert total(text, "generation_tokens_total") == 3
         assert total(text, "requests_accepted_total") == 1
 
