@@ -19,6 +19,7 @@ from configs.engine import EngineConfig
 from configs.errors import EngineError, NanoEngineError, to_wire
 from launch.front_end import FrontEnd, run_loop
 from launch.keys import ApiKeys
+from launch.server.shared_numbers import metrics_dir
 from launch.supervisor import configure_server_logging
 from nanoengine import AsyncLLM, processes
 from nanoengine.engine_status import AttachedEngine
@@ -63,7 +64,7 @@ async def _run(config: EngineConfig, message: dict[str, Any]) -> NanoEngineError
     keys = ApiKeys(bytes.fromhex(digest) for digest in message["key_digests"])
     with socket.socket(fileno=message["listener_fd"]) as listener:
         on_ready = functools.partial(_report, message, {"ready": True})
-        return await FrontEnd(engine, listener, keys, stop, on_ready, run_dir / "metrics").run()
+        return await FrontEnd(engine, listener, keys, stop, on_ready, metrics_dir(run_dir)).run()
 
 
 def _report(message: dict[str, Any], report: dict[str, Any]) -> None:

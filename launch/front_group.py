@@ -26,6 +26,7 @@ from typing import Any
 from configs.engine import EngineConfig
 from configs.errors import EngineError, NanoEngineError, from_wire, to_wire
 from launch.keys import ApiKeys
+from launch.server.shared_numbers import OwnerNumbers, metrics_dir
 from nanoengine.engine_process import EngineProcess
 from nanoengine.llm_engine import GREETING_TIMEOUT
 from nanoengine.processes import describe_exit, forget_child, register_child
@@ -145,6 +146,7 @@ class FrontGroup:
         self._fronts: list[FrontEndProcess] = []
         self._num_started = 0
         self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
+        self._numbers = OwnerNumbers(config.max_model_len)
 
     async def run(self) -> NanoEngineError | None:
         """Load and serve until the stop; returns why the server failed, None after a stop that was asked for.
@@ -215,6 +217,7 @@ class FrontGroup:
                 front.end()
                 self._fronts[number] = self._start_front(self._listeners[number])
                 self._fronts[number].tell({"ready": True})
+                self._numbers.note_restart(metrics_dir(self._engine.run_dir), front.pid)
             await asyncio.wait([self._stop], timeout=_WATCH_SECONDS)
         return None
 
