@@ -17,7 +17,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
-    # A shell without job control starts what is to run in its background with Ctrl-C ignored, and children inherit that.
+    # What a shell without job control runs in its background ignores Ctrl-C, and so would all that a test starts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
