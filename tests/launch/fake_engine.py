@@ -16,6 +16,7 @@ import uvicorn
 
 from configs.engine import EngineConfig
 from configs.errors import EngineError, NanoEngineError, QueueFullError
+from launch.front_dir import FrontDir
 from launch.server.app import create_app
 from launch.server.protocol import BoundedProtocol
 from nanoengine.beam_params import BeamSearchParams
@@ -242,14 +243,14 @@ class FakeEngine:
 
 
 @contextlib.contextmanager
-def served(engine: FakeEngine) -> Iterator[str]:
-    """The address of a real uvicorn server over the engine, in a thread."""
+def served(engine: FakeEngine, front_dir: FrontDir | None = None) -> Iterator[str]:
+    """The address of a real uvicorn server over the engine, in a thread; as one of several front ends if asked for."""
     listener = socket.create_server(("127.0.0.1", 0))
-    settings = uvicorn.Config(
-        create_app(engine), http=BoundedProtocol, log_config=None, lifespan="off", timeout_graceful_shutdown=1
-    )
+    listeners = [listener] if front_dir is None else [listener, front_dir.listen()]
+    app = create_app(engine, front_dir=front_dir)
+    settings = uvicorn.Config(app, http=BoundedProtocol, log_config=None, lifespan="off", timeout_graceful_shutdown=1)
     server = uvicorn.Server(settings)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread = threading.Thread(target=server.run, kwargs={"sockets": listeners})
     thread.start()
     try:
         until(lambda: server.started)
@@ -257,7 +258,8 @@ def served(engine: FakeEngine) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join(10)
-        listener.close()
+        for each in listeners:
+            each.close()
 
 
 def engine_error(message: str) -> EngineError:

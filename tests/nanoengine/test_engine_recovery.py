@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -15,7 +15,18 @@ from configs.errors import CapacityError, WorkerError
 from nanoengine.engine import EngineCore
 from nanoengine.executor import MultiprocessExecutor
 from nanoengine.front_socket import FrontSocket
-from nanoengine.messages import Abort, AddRequest, EngineFailure, Hello, Message, Ready, Recovering, spelt_out
+from nanoengine.messages import (
+    Abort,
+    AddRequest,
+    EngineFailure,
+    Hello,
+    Message,
+    Ready,
+    Recovering,
+    Stats,
+    decode,
+    spelt_out,
+)
 from nanoengine.recovery import INNOCENT_TOKENS, CircuitBreaker, Recovery
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.step import Epoch
@@ -68,6 +79,30 @@ def test_streams_go_on_without_a_lost_or_repeated_token_and_the_front_end_is_tol
     assert stats.restarts == Counter(died=3)
     assert stats.requests_resumed == 3
     assert stats.tokens_recomputed > 0
+
+
+def test_front_ends_hear_of_recoveries_and_refused_frames_while_nothing_is_asked(served: Served) -> None:
+    """An idle engine tells nothing of itself otherwise."""
+    front = served.front_end()
+    greet(front)
+    fail(served)
+    until_told(front, Ready)
+    front.socket.send(b"no message")
+    stats = last_stats(front, lambda stats: stats.num_frames_rejected == 1 and bool(stats.restarts))
+    assert stats.restarts == {"died": 1}
+    assert stats.recovery_seconds == served.core.recovery.stats.seconds > 0
+    assert stats.num_running == 0
+
+
+def last_stats(front: FrontEnd, condition: Callable[[Stats], bool]) -> Stats:
+    """The statistics that fulfil the condition, as soon as they come."""
+    deadline = time.monotonic() + 10
+    while not front.stats or not condition(front.stats[-1]):
+        assert time.monotonic() < deadline, front.stats
+        if front.socket.poll(100):
+            message = decode(front.socket.recv())
+            front.stats += [message] if isinstance(message, Stats) else []
+    return front.stats[-1]
 
 
 def test_while_it_recovers_greetings_aborts_and_deadlines_are_served_and_requests_wait(served: Served) -> None:
