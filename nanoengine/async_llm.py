@@ -34,6 +34,7 @@ from nanoengine.recorder import RequestRecorder
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.structured_outputs import StructuredOutputsParams
 from nanoengine.tokenizer import Tokenizer
+from nanoengine.watched import vital, watch
 
 # Longer texts are encoded in a thread: this much takes about a millisecond.
 LONG_TEXT_CHARS = 4096
@@ -214,6 +215,7 @@ class AsyncLLM:
             raise EngineError("an AsyncLLM is closed on the event loop that started it, and this is another one")
         if self._closing is None:
             self._closing = asyncio.create_task(self._close())
+            watch(self._closing, "the end of the engine")
         await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
@@ -421,6 +423,7 @@ class AsyncLLM:
 
     # -- what wakes up the event loop ---------------------------------------------------------------------------
 
+    @vital
     def _on_socket(self) -> None:
         """Messages arrived, or some may be sent."""
         if self._connection is None or self._loop is None:
@@ -430,6 +433,7 @@ class AsyncLLM:
         if has_more:
             self._loop.call_soon(self._on_socket)
 
+    @vital
     def _on_process(self) -> None:
         """Something happened to the scheduler process: if it is gone, take its last words, then end what is open."""
         failure = self._process.failure()
@@ -451,6 +455,7 @@ class AsyncLLM:
         if not is_waking:
             self._wake_some()
 
+    @vital
     def _wake_some(self) -> None:
         for journal in list(itertools.islice(self._to_wake, WAKE_BATCH)):
             del self._to_wake[journal]
@@ -464,6 +469,7 @@ class AsyncLLM:
         if self._watchdog is None and self._loop is not None:
             self._watchdog = self._loop.call_later(_WATCH_INTERVAL, self._watch)
 
+    @vital
     def _watch(self) -> None:
         """Runs while requests are open; an idle engine keeps no timer."""
         self._watchdog = None
@@ -474,6 +480,13 @@ class AsyncLLM:
         self._on_socket()
         if self._client.num_unfinished:
             self._start_watchdog()
+
+    def break_down(self, error: BaseException) -> None:
+        """Something failed that no stream goes on without: all of them end with an error, as if the engine died."""
+        if self._client is not None:
+            self._client.fail(EngineError(f"the front end failed: {type(error).__name__}: {error}"))
+        for news in (self._state_news, *self._news.values()):
+            news.set()
 
 
 def _retrieve(task: asyncio.Task[Any]) -> None:

@@ -21,6 +21,7 @@ from configs.engine import EngineConfig
 from configs.errors import to_wire
 from nanoengine import processes
 from nanoengine.spawning import read_message
+from nanoengine.watched import guard_threads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +77,7 @@ def receive_bootstrap() -> Bootstrap:
         abandon()
     config = EngineConfig.from_dict(message["config"])
     processes.configure_logging(config.server.log_level, "scheduler", config.server.log_format)
+    guard_threads(processes.end_process)
     return Bootstrap(
         config=config,
         run_dir=run_dir,

@@ -433,8 +433,9 @@ class EngineClient:
             self.failure, self.recovering_from = _dead(cause), None
         self.outbox.clear()
         failed = list(self._live.values())
-        for journal in failed:
+        for journal in failed:  # first of all: nobody must wait in vain if what follows fails
             self._fail_request(journal, self.failure)
+        for journal in failed:
             self._forget_if_finished(journal)
         return failed
 

@@ -139,6 +139,11 @@ class WorkerGroup:
         self.outputs.extend(self.ranks[0].receive())
 
     @property
+    def has_ended(self) -> bool:
+        """Whether a rank's process is gone."""
+        return bool(self._sentinels.poll(0))  # much cheaper than asking after each exit code
+
+    @property
     def frames_rejected(self) -> int:
         """Frames that either end of a link has refused, and connections that were turned away."""
         return sum(rank.link.rejected.total() + rank.words.rejected for rank in self.ranks)
@@ -148,7 +153,7 @@ class WorkerGroup:
         # Often enough for a rank that falls silent not to be taken for a suspension of this process.
         if time.monotonic() - self._last_check > min(WATCH_SECONDS, self._silence_limit / 4):
             return True
-        return bool(self._sentinels.poll(0)) or any(rank.link.is_readable() for rank in self.ranks)
+        return self.has_ended or any(rank.link.is_readable() for rank in self.ranks)
 
     def check(self, starting: bool = False) -> None:
         """Raise when a rank died, failed or fell silent; the cause is preferred to its consequences.
@@ -159,7 +164,7 @@ class WorkerGroup:
             ChannelError: a link is broken.
         """
         self._notice_suspension()
-        some_ended = bool(self._sentinels.poll(0))  # much cheaper than asking after each exit code
+        some_ended = self.has_ended
         self.pump(some_ended)
         dead = [rank for rank in self.ranks if some_ended and rank.exit_code is not None and rank.failed is None]
         failed = [rank for rank in self.ranks if rank.failed is not None]
