@@ -1,0 +1,137 @@
+"""The states of a real server, brought about by what happens to its processes; all they mean is in test_health.py."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import re
+import signal
+import time
+from collections.abc import Iterator
+
+import httpx
+import psutil
+import pytest
+
+from tests.launch.server_process import ServerProcess
+
+SECONDS = 60.0
+ASKED = {"prompt": "Once", "temperature": 0, "max_tokens": 8, "ignore_eos": True}
+
+
+class Probed:
+    """A server, and what it says of itself."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.server = ServerProcess(*arguments)
+        self._pool = concurrent.futures.ThreadPoolExecutor(4)
+        self._url = ""
+
+    @property
+    def url(self) -> str:
+        """Where it listens, which it says before it loads."""
+        deadline = time.monotonic() + SECONDS
+        while not self._url:
+            found = re.search(r"listening on (http://[^;\s]+)", "".join(self.server.err))
+            self._url = found[1] if found else ""
+            assert time.monotonic() < deadline, "".join(self.server.err)
+            time.sleep(0.01)
+        return self._url
+
+    def state(self) -> tuple[int, str, str]:
+        """Status, code and message of /readyz, while /livez is 200."""
+        assert httpx.get(f"{self.url}/livez").status_code == 200
+        answer = httpx.get(f"{self.url}/readyz")
+        body = answer.json()
+        error = body.get("error", {})
+        return answer.status_code, body.get("status") or error["code"], error.get("message", "")
+
+    def until(self, status: int, code: str, message: str = "") -> None:
+        """Wait for a state."""
+        deadline = time.monotonic() + SECONDS
+        while True:
+            now = self.state()
+            if now[:2] == (status, code) and message in now[2]:
+                return
+            assert time.monotonic() < deadline, (now, self.server.err)
+
+    def ask(self) -> concurrent.futures.Future[httpx.Response]:
+        """Ask for a completion, in a thread."""
+        return self._pool.submit(httpx.post, f"{self.url}/v1/completions", json=ASKED, timeout=SECONDS)
+
+    def refused(self) -> tuple[int, str]:
+        """Status and code of a request for a completion, which is refused."""
+        answer = self.ask().result()
+        return answer.status_code, answer.json()["error"]["code"]
+
+    def rank(self) -> psutil.Process:
+        """The process that computes, as soon as there is one."""
+        deadline = time.monotonic() + SECONDS
+        while True:
+            for child in psutil.Process(self.server.process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.Error):  # one that ended just now
+                    if child.name().startswith("nano-worker"):
+                        return child
+            assert time.monotonic() < deadline, self.server.err
+
+    def close(self) -> None:
+        with self.server:
+            pass
+        self._pool.shutdown()
+
+
+@pytest.fixture
+def options() -> list[str]:
+    return ["--max-queued-requests", "2", "--step-timeout", "3"]
+
+
+@pytest.fixture
+def probed(options: list[str]) -> Iterator[Probed]:
+    probed = Probed(*options)
+    yield probed
+    probed.close()
+
+
+def test_health_follows_what_happens_to_the_ranks(probed: Probed) -> None:
+    loading = probed.rank()
+    loading.send_signal(signal.SIGSTOP)
+    probed.until(503, "loading")
+    assert probed.refused() == (503, "loading")
+    loading.send_signal(signal.SIGCONT)
+    probed.server.wait_ready(SECONDS)
+    probed.until(200, "ready")
+    assert probed.ask().result().status_code == 200  # the first steps of a group have more time than the next ones
+
+    probed.rank().send_signal(signal.SIGSTOP)  # whatever is asked now stays open
+    waiting = [probed.ask(), probed.ask()]
+    probed.until(200, "queue_full")
+    assert probed.refused() == (429, "queue_full")
+    probed.until(503, "recovering", "stopped by a signal")
+    assert [each.result().status_code for each in waiting] == [200, 200]
+    probed.until(200, "ready")
+
+    probed.rank().kill()
+    probed.until(503, "recovering", "rank 0 died (killed by signal 9 (SIGKILL))")
+    probed.until(200, "ready")
+
+    stopped = probed.rank()
+    stopped.send_signal(signal.SIGSTOP)
+    waiting = [probed.ask()]
+    deadline = time.monotonic() + SECONDS
+    while httpx.get(f"{probed.url}/load").json()["server_load"] == 0:
+        assert time.monotonic() < deadline
+    probed.server.process.send_signal(signal.SIGTERM)
+    probed.until(503, "draining")
+    assert probed.refused() == (503, "draining")
+    stopped.send_signal(signal.SIGCONT)
+    assert waiting[0].result().status_code == 200
+    assert probed.server.process.wait(SECONDS) == 0
+
+
+@pytest.mark.parametrize("options", [["--max-restarts", "0", "--no-exit-on-failure"]])
+def test_health_says_that_nothing_will_be_served_any_more(probed: Probed) -> None:
+    probed.server.wait_ready(SECONDS)
+    probed.rank().kill()
+    probed.until(503, "engine_dead", "rank 0 died")
+    assert probed.refused() == (503, "engine_dead")
+    assert probed.server.stop(seconds=10) == 0
