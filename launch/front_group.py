@@ -25,8 +25,9 @@ from typing import Any
 
 from configs.engine import EngineConfig
 from configs.errors import EngineError, NanoEngineError, from_wire, to_wire
+from launch.front_dir import FrontDir
 from launch.keys import ApiKeys
-from launch.server.shared_numbers import OwnerNumbers, metrics_dir
+from launch.server.shared_numbers import OwnerNumbers
 from nanoengine.engine_process import EngineProcess
 from nanoengine.llm_engine import GREETING_TIMEOUT
 from nanoengine.processes import describe_exit, forget_child, register_child
@@ -46,8 +47,9 @@ class FrontEndProcess:
     """One front end as a child: the pipes to and from it."""
 
     def __init__(
-        self, config: EngineConfig, listener: socket.socket, keys: ApiKeys, run_dir: Path, name: str = "front end"
+        self, config: EngineConfig, listener: socket.socket, keys: ApiKeys, run_dir: Path, front_dir: Path, number: int
     ) -> None:
+        self.name = str(number)
         self._process: subprocess.Popen[bytes] | None = None
         self.is_ready = False
         self.failure: NanoEngineError | None = None
@@ -57,7 +59,9 @@ class FrontEndProcess:
         os.set_blocking(self._report_fd, False)
         self._report = b""
         message = {
-            "name": name,
+            "name": f"front end {number}",
+            "front_name": self.name,
+            "front_dir": str(front_dir),
             "config": config.to_dict(),
             "key_digests": [digest.hex() for digest in keys.digests],
             "run_dir": str(run_dir),
@@ -170,10 +174,13 @@ class FrontGroup:
     def _start_front(self, listener: socket.socket) -> FrontEndProcess:
         config = front_config(self._config, self._num_started)
         self._num_started += 1
-        name = f"front end {self._num_started}"
-        front = FrontEndProcess(config, listener, self._keys, self._engine.run_dir, name)
-        logger.info("%s has pid %d", name, front.pid)
+        front = FrontEndProcess(config, listener, self._keys, self._engine.run_dir, self._front_dir, self._num_started)
+        logger.info("front end %d has pid %d", self._num_started, front.pid)
         return front
+
+    @property
+    def _front_dir(self) -> Path:
+        return self._engine.run_dir / "fronts"
 
     async def _load(self) -> None:
         """Wait for engine and front ends; returns early when a stop is asked for."""
@@ -215,9 +222,11 @@ class FrontGroup:
                 if (failure := self._note_death(front)) is not None:
                     return failure
                 front.end()
+                shared = FrontDir(self._front_dir, front.name)
+                shared.clear()
                 self._fronts[number] = self._start_front(self._listeners[number])
                 self._fronts[number].tell({"ready": True})
-                self._numbers.note_restart(metrics_dir(self._engine.run_dir), front.pid)
+                self._numbers.note_restart(shared.metrics, front.pid)
             await asyncio.wait([self._stop], timeout=_WATCH_SECONDS)
         return None
 

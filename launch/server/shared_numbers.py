@@ -18,11 +18,6 @@ from launch.server.metrics import Numbers, ServerMetrics
 SHARE_SECONDS = 0.5
 
 
-def metrics_dir(run_dir: Path) -> Path:
-    """The directory that the front ends of the engine with this run directory share."""
-    return run_dir / "metrics"
-
-
 def write_numbers(path: Path, numbers: Numbers) -> None:
     """Tell the front ends that share the directory: all of it, or nothing if the directory is gone."""
     part = path.with_suffix(".part")

@@ -18,6 +18,7 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 
 from configs.errors import EngineDeadError, RequestTimeoutError, WorkerError, to_wire
+from launch.front_dir import FrontDir
 from launch.server.app import create_app
 from launch.server.metrics import ServerMetrics
 from launch.server.shared_numbers import OwnerNumbers, SharedNumbers
@@ -37,9 +38,9 @@ SECRET = "what nobody may read in a log"
 class Front:
     """An app over a FakeEngine, and a real EngineClient whose requests the app counts."""
 
-    def __init__(self, folder: Path, metrics_dir: Path | None = None, **settings: Any) -> None:
+    def __init__(self, folder: Path, front_dir: FrontDir | None = None, **settings: Any) -> None:
         self.engine = FakeEngine(folder, **settings)
-        self.app = create_app(self.engine, metrics_dir=metrics_dir)
+        self.app = create_app(self.engine, front_dir=front_dir)
         self.client = EngineClient(self.engine.config, self.engine.tokenizer, recorder=self.engine.recorder)
         self.http = httpx.AsyncClient(
             transport=httpx.ASGITransport(self.app, raise_app_exceptions=False), base_url="http://test"
@@ -279,10 +280,11 @@ async def test_no_access_log_where_none_is_wanted(tmp_path: Path, caplog: pytest
 
 _OTHER = """
 import asyncio, pathlib, sys
+from launch.front_dir import FrontDir
 from tests.launch.test_server_metrics import Front
 
 async def main():
-    front = Front(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]))
+    front = Front(pathlib.Path(sys.argv[1]), FrontDir(pathlib.Path(sys.argv[2]), sys.argv[1][-1]))
     journal = front.add(max_tokens=2)
     front.tell(journal, (0, 0, [5, 6], "length"))
     await front.http.get("/livez")
@@ -294,13 +296,12 @@ asyncio.run(main())
 
 async def test_front_ends_in_several_processes_are_added_up_and_outlived(tmp_path: Path) -> None:
     """The others' numbers stay when they are gone, and the engine's are not added up."""
-    shared = tmp_path / "metrics"
-    front = Front(tmp_path, shared)
+    front = Front(tmp_path, FrontDir(tmp_path, "0"))
     front.engine.stats = Stats(1, 1, num_running=3, num_blocks=10, steps_by_tokens=[0] * 14)
     others = []
     for number in (1, 2):
         (tmp_path / str(number)).mkdir()
-        command = [sys.executable, "-c", _OTHER, str(tmp_path / str(number)), str(shared)]
+        command = [sys.executable, "-c", _OTHER, str(tmp_path / str(number)), str(tmp_path)]
         others.append(await asyncio.create_subprocess_exec(*command, cwd=ROOT, stderr=subprocess.PIPE))
     for other in others:
         _, errors = await other.communicate()
@@ -342,7 +343,7 @@ async def test_requests_that_a_dead_front_end_had_open_end_as_errors(tmp_path: P
 
 async def test_numbers_of_a_running_stream_reach_the_others(tmp_path: Path) -> None:
     """Between its first and its last token no request begins or ends; the tokens are told all the same."""
-    one, other = Front(tmp_path, tmp_path / "metrics"), Front(tmp_path, tmp_path / "metrics")
+    one, other = (Front(tmp_path, FrontDir(tmp_path, name)) for name in "12")
     journal = one.add()
     await asyncio.sleep(0.01)
     one.tell(journal, (0, 0, [5, 6, 7], None))

@@ -14,6 +14,7 @@ import pytest
 
 from configs.errors import EngineError
 from launch import supervisor
+from launch.front_dir import FrontDir
 from launch.front_end import FrontEnd
 from launch.keys import ApiKeys
 from launch.listener import listening
@@ -123,7 +124,7 @@ async def test_a_stream_whose_signs_of_life_fail_breaks_off(
 async def test_a_request_that_can_no_longer_see_its_client_go_is_a_500(
     engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, stream: bool
 ) -> None:
-    monkeypatch.setattr(generation, "_hang_up", fail)
+    monkeypatch.setattr(generation, "hang_up", fail)
     with served(engine) as url:
         async with httpx.AsyncClient(base_url=url, timeout=SECONDS) as client:
             assert (await client.post("/v1/completions", json=ASKED | {"stream": stream})).status_code == 500
@@ -174,7 +175,8 @@ async def test_one_of_several_prompts_that_fails_fails_the_request(
 async def test_numbers_that_could_not_be_written_once_are_written_the_next_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    front = Front(tmp_path, tmp_path / "metrics")
+    front_dir = FrontDir(tmp_path, "1")
+    front = Front(tmp_path, front_dir)
     tried = asyncio.Event()
 
     def write(_: SharedNumbers) -> None:
@@ -187,7 +189,7 @@ async def test_numbers_that_could_not_be_written_once_are_written_the_next_time(
     front.add()  # open from now on
     await asyncio.wait_for(tried.wait(), SECONDS)
     async with front.http:
-        await until(lambda: any((tmp_path / "metrics").iterdir()))
+        await until(lambda: any(front_dir.metrics.iterdir()))
     assert INJECTED in caplog.text
 
 

@@ -54,6 +54,8 @@ SEEN = {
     ("launch/server/generation.py", "_all_outputs", "create_task"): "what it raises is in the queue that is read",
     ("launch/server/generation.py", "_begin_stream", "ensure_future"): AWAITED,
     ("launch/server/generation.py", "_unless", "create_task"): AWAITED,
+    ("launch/server/peers.py", "Relayed.__call__", "ensure_future"): AWAITED,
+    ("launch/server/peers.py", "Relayed.__call__", "create_task"): AWAITED,
     ("launch/server/streams.py", "KeptStream.__init__", "create_task"): "its readers get an error",
     ("launch/server/streams.py", "KeptStream._wait_for_reader", "call_later"): "logged; the store's bounds hold",
     ("launch/server/protocol.py", "BoundedProtocol._arm", "call_later"): "logged; the connection stays open",
