@@ -320,8 +320,8 @@ async def test_front_ends_in_several_processes_are_added_up_and_outlived(tmp_pat
 
 async def test_requests_that_a_dead_front_end_had_open_end_as_errors(tmp_path: Path) -> None:
     """Else they would stay open in the sum for ever."""
-    shared = tmp_path / "metrics"
-    front, dead, owner = Front(tmp_path, shared), Front(tmp_path, shared), OwnerNumbers(MAX_MODEL_LEN)
+    front, dead = (Front(tmp_path, FrontDir(tmp_path, name)) for name in "12")
+    shared, owner = FrontDir(tmp_path, "2").metrics, OwnerNumbers(MAX_MODEL_LEN)
     for _ in range(3):
         dead.add()
     dead.client.abort(dead.add().request_id)

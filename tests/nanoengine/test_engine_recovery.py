@@ -86,7 +86,7 @@ def test_front_ends_hear_of_recoveries_and_refused_frames_while_nothing_is_asked
     front = served.front_end()
     greet(front)
     fail(served)
-    until(front, Ready)
+    until_told(front, Ready)
     front.socket.send(b"no message")
     stats = last_stats(front, lambda stats: stats.num_frames_rejected == 1 and bool(stats.restarts))
     assert stats.restarts == {"died": 1}
