@@ -59,7 +59,8 @@ async def _run(config: EngineConfig, message: dict[str, Any]) -> NanoEngineError
 
     loop.add_signal_handler(signal.SIGTERM, ask_to_stop)
     run_dir = Path(message["run_dir"])
-    engine = AsyncLLM(config=config, engine=AttachedEngine(run_dir, message["status_fd"]))
+    report = functools.partial(_report, message)
+    engine = AsyncLLM(config=config, engine=AttachedEngine(run_dir, message["status_fd"], report))
     keys = ApiKeys(bytes.fromhex(digest) for digest in message["key_digests"])
     with socket.socket(fileno=message["listener_fd"]) as listener:
         on_ready = functools.partial(_report, message, {"ready": True})
