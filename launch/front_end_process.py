@@ -62,7 +62,8 @@ async def _run(config: EngineConfig, message: dict[str, Any]) -> NanoEngineError
             stop.set_result(None)
 
     loop.add_signal_handler(signal.SIGTERM, ask_to_stop)
-    engine = AsyncLLM(config=config, engine=AttachedEngine(Path(message["run_dir"]), message["status_fd"]))
+    report = functools.partial(_report, message)
+    engine = AsyncLLM(config=config, engine=AttachedEngine(Path(message["run_dir"]), message["status_fd"], report))
     front_dir = FrontDir(Path(message["front_dir"]), message["front_name"])
     keys = ApiKeys(bytes.fromhex(digest) for digest in message["key_digests"])
     with socket.socket(fileno=message["listener_fd"]) as listener:

@@ -26,6 +26,8 @@ from nanoengine.watched import start_thread
 
 T = TypeVar("T")
 
+STACK_SIGNAL = signal.SIGUSR1
+"""Our processes write where their threads stand when they get it, before they are killed for hanging."""
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 

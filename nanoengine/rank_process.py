@@ -39,7 +39,6 @@ from nanoengine.watched import guard_threads, start_thread
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 0.5
-STACK_SIGNAL = signal.SIGUSR1
 _MAX_STACK_BYTES = 2**16
 _REAP_SECONDS = 5.0
 _LISTEN_SECONDS = 30.0
@@ -98,7 +97,7 @@ def run_rank(arguments: RankArguments) -> None:
     guard_threads(processes.end_process)
     num_threads = processes.limit_threads(config.parallel.world_size)
     # In C, at once, whatever Python is doing: asked for before a group that hangs is killed (`ask_for_stacks`).
-    faulthandler.register(STACK_SIGNAL, arguments.stacks.fd, all_threads=True)
+    faulthandler.register(processes.STACK_SIGNAL, arguments.stacks.fd, all_threads=True)
 
     control = ControlBlock(arguments.control.fd, config.parallel.world_size)
     os.close(arguments.control.fd)
@@ -224,7 +223,7 @@ class RankProcess:
         if self.exit_code is not None or self._process is None or self.words.phase < Phase.LOADING:
             return False
         assert self._process.pid is not None
-        os.kill(self._process.pid, STACK_SIGNAL)
+        os.kill(self._process.pid, processes.STACK_SIGNAL)
         os.kill(self._process.pid, signal.SIGCONT)
         return True
 

@@ -6,7 +6,6 @@ import concurrent.futures
 import contextlib
 import re
 import signal
-import time
 from collections.abc import Iterator
 
 import httpx
@@ -14,6 +13,7 @@ import psutil
 import pytest
 
 from tests.launch.server_process import ServerProcess
+from tests.waiting import until
 
 SECONDS = 60.0
 ASKED = {"prompt": "Once", "temperature": 0, "max_tokens": 8, "ignore_eos": True}
@@ -25,18 +25,13 @@ class Probed:
     def __init__(self, *arguments: str) -> None:
         self.server = ServerProcess(*arguments)
         self._pool = concurrent.futures.ThreadPoolExecutor(4)
-        self._url = ""
 
     @property
     def url(self) -> str:
         """Where it listens, which it says before it loads."""
-        deadline = time.monotonic() + SECONDS
-        while not self._url:
-            found = re.search(r"listening on (http://[^;\s]+)", "".join(self.server.err))
-            self._url = found[1] if found else ""
-            assert time.monotonic() < deadline, "".join(self.server.err)
-            time.sleep(0.01)
-        return self._url
+        pattern = r"listening on (http://[^;\s]+)"
+        until(lambda: re.search(pattern, "".join(self.server.err)), SECONDS)
+        return re.findall(pattern, "".join(self.server.err))[0]
 
     def state(self) -> tuple[int, str, str]:
         """Status, code and message of /readyz, while /livez is 200."""
@@ -48,12 +43,12 @@ class Probed:
 
     def until(self, status: int, code: str, message: str = "") -> None:
         """Wait for a state."""
-        deadline = time.monotonic() + SECONDS
-        while True:
+
+        def is_there() -> bool:
             now = self.state()
-            if now[:2] == (status, code) and message in now[2]:
-                return
-            assert time.monotonic() < deadline, (now, self.server.err)
+            return now[:2] == (status, code) and message in now[2]
+
+        until(is_there, SECONDS, lambda: self.server.err)
 
     def ask(self) -> concurrent.futures.Future[httpx.Response]:
         """Ask for a completion, in a thread."""
@@ -64,15 +59,18 @@ class Probed:
         answer = self.ask().result()
         return answer.status_code, answer.json()["error"]["code"]
 
-    def rank(self) -> psutil.Process:
-        """The process that computes, as soon as there is one."""
-        deadline = time.monotonic() + SECONDS
-        while True:
+    def child(self, name: str = "nano-worker") -> psutil.Process:
+        """The process of this name, as soon as there is one."""
+        found: list[psutil.Process] = []
+
+        def is_there() -> bool:
             for child in psutil.Process(self.server.process.pid).children(recursive=True):
                 with contextlib.suppress(psutil.Error):  # one that ended just now
-                    if child.name().startswith("nano-worker"):
-                        return child
-            assert time.monotonic() < deadline, self.server.err
+                    found.extend([child] if child.name().startswith(name) else [])
+            return bool(found)
+
+        until(is_there, SECONDS, lambda: self.server.err)
+        return found[0]
 
     def close(self) -> None:
         with self.server:
@@ -92,8 +90,8 @@ def probed(options: list[str]) -> Iterator[Probed]:
     probed.close()
 
 
-def test_health_follows_what_happens_to_the_ranks(probed: Probed) -> None:
-    loading = probed.rank()
+def test_health_follows_what_happens_to_the_processes(probed: Probed) -> None:
+    loading = probed.child()
     loading.send_signal(signal.SIGSTOP)
     probed.until(503, "loading")
     assert probed.refused() == (503, "loading")
@@ -102,7 +100,7 @@ def test_health_follows_what_happens_to_the_ranks(probed: Probed) -> None:
     probed.until(200, "ready")
     assert probed.ask().result().status_code == 200  # the first steps of a group have more time than the next ones
 
-    probed.rank().send_signal(signal.SIGSTOP)  # whatever is asked now stays open
+    probed.child().send_signal(signal.SIGSTOP)  # whatever is asked now stays open
     waiting = [probed.ask(), probed.ask()]
     probed.until(200, "queue_full")
     assert probed.refused() == (429, "queue_full")
@@ -110,16 +108,19 @@ def test_health_follows_what_happens_to_the_ranks(probed: Probed) -> None:
     assert [each.result().status_code for each in waiting] == [200, 200]
     probed.until(200, "ready")
 
-    probed.rank().kill()
+    probed.child().kill()
     probed.until(503, "recovering", "rank 0 died (killed by signal 9 (SIGKILL))")
     probed.until(200, "ready")
 
-    stopped = probed.rank()
+    scheduler = probed.child("nano-scheduler")
+    scheduler.kill()
+    probed.until(503, "recovering", "killed by signal 9 (SIGKILL)")
+    probed.until(200, "ready")
+
+    stopped = probed.child()
     stopped.send_signal(signal.SIGSTOP)
     waiting = [probed.ask()]
-    deadline = time.monotonic() + SECONDS
-    while httpx.get(f"{probed.url}/load").json()["server_load"] == 0:
-        assert time.monotonic() < deadline
+    until(lambda: httpx.get(f"{probed.url}/load").json()["server_load"] == 1)
     probed.server.process.send_signal(signal.SIGTERM)
     probed.until(503, "draining")
     assert probed.refused() == (503, "draining")
@@ -131,7 +132,7 @@ def test_health_follows_what_happens_to_the_ranks(probed: Probed) -> None:
 @pytest.mark.parametrize("options", [["--max-restarts", "0", "--no-exit-on-failure"]])
 def test_health_says_that_nothing_will_be_served_any_more(probed: Probed) -> None:
     probed.server.wait_ready(SECONDS)
-    probed.rank().kill()
+    probed.child().kill()
     probed.until(503, "engine_dead", "rank 0 died")
     assert probed.refused() == (503, "engine_dead")
     assert probed.server.stop(seconds=10) == 0

@@ -24,8 +24,10 @@ from tests.launch.fake_engine import FakeEngine, served
 from tests.launch.test_server_metrics import Front
 from tests.launch.test_server_streams import ASKED, RESUME
 from tests.nanoengine.dying_threads import INJECTED
+from tests.waiting import until_async
 
-SECONDS = 2.0
+SECONDS = 10.0
+"""What is promised is 2 s; on a busy machine it may take five times as long."""
 
 
 async def fail(*_: Any) -> NoReturn:
@@ -76,7 +78,7 @@ async def test_a_front_end_whose_http_server_ends_fails_in_each_phase(
         if phase == "draining":
             engine.num_open = 1
             stop.set_result(None)
-            await until(lambda: front._lifecycle.draining)
+            await until_async(lambda: front._lifecycle.draining)
         gate.set()
         with pytest.raises((RuntimeError, EngineError)) as caught:
             await asyncio.wait_for(running, SECONDS)
@@ -116,7 +118,7 @@ async def test_a_stream_whose_signs_of_life_fail_breaks_off(
         async with httpx.AsyncClient(base_url=url, timeout=SECONDS) as client:
             with pytest.raises(httpx.RemoteProtocolError):
                 await client.post("/v1/completions", json=ASKED)
-            await until(lambda: not engine.open)
+            await until_async(lambda: not engine.open)
     assert INJECTED in caplog.text
 
 
@@ -128,7 +130,7 @@ async def test_a_request_that_can_no_longer_see_its_client_go_is_a_500(
     with served(engine) as url:
         async with httpx.AsyncClient(base_url=url, timeout=SECONDS) as client:
             assert (await client.post("/v1/completions", json=ASKED | {"stream": stream})).status_code == 500
-            await until(lambda: not engine.open)
+            await until_async(lambda: not engine.open)
     assert INJECTED in caplog.text
 
 
@@ -165,7 +167,7 @@ async def test_one_of_several_prompts_that_fails_fails_the_request(
     with served(engine) as url:
         async with httpx.AsyncClient(base_url=url, timeout=SECONDS) as client:
             answer = await client.post("/v1/completions", json={"prompt": ["a", "b", "c"]})
-            await until(lambda: not engine.open)
+            await until_async(lambda: not engine.open)
     assert answer.status_code == 500
 
 
@@ -189,11 +191,5 @@ async def test_numbers_that_could_not_be_written_once_are_written_the_next_time(
     front.add()  # open from now on
     await asyncio.wait_for(tried.wait(), SECONDS)
     async with front.http:
-        await until(lambda: any(front_dir.metrics.iterdir()))
+        await until_async(lambda: any(front_dir.metrics.iterdir()))
     assert INJECTED in caplog.text
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(SECONDS):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
