@@ -41,7 +41,9 @@ def serve(bootstrap: Bootstrap, what: str) -> None:
         if what == "stuck":
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         bootstrap.report_ready()
-        if what == "late-failure":
+        if what in ("late-failure", "failure-when-told"):
+            while what == "failure-when-told" and not Path(os.environ["NANO_TEST_PIDS"] + ".fail").exists():
+                time.sleep(0.01)
             bootstrap.report_failure(RuntimeError("out of luck"))
             sys.exit(1)
         signal.pause()
