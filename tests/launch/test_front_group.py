@@ -249,6 +249,49 @@ def test_an_id_that_is_in_use_is_refused(server: ServerProcess, url: str) -> Non
     assert first.reason() == "abort"
 
 
+def scheduler_of(server: ServerProcess) -> psutil.Process | None:
+    """The scheduler's process, if there is one right now."""
+    for child in family(server):
+        with contextlib.suppress(psutil.Error):  # one that ended just now
+            if "nanoengine.engine" in child.cmdline() and child.status() != psutil.STATUS_ZOMBIE:
+                return child
+    return None
+
+
+def test_streams_of_all_front_ends_go_on_when_the_scheduler_is_killed(server: ServerProcess, url: str) -> None:
+    asked = ENDLESS | {"max_tokens": 300, "temperature": 1.0, "seed": 5}
+    answer = httpx.post(f"{url}/v1/completions", json=asked | {"stream": False}, headers=HEADERS, timeout=60)
+    undisturbed = answer.json()["choices"][0]["text"]
+    first = scheduler_of(server)
+    assert first is not None
+    with streams(url, 12, asked | {"stream_options": {"include_usage": True}}) as lines:
+        assert all(serving(front) for front in fronts(server))
+        first.kill()
+        until(lambda: scheduler_of(server) not in (first, None))
+        second = scheduler_of(server)
+        assert second is not None
+        second.suspend()  # so that what follows is asked while there is none that serves
+        probe = "the scheduler process (pid"
+        until(lambda: all(httpx.get(f"{url}/readyz", headers=HEADERS).status_code == 503 for _ in range(10)))
+        refused = (
+            httpx.get(f"{url}/readyz", headers=HEADERS),
+            httpx.post(f"{url}/v1/completions", json=ASKED, headers=HEADERS),
+        )
+        assert [answer.status_code for answer in refused] == [503, 503]
+        assert [answer.json()["error"]["code"] for answer in refused] == ["recovering"] * 2
+        assert all(probe in answer.json()["error"]["message"] and answer.headers["Retry-After"] for answer in refused)
+        assert httpx.get(f"{url}/livez").status_code == 200
+        with contextlib.suppress(psutil.NoSuchProcess):
+            second.resume()
+        for each in lines:  # of which the first event was read before
+            events = [json.loads(line[6:]) for line in each if line.startswith("data: {")]
+            assert undisturbed.endswith("".join(event["choices"][0]["text"] for event in events[:-1]))
+            assert events[-1]["usage"]["completion_tokens"] == 300
+    until(lambda: all(httpx.get(f"{url}/readyz", headers=HEADERS).status_code == 200 for _ in range(10)), 30)
+    assert len(fronts(server)) == 2
+    assert len(server.out) == 1, "it says once that it is ready"
+
+
 def test_nothing_outlives_a_supervisor_that_is_killed(shared: tuple[ServerProcess, Path]) -> None:
     """Runs last of those that share a server: it is gone afterwards."""
     server, run_base = shared
