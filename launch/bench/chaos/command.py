@@ -180,8 +180,7 @@ def _leftovers(base: Path, memory: set[str], url: str) -> list[str]:
     left = processes.with_variable("XDG_RUNTIME_DIR", str(base))
     found = [f"left behind: process {pid} ({processes.name(pid)})" for pid in left]
     found += [f"left behind: {path.name} in the run directory" for path in base.iterdir()]
-    # Others on this machine may make some, too.
-    found += [f"left behind: /dev/shm/{each}" for each in sorted(_shared_memory() - memory) if "nano" in each]
+    found += [f"left behind: /dev/shm/{each}" for each in sorted(_shared_memory() - memory)]
     with socket.socket() as probe:
         port = int(url.rpartition(":")[2])
         if probe.connect_ex(("127.0.0.1", port)) == 0:
@@ -190,7 +189,11 @@ def _leftovers(base: Path, memory: set[str], url: str) -> list[str]:
 
 
 def _shared_memory() -> set[str]:
-    return set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
+    """What of /dev/shm may be ours: files of this user, but no semaphores, of which we make none."""
+    with contextlib.suppress(OSError):
+        entries = [entry for entry in os.scandir("/dev/shm") if not entry.name.startswith("sem.")]
+        return {entry.name for entry in entries if entry.stat().st_uid == os.getuid()}
+    return set()
 
 
 # -- the run ----------------------------------------------------------------------------------------------------
