@@ -7,6 +7,7 @@ import sys
 
 from configs.errors import ConfigError, NanoEngineError, UnknownModelError
 from launch.bench import control_plane, decode_gap, front_end, lifecycle, sampling, serve, simulate, throughput
+from launch.bench.chaos import command as chaos
 
 
 def main() -> int:
@@ -21,6 +22,7 @@ def main() -> int:
     sampling.add_parser(commands)
     decode_gap.add_parser(commands)
     front_end.add_parser(commands)
+    chaos.add_parser(commands)
     arguments = parser.parse_args()
     try:
         return arguments.run(arguments) or 0
