@@ -27,6 +27,7 @@ from configs.engine import EngineConfig
 from configs.errors import EngineError, NanoEngineError, from_wire, to_wire
 from launch.front_dir import FrontDir
 from launch.keys import ApiKeys
+from launch.server.shared_numbers import OwnerNumbers
 from nanoengine.engine_process import EngineProcess
 from nanoengine.llm_engine import GREETING_TIMEOUT
 from nanoengine.processes import describe_exit, forget_child, register_child
@@ -149,6 +150,7 @@ class FrontGroup:
         self._fronts: list[FrontEndProcess] = []
         self._num_started = 0
         self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
+        self._numbers = OwnerNumbers(config.max_model_len)
 
     async def run(self) -> NanoEngineError | None:
         """Load and serve until the stop; returns why the server failed, None after a stop that was asked for.
@@ -220,9 +222,11 @@ class FrontGroup:
                 if (failure := self._note_death(front)) is not None:
                     return failure
                 front.end()
-                FrontDir(self._front_dir, front.name).clear()
+                shared = FrontDir(self._front_dir, front.name)
+                shared.clear()
                 self._fronts[number] = self._start_front(self._listeners[number])
                 self._fronts[number].tell({"ready": True})
+                self._numbers.note_restart(shared.metrics, front.pid)
             await asyncio.wait([self._stop], timeout=_WATCH_SECONDS)
         return None
 

@@ -29,6 +29,7 @@ from configs.errors import (
 )
 from nanoengine.beam_params import BeamSearchParams
 from nanoengine.beam_search import beams_of
+from nanoengine.engine_stats import LastingTotals
 from nanoengine.engine_view import Observer
 from nanoengine.journal import CheckedRequest, RequestJournal, SequenceJournal
 from nanoengine.messages import (
@@ -97,7 +98,8 @@ class EngineClient:
         self.client_id = client_id or uuid.uuid4().hex
         self.outbox: deque[Message] = deque()
         self.facts: Ready | None = None  # what the scheduler told of itself; None until it is ready
-        self.stats: Stats | None = None  # the latest that the scheduler told
+        self.stats: Stats | None = None  # the latest that the scheduler told, on top of those before it
+        self._totals = LastingTotals()
         self.failure: EngineDeadError | None = None  # why no request can be served any more
         self.recovering_from: NanoEngineError | None = None  # why open requests pause for a moment
         self._recorder = recorder or RequestRecorder()
@@ -331,7 +333,7 @@ class EngineClient:
             self.observer.state = message
             return []
         if isinstance(message, Stats):
-            self.stats = message
+            self.stats = self._totals.take(message)
             return []
         if isinstance(message, EngineFailure):
             return self.fail(from_wire(message.error))

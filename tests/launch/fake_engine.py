@@ -31,6 +31,7 @@ from nanoengine.sampling_params import SamplingParams
 from nanoengine.structured_outputs import StructuredOutputsParams
 from nanoengine.tokenizer import Tokenizer
 from tests.nanoengine.tokenizers_for_tests import write_byte_level
+from tests.waiting import until
 
 ANSWER = "北京 is the capital 😀."
 MAX_MODEL_LEN = 256
@@ -42,6 +43,7 @@ class FakeEngine:
     While `script` holds something, the first of it is the answer from the next request on.
 
     `delay` seconds lie between tokens; `fail_after` tokens the request fails; `open` and `aborted` hold request ids.
+    No request gets more than `held_after` tokens until that is None: none ends meanwhile, however long a test takes.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class FakeEngine:
         self.recovering_from: NanoEngineError | None = None
         self.delay = 0.0
         self.fail_after: int | None = None
+        self.held_after: int | None = None
         self.raise_at_once: Exception | None = None
         self.answer = ANSWER
         self.answers: dict[str, str] = {}
@@ -102,8 +105,10 @@ class FakeEngine:
         self.open.add(request_id)
         finished = False
         try:
-            for output in self._told(prompt, request.params, request_id, request.max_tokens):
+            for number, output in enumerate(self._told(prompt, request.params, request_id, request.max_tokens)):
                 await asyncio.sleep(self.delay)
+                while self.held_after is not None and number >= self.held_after:  # noqa: ASYNC110  # another thread's
+                    await asyncio.sleep(0.002)
                 finished = output.finished
                 yield output
         finally:
@@ -248,8 +253,7 @@ def served(engine: FakeEngine, front_dir: FrontDir | None = None) -> Iterator[st
     thread = threading.Thread(target=server.run, kwargs={"sockets": listeners})
     thread.start()
     try:
-        while not server.started:
-            time.sleep(0.005)
+        until(lambda: server.started)
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
