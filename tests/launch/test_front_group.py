@@ -244,6 +244,7 @@ def test_an_id_that_is_in_use_is_refused(server: ServerProcess, url: str) -> Non
             answers = [pool.submit(ask_again, number) for number in range(20)]
             until(lambda: any(answer.done() for answer in answers))
         refused = [answer.result().json()["error"] for answer in answers if answer.result().status_code != 200]
+    assert refused
     assert all((error["param"], "still runs" in error["message"]) == ("request_id", True) for error in refused)
     assert httpx.post(f"{url}/abort", headers=HEADERS, json={"abort_all": True}).status_code == 200
     assert first.reason() == "abort"
@@ -264,29 +265,30 @@ def test_streams_of_all_front_ends_go_on_when_the_scheduler_is_killed(server: Se
     undisturbed = answer.json()["choices"][0]["text"]
     first = scheduler_of(server)
     assert first is not None
-    with streams(url, 12, asked | {"stream_options": {"include_usage": True}}) as lines:
-        assert all(serving(front) for front in fronts(server))
-        first.kill()
-        until(lambda: scheduler_of(server) not in (first, None))
-        second = scheduler_of(server)
-        assert second is not None
-        second.suspend()  # so that what follows is asked while there is none that serves
-        probe = "the scheduler process (pid"
-        until(lambda: all(httpx.get(f"{url}/readyz", headers=HEADERS).status_code == 503 for _ in range(10)))
-        refused = (
-            httpx.get(f"{url}/readyz", headers=HEADERS),
-            httpx.post(f"{url}/v1/completions", json=ASKED, headers=HEADERS),
-        )
-        assert [answer.status_code for answer in refused] == [503, 503]
-        assert [answer.json()["error"]["code"] for answer in refused] == ["recovering"] * 2
-        assert all(probe in answer.json()["error"]["message"] and answer.headers["Retry-After"] for answer in refused)
-        assert httpx.get(f"{url}/livez").status_code == 200
-        with contextlib.suppress(psutil.NoSuchProcess):
-            second.resume()
-        for each in lines:  # of which the first event was read before
-            events = [json.loads(line[6:]) for line in each if line.startswith("data: {")]
-            assert undisturbed.endswith("".join(event["choices"][0]["text"] for event in events[:-1]))
-            assert events[-1]["usage"]["completion_tokens"] == 300
+    streamed = ("/v1/completions", asked | {"stream_options": {"include_usage": True}})
+    streams = opened(server, {f"id-{number}": streamed for number in range(12)})
+    assert all(serving(front) for front in fronts(server))
+    first.kill()
+    until(lambda: scheduler_of(server) not in (first, None))
+    second = scheduler_of(server)
+    assert second is not None
+    second.suspend()  # so that what follows is asked while there is none that serves
+    probe = "the scheduler process (pid"
+    until(lambda: all(httpx.get(f"{url}/readyz", headers=HEADERS).status_code == 503 for _ in range(10)))
+    refused = (
+        httpx.get(f"{url}/readyz", headers=HEADERS),
+        httpx.post(f"{url}/v1/completions", json=ASKED, headers=HEADERS),
+    )
+    assert [answer.status_code for answer in refused] == [503, 503]
+    assert [answer.json()["error"]["code"] for answer in refused] == ["recovering"] * 2
+    assert all(probe in answer.json()["error"]["message"] and answer.headers["Retry-After"] for answer in refused)
+    assert httpx.get(f"{url}/livez").status_code == 200
+    with contextlib.suppress(psutil.NoSuchProcess):
+        second.resume()
+    for stream in streams.values():
+        events = stream.end()
+        assert "".join(event["choices"][0]["text"] for event in events[:-1]) == undisturbed
+        assert events[-1]["usage"]["completion_tokens"] == 300
     until(lambda: all(httpx.get(f"{url}/readyz", headers=HEADERS).status_code == 200 for _ in range(10)), 30)
     assert len(fronts(server)) == 2
     assert len(server.out) == 1, "it says once that it is ready"
