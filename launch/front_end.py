@@ -11,12 +11,12 @@ import logging
 import resource
 import socket
 from collections.abc import Callable, Coroutine, Iterator
-from pathlib import Path
 from typing import Any, TypeVar
 
 import uvicorn
 
 from configs.errors import EngineError, NanoEngineError
+from launch.front_dir import FrontDir
 from launch.keys import ApiKeys
 from launch.server.app import create_app
 from launch.server.lifecycle import Lifecycle
@@ -51,7 +51,7 @@ class FrontEnd:
     Args:
         stop: becomes done when the server shall stop.
         on_ready: called once the engine serves.
-        metrics_dir: see `create_app`.
+        front_dir: see `create_app`; it is listened there as well.
     """
 
     def __init__(
@@ -61,13 +61,14 @@ class FrontEnd:
         keys: ApiKeys,
         stop: asyncio.Future[None],
         on_ready: Callable[[], None],
-        metrics_dir: Path | None = None,
+        front_dir: FrontDir | None = None,
     ) -> None:
-        self._engine, self._listener, self._stop, self._on_ready = engine, listener, stop, on_ready
+        self._engine, self._stop, self._on_ready = engine, stop, on_ready
+        self._listeners = [listener] if front_dir is None else [listener, front_dir.listen()]
         self._lifecycle = Lifecycle()
         self._server = _Server(
             uvicorn.Config(
-                create_app(engine, keys, self._lifecycle, metrics_dir=metrics_dir),
+                create_app(engine, keys, self._lifecycle, front_dir=front_dir),
                 http=BoundedProtocol,
                 ws="none",
                 log_config=None,
@@ -85,7 +86,7 @@ class FrontEnd:
 
         Raises whatever keeps the engine from starting.
         """
-        serving = asyncio.create_task(self._server.serve(sockets=[self._listener]))
+        serving = asyncio.create_task(self._server.serve(sockets=self._listeners))
         try:
             await self._load(serving)
             failure = await self._watch(serving)

@@ -24,7 +24,9 @@ from pathlib import Path
 
 from configs.engine import EngineConfig
 from configs.errors import EngineError, NanoEngineError, from_wire
+from launch.front_dir import FrontDir
 from launch.keys import ApiKeys
+from launch.server.shared_numbers import OwnerNumbers
 from nanoengine.engine_status import EngineCondition, EngineStatus
 from nanoengine.llm_engine import GREETING_TIMEOUT
 from nanoengine.processes import describe_exit, forget_child, register_child
@@ -45,8 +47,9 @@ class FrontEndProcess:
     """One front end as a child: the pipes to and from it."""
 
     def __init__(
-        self, config: EngineConfig, listener: socket.socket, keys: ApiKeys, run_dir: Path, name: str = "front end"
+        self, config: EngineConfig, listener: socket.socket, keys: ApiKeys, run_dir: Path, front_dir: Path, number: int
     ) -> None:
+        self.name = str(number)
         self._process: subprocess.Popen[bytes] | None = None
         self.is_ready = False
         self.failure: NanoEngineError | None = None
@@ -57,7 +60,9 @@ class FrontEndProcess:
         os.set_blocking(self._report_fd, False)
         self._report = b""
         message = {
-            "name": name,
+            "name": f"front end {number}",
+            "front_name": self.name,
+            "front_dir": str(front_dir),
             "config": config.to_dict(),
             "key_digests": [digest.hex() for digest in keys.digests],
             "run_dir": str(run_dir),
@@ -149,6 +154,7 @@ class FrontGroup:
         self._fronts: list[FrontEndProcess] = []
         self._num_started = 0
         self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
+        self._numbers = OwnerNumbers(config.max_model_len)
 
     async def run(self) -> NanoEngineError | None:
         """Load and serve until the stop; returns why the server failed, None after a stop that was asked for.
@@ -172,10 +178,13 @@ class FrontGroup:
     def _start_front(self, listener: socket.socket) -> FrontEndProcess:
         config = front_config(self._config, self._num_started)
         self._num_started += 1
-        name = f"front end {self._num_started}"
-        front = FrontEndProcess(config, listener, self._keys, self._engine.run_dir, name)
-        logger.info("%s has pid %d", name, front.pid)
+        front = FrontEndProcess(config, listener, self._keys, self._engine.run_dir, self._front_dir, self._num_started)
+        logger.info("front end %d has pid %d", self._num_started, front.pid)
         return front
+
+    @property
+    def _front_dir(self) -> Path:
+        return self._engine.run_dir / "fronts"
 
     async def _load(self) -> None:
         """Wait for engine and front ends; returns early when a stop is asked for."""
@@ -211,18 +220,18 @@ class FrontGroup:
             if failure is not None and self._config.server.exit_on_failure:
                 return failure
             for number, front in enumerate(self._fronts):
-                front.read()
-                if front.hung is not None:
-                    self._engine.replace(*front.hung)
-                    front.hung = None
+                self._listen(front)
                 if front.exit_code is None:
                     continue
                 if (failure := self._note_death(front)) is not None:
                     return failure
                 front.end()
+                shared = FrontDir(self._front_dir, front.name)
+                shared.clear()
                 self._fronts[number] = self._start_front(self._listeners[number])
                 if self._told is not None:
                     self._fronts[number].tell(self._told)
+                self._numbers.note_restart(shared.metrics, front.pid)
             await asyncio.wait([self._stop], timeout=_WATCH_SECONDS)
         return None
 
@@ -252,8 +261,17 @@ class FrontGroup:
             front.ask_to_stop()
         while any(front.exit_code is None for front in self._fronts) and time.monotonic() < deadline:
             failure = self._tell_all(failure)
+            for front in self._fronts:
+                self._listen(front)
             await asyncio.sleep(_WATCH_SECONDS)
         return failure
+
+    def _listen(self, front: FrontEndProcess) -> None:
+        """Take in what it says, and have a scheduler replaced that it takes for dead."""
+        front.read()
+        if front.hung is not None:
+            self._engine.replace(*front.hung)
+            front.hung = None
 
     def _tell_all(self, failure: NanoEngineError | None = None) -> NanoEngineError | None:
         """Have the front ends know what became of the engine, or the server's own failure; returns why it ends."""

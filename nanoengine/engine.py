@@ -71,6 +71,7 @@ class EngineCore:
         self._stopping = False
         self._next_watch = 0.0
         self._num_steps = 0  # committed in this epoch
+        self._num_rejected = 0  # frames, when somebody looked last
         self._is_starting = False  # a group that is to replace a failed one
         self._untold: set[str] = set()  # clients that do not know yet whether the engine recovers
         self._wake_fds: list[int] = []
@@ -121,7 +122,7 @@ class EngineCore:
         self.front.post(self.scheduler.take_deltas())
         now = time.monotonic()
         if self._report_times.is_due(now, self.scheduler.has_work):
-            stats = engine_stats(self.scheduler, self.front.incarnation)
+            stats = engine_stats(self.scheduler, self.front.incarnation, self.recovery.stats, self.frames_rejected)
             self._status_line.update(stats, now)
             self.front.post_stats(sorted(self.clients), stats)
         for client_id in self.front.flush():
@@ -146,6 +147,9 @@ class EngineCore:
         if now >= self._next_watch:
             self.executor.watch()
             self._next_watch = now + WATCH_SECONDS
+            if self.frames_rejected != self._num_rejected:
+                self._num_rejected = self.frames_rejected
+                self._report_times.touch()
 
     def _submit_steps(self) -> None:
         """Keep the workers busy: under async scheduling the next step waits for them while they compute one."""
@@ -171,6 +175,7 @@ class EngineCore:
                 raise
             self._num_steps = 0
             self._untold = set(self.clients)
+            self._report_times.touch()
 
     def _advance_start(self) -> None:
         """Start a group in place of the failed one and, when it is ready, go on; never waits for it."""
@@ -192,6 +197,7 @@ class EngineCore:
         seconds = self.recovery.resumed()
         logger.info("serving again after %.1f s; %d open request(s) go on", seconds, len(self.scheduler.requests))
         self._untold = set(self.clients)
+        self._report_times.touch()
         self._park_spare()
 
     def _park_spare(self) -> None:

@@ -30,6 +30,7 @@ from configs.errors import (
     from_wire,
 )
 from nanoengine.beam_params import BeamSearchParams
+from nanoengine.engine_stats import LastingTotals
 from nanoengine.engine_status import EngineCondition, SchedulerRestartStats
 from nanoengine.engine_view import Observer
 from nanoengine.journal import CheckedRequest, RequestJournal, SequenceJournal
@@ -94,7 +95,8 @@ class EngineClient:
         self.client_id = client_id or uuid.uuid4().hex
         self.outbox: deque[Message] = deque()
         self.facts: Ready | None = None  # what the scheduler told of itself; None until it is ready
-        self.stats: Stats | None = None  # the latest that the scheduler told
+        self.stats: Stats | None = None  # the latest that the scheduler told, on top of those before it
+        self._totals = LastingTotals()
         self.failure: EngineDeadError | None = None  # why no request can be served any more
         self.recovering_from: NanoEngineError | None = None  # why open requests pause for a moment
         self.restart_stats = SchedulerRestartStats()
@@ -320,7 +322,7 @@ class EngineClient:
             self.observer.state = message
             return []
         if isinstance(message, Stats):
-            self.stats = message
+            self.stats = self._totals.take(message)
             return []
         if isinstance(message, EngineFailure):
             return self.fail(from_wire(message.error))

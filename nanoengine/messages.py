@@ -261,7 +261,8 @@ class Stats:
 
     Sequences by state; blocks of the device and of the host tier: all, held by sequences, and cached (the rest is
     free). Then totals since the scheduler started: tokens that were looked up in the prefix cache and found there (on
-    the host, of those), preemptions (by swapping, of those), and what `engine_stats.StepTotals` counts.
+    the host, of those), preemptions (by swapping, of those), what `engine_stats.StepTotals` and
+    `recovery.RecoveryStats` count, and the frames of ranks and messages of front ends that were refused.
     """
 
     incarnation: int
@@ -284,6 +285,12 @@ class Stats:
     num_generated_tokens: int = 0
     num_step_tokens: int = 0
     steps_by_tokens: list[int] = dataclasses.field(default_factory=list)
+    restarts: dict[str, int] = dataclasses.field(default_factory=dict)
+    recovery_seconds: float = 0.0
+    num_requests_resumed: int = 0
+    num_tokens_recomputed: int = 0
+    num_requests_condemned: int = 0
+    num_frames_rejected: int = 0
 
 
 @dataclasses.dataclass(slots=True)

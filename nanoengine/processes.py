@@ -66,13 +66,17 @@ def ignore_interrupts() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # `in_lasting_thread` spawned us with it blocked
 
 
-def on_end_of(fd: int, call: Callable[[], None], name: str) -> None:
-    """Start a daemon thread that waits for the end of pipe `fd` and then calls `call`."""
+def on_end_of(fd: int, call: Callable[[], None], name: str, on_word: Callable[[], None] | None = None) -> None:
+    """Start a daemon thread that waits for the end of pipe `fd` and then calls `call`.
+
+    Should the other side write anything into it, `on_word` is called.
+    """
 
     def wait() -> None:
         with contextlib.suppress(OSError):
             while os.read(fd, 1):
-                pass
+                if on_word is not None:
+                    on_word()
         call()
 
     threading.Thread(target=wait, name=name, daemon=True).start()

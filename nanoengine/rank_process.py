@@ -31,7 +31,7 @@ import zmq
 from configs.engine import EngineConfig
 from configs.errors import to_wire
 from nanoengine import processes
-from nanoengine.channel import Direction, Failed, Hello, Link, Loaded, RankPort, Ready
+from nanoengine.channel import Begin, Direction, Failed, Hello, Link, Loaded, RankPort, Ready
 from nanoengine.control_block import ControlBlock, Phase, RankWords
 from nanoengine.listener import await_listener
 from nanoengine.step import Epoch, StepOutput
@@ -42,7 +42,9 @@ HEARTBEAT_SECONDS = 0.5
 _MAX_STACK_BYTES = 2**16
 _REAP_SECONDS = 5.0
 _LISTEN_SECONDS = 30.0
-_LAST_WORDS_SECONDS = 0.2
+# What a rank said last may still be on its way through ZeroMQ's threads when it has ended: one that left by itself has
+# sent it (`_leave`), one that was killed most likely has nothing to say.
+_LAST_WORDS_SECONDS, _KILLED_WORDS_SECONDS = 2.0, 0.2
 
 
 class InheritedFd:
@@ -169,6 +171,7 @@ class RankProcess:
         self.loaded: Loaded | None = None
         self.ready = False
         self.failed: Failed | None = None
+        self._is_connected = self._shall_begin = False
         self._arguments = arguments
         self._stacks_fd = arguments.stacks.fd
         self._process: BaseProcess | None = None
@@ -227,14 +230,24 @@ class RankProcess:
         """What the process has written by now."""
         return os.pread(self._stacks_fd, _MAX_STACK_BYTES, 0).decode(errors="replace").rstrip()
 
+    def begin(self) -> None:
+        """Let a parked rank load the model; one that is still on its way to us is told as soon as it is here.
+
+        Raises DeadlineError when it takes no message.
+        """
+        self._shall_begin = True
+        if self._is_connected:
+            self.link.send(Begin())
+
     def receive(self, ended: bool = False) -> list[StepOutput]:
         """Take in what the rank has said, and return the step outputs. Raises ChannelError on a broken link.
 
-        What one that has `ended` said last may still be on its way through ZeroMQ's thread.
+        The last words of one that has `ended` are waited for.
         """
         outputs: list[StepOutput] = []
+        patience = 0.0 if not ended else _LAST_WORDS_SECONDS if (self.exit_code or 0) >= 0 else _KILLED_WORDS_SECONDS
         while True:
-            message = self.link.receive(_LAST_WORDS_SECONDS if ended and not self.failed else 0)
+            message = self.link.receive(0 if self.failed else patience)
             match message:
                 case None:
                     return outputs
@@ -242,6 +255,9 @@ class RankProcess:
                     outputs.append(message)
                 case Hello():
                     self.link.unlink()
+                    self._is_connected = True
+                    if self._shall_begin:
+                        self.link.send(Begin())
                 case Loaded():
                     self.loaded = message
                     logger.info(

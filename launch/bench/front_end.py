@@ -69,7 +69,7 @@ def _served(rate: float, streams: int) -> Iterator[tuple[FrontEndProcess, int]]:
         (listener,) = stack.enter_context(listening(config.server, False))
         stack.callback(engine.stop)
         engine.start()
-        front = FrontEndProcess(config, listener, ApiKeys(), engine.run_dir)
+        front = FrontEndProcess(config, listener, ApiKeys(), engine.run_dir, engine.run_dir / "fronts", 1)
         stack.callback(front.end)
         engine.wait_ready(60)
         front.tell(engine.look())

@@ -18,6 +18,7 @@ from launch.server.errors import UNAVAILABLE, ApiError, draining, model_not_foun
 from launch.server.formats import ChatFormat, CompletionFormat
 from launch.server.generation import respond, resume
 from launch.server.page import shown_view
+from launch.server.peers import ask_others, is_from_peer
 from launch.server.schema import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -230,9 +231,13 @@ async def live() -> dict[str, str]:
 
 @router.get("/load")
 async def load(request: Request) -> dict[str, int]:
-    """Requests that this front end has in the engine: all, those with a token already, those that wait for one."""
+    """Requests in the engine, of all front ends together: all, those with a token already, those that wait for one."""
     engine = _engine(request)
     total, waiting = engine.num_unfinished, engine.num_queued
+    front_dir = request.app.state.front_dir
+    if front_dir is not None and not is_from_peer(request.scope):
+        for other in await ask_others(request, front_dir):
+            total, waiting = total + other["server_load"], waiting + other["waiting"]
     return {"server_load": total, "running": total - waiting, "waiting": waiting}
 
 

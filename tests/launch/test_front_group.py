@@ -198,6 +198,37 @@ def test_requests_are_ended_by_their_ids_wherever_they_are(url: str) -> None:
     assert len(answer.json()["outputs"][0]["token_ids"]) == 2
 
 
+def test_a_stream_is_resumed_through_any_front_end_until_its_own_dies(shared: tuple[ServerProcess, Path]) -> None:
+    server, run_base = shared
+    url = server.wait_ready()
+    asked = {"prompt": "Once", "ignore_eos": True, "max_tokens": 100, "temperature": 0, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=asked, headers=HEADERS | {"X-Stream-Resume": "1"}) as first:
+        stream_id = first.headers["x-stream-id"]
+        begun = next(first.iter_text())
+    last = begun.rpartition("id: ")[2].partition("\n")[0]
+    asking = {"headers": HEADERS | {"Last-Event-ID": last}, "timeout": 30.0}
+    path = f"{url}/v1/streams/{stream_id}"
+    rests = {httpx.get(path, **asking).text for _ in range(12)}  # each connection goes to one of two front ends
+    assert len(rests) == 1
+    (rest,) = rests
+    events = [json.loads(line[6:]) for line in (begun + rest).splitlines() if line.startswith("data: {")]
+    text = "".join(event["choices"][0]["text"] for event in events)
+    whole = httpx.post(f"{url}/v1/completions", json=asked | {"stream": False}, headers=HEADERS, timeout=30).json()
+    assert text == whole["choices"][0]["text"]
+    (claim,) = run_base.glob("*/fronts/streams/*")
+    (keeper,) = (
+        front
+        for front in fronts(server)
+        if any(each.laddr.endswith(f"/{claim.readlink()}.http") for each in front.net_connections("unix"))
+    )
+    keeper.kill()
+    until(lambda: len(fronts(server)) == 2 and keeper not in fronts(server))
+    for _ in range(6):
+        error = httpx.get(path, **asking).json()["error"]
+        assert error["code"] == "stream_not_found"
+    assert not list(run_base.glob("*/fronts/streams/*"))
+
+
 def test_an_id_that_is_in_use_is_refused(url: str) -> None:
     with httpx.stream("POST", f"{url}/generate", json=LONG, headers=HEADERS | {"X-Request-Id": "twice"}) as first:
         lines = first.iter_lines()

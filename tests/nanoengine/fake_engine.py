@@ -72,6 +72,7 @@ class FakeEngineProcess:
     """Stands for `EngineProcess`; `script` decides what a request is answered with.
 
     `hold` keeps requests waiting until it is cleared. `inject` sends a message as it is. `die` ends the process.
+    `on_step`, where there is one, is called in the scheduler's thread before the next tokens are sent.
     """
 
     made: list[FakeEngineProcess] = []  # noqa: RUF012  # all instances, for the tests to find theirs
@@ -83,6 +84,7 @@ class FakeEngineProcess:
         self.incarnation = incarnation
         self.tokens_of: Callable[[AddRequest], list[int]] = invented_tokens
         self.script: Callable[[AddRequest], list[Message]] | None = None
+        self.on_step: Callable[[], object] | None = None
         self.hold = threading.Event()
         self.received: list[Message] = []
         self.aborted: list[Abort] = []
@@ -166,16 +168,24 @@ class FakeEngineProcess:
         router.setsockopt(zmq.LINGER, 0)
         router.bind(self.address)
         while not self._stopped.is_set():
-            if router.poll(0 if self._live and not self.hold.is_set() else 2):
+            if router.poll(self._pause_ms()):
                 self._client, frame = router.recv_multipart()
                 self._take(decode(frame), lambda message: router.send_multipart([self._client, encode(message)]))
                 continue
             while not self._injected.empty():
                 router.send_multipart([self._client, encode(self._injected.get())])
             if self._live and not self.hold.is_set():
+                if self.on_step is not None:
+                    self.on_step()
                 router.send_multipart([self._client, encode(Deltas(self.incarnation, self._step()))])
         router.close()
         context.term()
+
+    def _pause_ms(self) -> int:
+        if not self._live or self.hold.is_set():
+            return 2
+        # An answer that nobody waits for must not keep its reader busy: tests do other things meanwhile.
+        return int(all(self.tokens_of(request) is ENDLESS for request, _ in self._live.values()))
 
     def _take(self, message: Message, send: Callable[[Message], None]) -> None:
         if self.is_mute:

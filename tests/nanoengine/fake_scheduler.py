@@ -35,11 +35,13 @@ def tell_pids(wanted: int) -> None:
 def serve(bootstrap: Bootstrap, what: str) -> None:
     executor = MultiprocessExecutor(bootstrap.config, bootstrap.run_dir, entry=ENTRY)
     # In a thread: ranks that hang while loading keep `start` from returning.
-    threading.Thread(target=tell_pids, args=(bootstrap.config.parallel.world_size,), daemon=True).start()
+    teller = threading.Thread(target=tell_pids, args=(bootstrap.config.parallel.world_size,), daemon=True)
+    teller.start()
     try:
         executor.start(Epoch(bootstrap.incarnation, 1))
         if what == "stuck":
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        teller.join()  # an owner that ends as soon as it hears `ready` would end the ranks before they were counted
         bootstrap.report_ready()
         if what in ("late-failure", "failure-when-told"):
             while what == "failure-when-told" and not Path(os.environ["NANO_TEST_PIDS"] + ".fail").exists():

@@ -27,7 +27,7 @@ from tests.nanoengine.fake_engine import (
     invented_tokens,
     write_model,
 )
-from tests.nanoengine.process_tools import eventually
+from tests.waiting import until
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 
@@ -65,12 +65,6 @@ def process(llm: LLM) -> FakeEngineProcess:
 
 def expected(prompt: list[int], max_tokens: int = 16) -> list[int]:
     return invented_tokens(AddRequest("", "", prompt, {"max_tokens": max_tokens}, 0, 0.0, 0, [[]]))
-
-
-def after(seconds: float, action: Any, *args: Any) -> threading.Timer:
-    timer = threading.Timer(seconds, action, args)
-    timer.start()
-    return timer
 
 
 # -- generate --------------------------------------------------------------------------------------------------
@@ -200,12 +194,18 @@ def test_when_the_engine_dies_finished_answers_stay_and_later_calls_raise(
 ) -> None:
     process.tokens_per_step = 4
     process.tokens_of = lambda request: ENDLESS[:4] if request.prompt_token_ids == [1] else ENDLESS
-    if how == "process":
-        timer = after(0.2, process.die, "killed by signal 9")
-    else:
-        timer = after(0.2, process.inject, EngineFailure(1, to_wire(CapacityError("out of killed blocks"))))
+    steps = itertools.count(1)
+
+    def end() -> None:
+        if len(process.added) < 2 or next(steps) != 3:  # the first request has had its end by then
+            return
+        if how == "process":
+            process.die("killed by signal 9")
+        else:
+            process.inject(EngineFailure(1, to_wire(CapacityError("out of killed blocks"))))
+
+    process.on_step = end
     done, cut = llm.generate([[1], [2]], SamplingParams(max_tokens=50), use_tqdm=False)
-    timer.join()
     assert (done.outputs[0].finish_reason, done.outputs[0].token_ids) == ("length", [5] * 4)
     assert cut.outputs[0].finish_reason == "error"
     assert "killed" in str(cut.outputs[0].error)
@@ -221,7 +221,7 @@ def test_an_engine_that_died_while_idle_is_noticed_by_the_next_call(llm: LLM, pr
     process.die()
     assert isinstance(llm._engine, LLMEngine)
     keeper = llm._engine._keeper
-    assert eventually(lambda: keeper.look().is_final), "its thread looks at once"
+    until(lambda: keeper.look().is_final)  # its thread looks at once
     with pytest.raises(EngineDeadError, match="signal 9"):
         llm.generate([1], use_tqdm=False)
 
@@ -235,11 +235,16 @@ def test_a_malformed_message_ends_the_engine_instead_of_hanging(llm: LLM, proces
 
 def test_an_interrupt_aborts_what_is_open_and_leaves_the_engine_usable(llm: LLM, process: FakeEngineProcess) -> None:
     process.tokens_of = lambda request: ENDLESS
-    timer = after(0.2, signal.pthread_kill, threading.get_ident(), signal.SIGINT)
+    ours, steps = threading.get_ident(), itertools.count(1)
+
+    def interrupt() -> None:
+        if len(process.added) == 2 and next(steps) == 20:
+            signal.pthread_kill(ours, signal.SIGINT)
+
+    process.on_step = interrupt
     with pytest.raises(KeyboardInterrupt):
         llm.generate([[1], [2]], SamplingParams(max_tokens=50), use_tqdm=False)
-    timer.join()
-    process.tokens_of = invented_tokens
+    process.on_step, process.tokens_of = None, invented_tokens
     [output] = llm.generate([3], use_tqdm=False)
     assert output.outputs[0].token_ids == expected([3])
     assert {abort.request_id for abort in process.aborted} == {request.request_id for request in process.added[:2]}

@@ -6,7 +6,6 @@ import asyncio
 import gc
 import itertools
 import threading
-import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -30,6 +29,7 @@ from nanoengine.messages import AddRequest, Deltas, Message, StateRequest, Token
 from nanoengine.outputs import RequestOutput
 from nanoengine.sampling_params import SamplingParams
 from tests.nanoengine.fake_engine import ENDLESS, VOCAB_SIZE, FakeEngineProcess, invented_tokens, write_model
+from tests.waiting import PATIENCE, until_async
 
 LONG = SamplingParams(max_tokens=50)
 
@@ -73,12 +73,6 @@ def expected(prompt: list[int], max_tokens: int = 16) -> list[int]:
     return invented_tokens(AddRequest("", "", prompt, {"max_tokens": max_tokens}, 0, 0.0, 0, [[]]))
 
 
-async def until(condition: Any) -> None:
-    async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110  # most of what is waited for happens in the fake's thread
-            await asyncio.sleep(0.005)
-
-
 # -- streams ---------------------------------------------------------------------------------------------------
 
 
@@ -117,7 +111,7 @@ async def test_a_slow_reader_sees_many_tokens_at_once_and_costs_no_memory(
 
     reader = asyncio.create_task(slow())
     fast = await collect(llm, [2], LONG)
-    await until(lambda: llm.num_unfinished == 0)
+    await until_async(lambda: llm.num_unfinished == 0)
     gate.set()
     outputs = await reader
     assert len(fast) > 0
@@ -154,7 +148,7 @@ async def test_leaving_the_iteration_aborts_the_request(llm: AsyncLLM, process: 
     process.tokens_of = lambda request: ENDLESS
     async for _ in llm.generate([1], LONG):
         break
-    await until(lambda: len(process.aborted) == 1)
+    await until_async(lambda: len(process.aborted) == 1)
     assert llm.num_unfinished == 0
     assert not llm._news
 
@@ -165,11 +159,11 @@ async def test_cancelling_the_reader_aborts_the_request(llm: AsyncLLM, process: 
     if hold:
         process.hold.set()
     reader = asyncio.create_task(collect(llm, [1], LONG))
-    await until(lambda: process.added)
+    await until_async(lambda: process.added)
     reader.cancel()
     with pytest.raises(asyncio.CancelledError):
         await reader
-    await until(lambda: len(process.aborted) == 1)
+    await until_async(lambda: len(process.aborted) == 1)
     assert llm.num_unfinished == 0
 
 
@@ -179,13 +173,13 @@ async def test_an_abort_by_id_ends_the_stream_as_such(llm: AsyncLLM, process: Fa
     if hold:
         process.hold.set()
     reader = asyncio.create_task(collect(llm, [1], LONG, request_id="a"))
-    await until(lambda: process.added)
+    await until_async(lambda: process.added)
     await llm.abort("a")
     await llm.abort("a")
     await llm.abort("unknown")
     outputs = await reader
     assert outputs[-1].outputs[0].finish_reason == "abort"
-    await until(lambda: len(process.aborted) == 1)
+    await until_async(lambda: len(process.aborted) == 1)
 
 
 # -- errors ----------------------------------------------------------------------------------------------------
@@ -201,7 +195,7 @@ async def test_a_request_that_cannot_be_served_raises_before_the_first_output(ll
 async def test_a_live_request_id_is_refused(llm: AsyncLLM, process: FakeEngineProcess) -> None:
     process.hold.set()
     reader = asyncio.create_task(collect(llm, [1], request_id="a"))
-    await until(lambda: process.added)
+    await until_async(lambda: process.added)
     with pytest.raises(RequestError, match="still runs"):
         await collect(llm, [1], request_id="a")
     process.hold.clear()
@@ -224,13 +218,20 @@ async def test_when_the_engine_dies_each_stream_ends_and_the_next_call_says_why(
     llm: AsyncLLM, process: FakeEngineProcess
 ) -> None:
     process.tokens_of = lambda request: ENDLESS if request.prompt_token_ids == [1] else []
-    begun = asyncio.create_task(collect(llm, [1], LONG))
-    process.script = None
-    await until(lambda: llm._news)
-    await asyncio.sleep(0.05)
+    first = asyncio.Event()
+
+    async def read() -> list[RequestOutput]:
+        outputs = []
+        async for output in llm.generate([1], LONG):
+            outputs.append(output)
+            first.set()
+        return outputs
+
+    begun = asyncio.create_task(read())
+    await first.wait()
     process.hold.set()
     waiting = asyncio.create_task(collect(llm, [2], LONG))
-    await until(lambda: len(process.added) == 2)
+    await until_async(lambda: len(process.added) == 2)
     assert llm.is_ready
     process.die("killed by signal 9")
     outputs = await begun
@@ -268,9 +269,8 @@ async def test_the_event_loop_goes_on_while_the_engine_starts(model: str, monkey
     starting = [asyncio.create_task(llm.start()) for _ in range(3)]
     stream = asyncio.create_task(collect(llm, [1]))
     starting[0].cancel()
-    began = time.monotonic()
+    await until_async(lambda: FakeEngineProcess.made)  # the loop goes on
     await asyncio.sleep(0.05)
-    assert time.monotonic() - began < 1
     assert not llm.is_ready
     gate.set()
     assert (await stream)[-1].finished, "cancelling one caller of start stopped it for all"
@@ -296,7 +296,7 @@ async def test_a_start_that_fails_is_raised_to_each_caller_and_kept(
 async def test_close_ends_open_streams_and_is_harmless_twice(llm: AsyncLLM, process: FakeEngineProcess) -> None:
     process.hold.set()
     reader = asyncio.create_task(collect(llm, [1]))
-    await until(lambda: process.added)
+    await until_async(lambda: process.added)
     await asyncio.gather(llm.close(), llm.close())
     await llm.close()
     with pytest.raises(EngineDeadError, match="closed"):
@@ -311,7 +311,7 @@ async def test_close_while_starting_and_before_it(model: str, monkeypatch: pytes
     llm = AsyncLLM(model)
     starting = asyncio.create_task(llm.start())
     await asyncio.sleep(0.02)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         await llm.close()
     with pytest.raises((EngineDeadError, asyncio.CancelledError)):
         await starting
@@ -349,8 +349,7 @@ async def test_the_settings_may_be_given_as_a_config(model: str) -> None:
 async def test_an_idle_engine_keeps_no_timer(llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nanoengine.async_llm._WATCH_INTERVAL", 0.01)
     await collect(llm, [1])
-    await asyncio.sleep(0.05)
-    assert llm._watchdog is None
+    await until_async(lambda: llm._watchdog is None)
 
 
 async def test_a_finished_request_leaves_nothing_behind(llm: AsyncLLM) -> None:
@@ -359,11 +358,14 @@ async def test_a_finished_request_leaves_nothing_behind(llm: AsyncLLM) -> None:
             break
 
     await asyncio.gather(*(collect(llm, [n], LONG) for n in range(20)), *(leave([n]) for n in range(20)))
-    await until(lambda: llm.num_unfinished == 0)
-    await asyncio.sleep(0.01)  # the loop itself holds what it ran last
-    gc.collect()
-    kept = (RequestJournal, IncrementalDetokenizer)
-    assert [thing for thing in gc.get_objects() if issubclass(type(thing), kept)] == []
+    await until_async(lambda: llm.num_unfinished == 0)
+
+    def nothing_is_left() -> bool:
+        gc.collect()
+        kept = (RequestJournal, IncrementalDetokenizer)
+        return not any(issubclass(type(thing), kept) for thing in gc.get_objects())
+
+    await until_async(nothing_is_left)  # the loop itself holds what it ran last
 
 
 # --- a look at the engine ---
@@ -399,6 +401,6 @@ async def test_a_look_fails_with_the_engine_and_with_its_silence(
     await asyncio.sleep(0.02)
     process.die()
     with pytest.raises(EngineDeadError, match="signal 9"):
-        await asyncio.wait_for(looking, 5)
+        await asyncio.wait_for(looking, PATIENCE)
     with pytest.raises(EngineDeadError):
         await llm.engine_view()
