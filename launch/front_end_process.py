@@ -25,6 +25,7 @@ from launch.supervisor import configure_server_logging
 from nanoengine import AsyncLLM, processes
 from nanoengine.engine_status import AttachedEngine
 from nanoengine.spawning import read_message
+from nanoengine.watched import guard_threads
 
 
 def main() -> None:
@@ -39,6 +40,7 @@ def main() -> None:
         os._exit(1)
     config = EngineConfig.from_dict(message["config"])
     configure_server_logging(config, message["name"])
+    guard_threads(processes.end_process)
     try:
         failure = run_loop(_run(config, message))
     except NanoEngineError as error:

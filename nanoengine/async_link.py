@@ -14,6 +14,7 @@ from nanoengine.connection import SchedulerConnection
 from nanoengine.engine_client import EngineClient
 from nanoengine.engine_status import EngineStatus
 from nanoengine.journal import RequestJournal
+from nanoengine.watched import vital
 
 _GREETING_POLL = 0.02
 
@@ -24,13 +25,18 @@ class AsyncLink:
     Args:
         engine: ready.
         on_news: is given the requests that have news, each once, perhaps none.
+        break_down: is given what was raised in here where nobody would see it, see `nanoengine.watched.vital`.
     """
 
     def __init__(
-        self, engine: EngineStatus, client: EngineClient, on_news: Callable[[list[RequestJournal]], None]
+        self,
+        engine: EngineStatus,
+        client: EngineClient,
+        on_news: Callable[[list[RequestJournal]], None],
+        break_down: Callable[[BaseException], None],
     ) -> None:
         """Must be called on the event loop."""
-        self._engine, self._client, self._on_news = engine, client, on_news
+        self._engine, self._client, self._on_news, self.break_down = engine, client, on_news, break_down
         self._loop = asyncio.get_running_loop()
         self._connection: SchedulerConnection | None = None
         self._incarnation = 0  # of the scheduler at its other end
@@ -47,6 +53,7 @@ class AsyncLink:
             await asyncio.sleep(_GREETING_POLL)
         raise DeadlineError(f"the scheduler did not answer a greeting within {timeout:g} s")
 
+    @vital
     def pump(self) -> None:
         """Messages arrived, or some may be sent."""
         if self._connection is None:
@@ -56,6 +63,7 @@ class AsyncLink:
         if has_more:
             self._loop.call_soon(self.pump)
 
+    @vital
     def look(self) -> None:
         """Something happened to the engine: leave a scheduler that is gone, connect to the next, or end it all."""
         condition = self._engine.look()

@@ -34,6 +34,7 @@ from nanoengine.sampling_params import SamplingParams
 from nanoengine.scheduler_keeper import SchedulerKeeper
 from nanoengine.structured_outputs import StructuredOutputsParams
 from nanoengine.tokenizer import Tokenizer
+from nanoengine.watched import vital, watch
 
 # Longer texts are encoded in a thread: this much takes about a millisecond.
 LONG_TEXT_CHARS = 4096
@@ -183,7 +184,7 @@ class AsyncLLM:
             tokenizer = asyncio.to_thread(load_tokenizer, self._config)  # while the workers load the model
             self._tokenizer, _ = await asyncio.gather(tokenizer, ready)
             self._client = EngineClient(self._config, self._tokenizer, recorder=self.recorder)
-            self._link = AsyncLink(self._engine, self._client, self._on_news)
+            self._link = AsyncLink(self._engine, self._client, self._on_news, self.break_down)
             await self._link.greet(GREETING_TIMEOUT)
         except BaseException as error:
             if not isinstance(error, NanoEngineError):
@@ -201,6 +202,7 @@ class AsyncLLM:
             raise EngineError("an AsyncLLM is closed on the event loop that started it, and this is another one")
         if self._closing is None:
             self._closing = asyncio.create_task(self._close())
+            watch(self._closing, "the end of the engine")
         await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
@@ -427,6 +429,7 @@ class AsyncLLM:
         if not is_waking:
             self._wake_some()
 
+    @vital
     def _wake_some(self) -> None:
         for journal in list(itertools.islice(self._to_wake, WAKE_BATCH)):
             del self._to_wake[journal]
@@ -440,11 +443,23 @@ class AsyncLLM:
         if self._watchdog is None and self._loop is not None:
             self._watchdog = self._loop.call_later(_WATCH_INTERVAL, self._watch)
 
+    @vital
     def _watch(self) -> None:
         """Runs while something is due from the scheduler; an idle engine keeps no timer."""
         self._watchdog = None
         if self._link is not None:
             self._link.watch()
+
+    def break_down(self, error: BaseException) -> None:
+        """Something failed that no stream goes on without: all of them end with an error, as if the engine died."""
+        try:
+            if self._client is not None:
+                self._client.fail(EngineError(f"the front end failed: {type(error).__name__}: {error}"))
+        finally:
+            if self._link is not None:
+                self._link.close()  # or it would be called again and again; the scheduler ends what is open
+            for news in (self._state_news, *self._news.values()):
+                news.set()
 
 
 def _retrieve(task: asyncio.Task[Any]) -> None:

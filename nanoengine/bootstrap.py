@@ -24,6 +24,7 @@ from configs.engine import EngineConfig
 from configs.errors import to_wire
 from nanoengine import processes
 from nanoengine.spawning import read_message
+from nanoengine.watched import guard_threads
 
 _OWNER_SECONDS = 2.0
 
@@ -49,8 +50,10 @@ class Bootstrap:
     def report_failure(self, error: BaseException, *, is_final: bool = False) -> None:
         """Tell the owner why this process ends, with a code other than 0 afterwards.
 
-        `is_final` says that another scheduler would fare no better.
+        `is_final` says that another scheduler would fare no better. From here on SIGTERM is ignored: the owner, who may
+        send it now, must not disturb the exit that is under way.
         """
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self._report({"error": to_wire(error), "is_final": is_final})
 
     def _report(self, report: dict[str, Any]) -> None:
@@ -98,6 +101,7 @@ def receive_bootstrap() -> Bootstrap:
         abandon()
     config = EngineConfig.from_dict(message["config"])
     processes.configure_logging(config.server.log_level, "scheduler", config.server.log_format)
+    guard_threads(processes.end_process)
     if sys.stderr is not None:
         faulthandler.register(processes.STACK_SIGNAL, all_threads=True)
     return Bootstrap(

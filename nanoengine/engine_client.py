@@ -46,6 +46,7 @@ from nanoengine.messages import (
     Ready,
     Recovering,
     ResetPrefixCache,
+    Resubmit,
     StateRequest,
     Stats,
     TokenDelta,
@@ -257,13 +258,17 @@ class EngineClient:
         self.outbox.append(ResetPrefixCache())
 
     def _forget_if_finished(self, journal: RequestJournal) -> None:
-        if journal.finished:
-            journal.metrics.finished_time = time.time()
+        if not journal.finished:
+            return
+        journal.metrics.finished_time = time.time()
+        self._queue.leave(journal.wire_id)
+        self._by_request_id.pop(journal.request_id, None)
+        self._live.pop(journal.wire_id, None)
+        try:
             self.observer.ended(journal)
-            self._queue.leave(journal.wire_id)
-            del self._live[journal.wire_id]
-            del self._by_request_id[journal.request_id]
             self._recorder.ended(journal)
+        except Exception:  # who counts must not be the end of who is counted
+            logger.exception("the end of a request was not recorded", extra={"request_id": journal.request_id})
 
     # -- one scheduler after the other --------------------------------------------------------------------------
 
@@ -287,7 +292,9 @@ class EngineClient:
 
     def detach(self, condition: EngineCondition) -> None:
         """The connection is gone, and so is the scheduler: requests pause until there is another one."""
-        self._is_attached, self.recovering_from = False, condition.cause
+        self._is_attached = False
+        if self.failure is None:  # it may have said so itself
+            self.recovering_from = condition.cause
         self._silence.heard(self._clock())
 
     # -- what the scheduler says --------------------------------------------------------------------------------
@@ -304,7 +311,7 @@ class EngineClient:
         self._silence.heard(self._clock())
         if isinstance(message, AbortNamed):
             return self.abort_named(message)
-        if not isinstance(message, Ready | Recovering | Deltas | EngineState | Stats | EngineFailure):
+        if not isinstance(message, Ready | Recovering | Resubmit | Deltas | EngineState | Stats | EngineFailure):
             raise ChannelError(f"a scheduler does not send {type(message).__name__}")
         if message.incarnation < self._incarnation:
             return []  # last words of a scheduler that was replaced
@@ -312,39 +319,48 @@ class EngineClient:
             replaced, self._incarnation = self._incarnation > 0, message.incarnation
             if replaced:
                 self.outbox.extend(self.resubmit_all())
-        if isinstance(message, Ready):
-            self.facts, self.recovering_from = message, None
-            return []
-        if isinstance(message, Recovering):
-            self.recovering_from = from_wire(message.error)
-            return []
-        if isinstance(message, EngineState):
-            self.observer.state = message
-            return []
-        if isinstance(message, Stats):
-            self.stats = self._totals.take(message)
-            return []
-        if isinstance(message, EngineFailure):
-            return self.fail(from_wire(message.error))
-        updated = [journal for delta in spelt_out(message.deltas) if (journal := self._take(delta)) is not None]
-        return list(dict.fromkeys(updated))
+        match message:
+            case Ready():
+                self.facts, self.recovering_from = message, None
+            case Recovering():
+                self.recovering_from = from_wire(message.error)
+            case Resubmit():
+                self.outbox.extend(self.resubmit_all())
+            case EngineState():
+                self.observer.state = message
+            case Stats():
+                self.stats = self._totals.take(message)
+            case EngineFailure():
+                return self.fail(from_wire(message.error))
+            case Deltas():
+                deltas = [*spelt_out(message.deltas)]  # first of all: a message is taken, or can be sent again
+                updated = [journal for delta in deltas if (journal := self._take(delta)) is not None]
+                return list(dict.fromkeys(updated))
+        return []
 
     def _take(self, delta: TokenDelta) -> RequestJournal | None:
+        try:
+            return self._accept(delta)
+        except Exception as error:  # whatever a tokenizer may raise: a request that fails, fails alone
+            logger.exception("a request failed in the front end", extra={"request_id": delta.request_id})
+            journal = self._live.get(delta.request_id)
+            if journal is not None:
+                if not journal.finished:
+                    self._fail_request(journal, EngineError(f"the front end failed: {type(error).__name__}: {error}"))
+                    self.outbox.append(Abort(journal.wire_id, None, "error"))
+                self._forget_if_finished(journal)
+            return journal
+
+    def _accept(self, delta: TokenDelta) -> RequestJournal | None:
         journal = self._live.get(delta.request_id)
         if journal is None or not 0 <= delta.index < len(journal.sequences):
             return None  # finished or aborted meanwhile
         sequence = journal.sequences[delta.index]
         if sequence.is_finished:
             return None
-        try:
-            if delta.metrics is not None:
-                journal.add_metrics(delta.metrics)
-            changed = self._apply(journal, sequence, delta)
-        except Exception as error:  # whatever a tokenizer may raise: a request that fails, fails alone
-            logger.exception("a request failed in the front end", extra={"request_id": journal.request_id})
-            self._fail_request(journal, EngineError(f"the front end failed: {type(error).__name__}: {error}"))
-            self.outbox.append(Abort(journal.wire_id, None, "error"))
-            changed = True
+        if delta.metrics is not None:
+            journal.add_metrics(delta.metrics)
+        changed = self._apply(journal, sequence, delta)
         self._forget_if_finished(journal)
         return journal if changed else None
 
@@ -419,11 +435,12 @@ class EngineClient:
     def fail(self, cause: NanoEngineError) -> list[RequestJournal]:
         """The engine is gone: every open request ends with an error and no new one is taken. Harmless twice."""
         if self.failure is None:
-            self.failure, self.recovering_from = _dead(cause), None
+            self.failure, self.recovering_from = EngineDeadError.because_of(cause), None
         self.outbox.clear()
         failed = list(self._live.values())
-        for journal in failed:
+        for journal in failed:  # first of all: nobody must wait in vain if what follows fails
             self._fail_request(journal, self.failure)
+        for journal in failed:
             self._forget_if_finished(journal)
         return failed
 
@@ -440,7 +457,9 @@ class EngineClient:
     def check_alive(self) -> None:
         """Raise EngineDeadError, with the cause, when the engine is gone."""
         if self.failure is not None:
-            raise _dead(self.failure)  # a new one: a raised exception collects the traceback of each raise
+            raise EngineDeadError.because_of(
+                self.failure
+            )  # a new one: a raised exception collects the traceback of each raise
 
     def watch(self) -> list[RequestJournal]:
         """Ask a silent scheduler for a sign of life; returns the requests whose time is over while there is none."""
@@ -461,11 +480,7 @@ class EngineClient:
 
     def _expire(self, now: float) -> list[RequestJournal]:
         """End the requests whose deadlines have passed, as a scheduler would."""
-        due = [
-            journal
-            for journal in self._live.values()
-            if journal.timeout is not None and journal.metrics.arrival_time + journal.timeout <= now
-        ]
+        due = [journal for journal in self._live.values() if journal.is_overdue(now)]
         for journal in due:
             error = RequestTimeoutError(f"the request was not complete within {journal.timeout:g} s")
             self._fail_request(journal, error)
@@ -478,10 +493,3 @@ class EngineClient:
         for sequence in journal.sequences:
             if not sequence.is_finished:
                 sequence.fail(error.message)
-
-
-def _dead(cause: NanoEngineError) -> EngineDeadError:
-    message = cause.message
-    error = EngineDeadError(message if isinstance(cause, EngineDeadError) else f"the engine died: {message}")
-    error.__cause__ = cause.__cause__ if isinstance(cause, EngineDeadError) else cause
-    return error

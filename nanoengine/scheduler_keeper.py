@@ -24,10 +24,11 @@ from nanoengine.circuit_breaker import CircuitBreaker, pause_before
 from nanoengine.engine_process import ENGINE_MODULE, EngineProcess
 from nanoengine.engine_status import EngineCondition, EngineStatus, SchedulerRestartStats
 from nanoengine.run_dir import RunDir
+from nanoengine.watched import start_thread
 
 logger = logging.getLogger(__name__)
 
-STOPPED_SECONDS = 5.0
+STOPPED_SECONDS = 10.0
 """A scheduler that a signal keeps from running for so long is replaced."""
 # The scheduler itself gives up after start_timeout; this is for what comes before and after.
 START_GRACE = 60.0
@@ -92,8 +93,7 @@ class SchedulerKeeper(EngineStatus):
         with self._lock:
             if self._thread is None and not self._stopping.is_set():
                 self._condition = EngineCondition(1, self._process.address)
-                self._thread = threading.Thread(target=self._keep, name="scheduler-keeper", daemon=True)
-                self._thread.start()
+                self._thread = start_thread(self._keep, "scheduler-keeper", self._break_down)
 
     def look(self) -> EngineCondition:
         """See `EngineStatus.look`."""
@@ -134,13 +134,14 @@ class SchedulerKeeper(EngineStatus):
     # -- the thread that watches --------------------------------------------------------------------------------
 
     def _keep(self) -> None:
-        try:
-            while (error := self._wait_for_end()) is not None:
-                if not self._replace(error):
-                    return
-        except Exception as error:
-            logger.exception("nobody watches the scheduler any more")
-            self._give_up(EngineError(f"nobody watches the scheduler any more: {type(error).__name__}: {error}"))
+        while (error := self._wait_for_end()) is not None:
+            if not self._replace(error):
+                return
+
+    def _break_down(self, error: BaseException) -> None:
+        """Nobody would see the scheduler's end: better it is the engine's."""
+        cause = EngineError(f"nobody watches the scheduler any more: {type(error).__name__}: {error}")
+        self._become(EngineCondition(self._condition.incarnation, "", cause, is_final=True))
 
     def _wait_for_end(self) -> NanoEngineError | None:
         """Why the present scheduler must be replaced, once it must be; None when all is stopped."""
@@ -176,14 +177,13 @@ class SchedulerKeeper(EngineStatus):
         incarnation, reason, is_futile = self._condition.incarnation, process.reason, not process.has_progressed
         while not self._stopping.is_set():
             logger.error("%s", error.message)
-            self._become(EngineCondition(self._condition.incarnation, "", error))
+            is_final = process.is_hopeless and not num_failed_starts
+            if not is_final and not self._breaker.allows(futile=is_futile):
+                is_final, error = True, self._exhausted(error)
+            self._become(EngineCondition(self._condition.incarnation, "", error, is_final))
             process.kill(error)
             process.stop()
-            if process.is_hopeless and not num_failed_starts:
-                self._give_up(error)
-                return False
-            if not self._breaker.allows(futile=is_futile):
-                self._give_up(self._exhausted(error))
+            if is_final:
                 return False
             self._stats.restarts[reason] += 1
             if self._stopping.wait(pause_before(num_failed_starts)):
@@ -239,9 +239,6 @@ class SchedulerKeeper(EngineStatus):
             f"{error.message}; {parallel.max_restarts} schedulers in its place within {parallel.restart_window:g} s "
             "brought no token"
         )
-
-    def _give_up(self, error: NanoEngineError) -> None:
-        self._become(EngineCondition(self._condition.incarnation, "", error, is_final=True))
 
     def _become(self, condition: EngineCondition) -> None:
         self._condition = dataclasses.replace(condition, restarts=self._stats.copy())
