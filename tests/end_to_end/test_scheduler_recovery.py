@@ -16,20 +16,14 @@ import pytest
 from nanoengine import AsyncLLM, SamplingParams
 from tests.end_to_end.test_recovery import Gaps, ranks_of, report, run
 from tests.nanoengine.process_tools import shared_memory
+from tests.waiting import until_async
 
-SECONDS = 60.0
 Hit = Callable[[AsyncLLM, random.Random], Coroutine[None, None, None]]
 
 
 def kill(pid: int, number: signal.Signals = signal.SIGKILL) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    async with asyncio.timeout(SECONDS):
-        while not condition():  # noqa: ASYNC110 - processes tell nobody
-            await asyncio.sleep(0.005)
 
 
 async def scheduler(llm: AsyncLLM, dice: random.Random) -> None:
@@ -51,7 +45,7 @@ async def twice(llm: AsyncLLM, dice: random.Random) -> None:
     """The scheduler, and the next one while it starts."""
     first = llm._engine.pid  # type: ignore[attr-defined]
     kill(first)
-    await until(lambda: llm._engine.pid != first)  # type: ignore[attr-defined]
+    await until_async(lambda: llm._engine.pid != first)  # type: ignore[attr-defined]
     await asyncio.sleep(dice.uniform(0, 1.5))
     kill(llm._engine.pid)  # type: ignore[attr-defined]
 
@@ -60,9 +54,9 @@ async def then_a_rank(llm: AsyncLLM, dice: random.Random) -> None:
     """The scheduler, and a rank of the next one as soon as there is one."""
     first = llm._engine.pid  # type: ignore[attr-defined]
     kill(first)
-    await until(lambda: llm._engine.pid != first)  # type: ignore[attr-defined]
+    await until_async(lambda: llm._engine.pid != first)  # type: ignore[attr-defined]
     with contextlib.suppress(psutil.NoSuchProcess):
-        await until(lambda: ranks_of(llm) or llm.is_ready)
+        await until_async(lambda: ranks_of(llm) or llm.is_ready)
         kill(dice.choice(ranks_of(llm)))
 
 
@@ -75,13 +69,13 @@ async def disturbed(hits: list[Hit], dice: random.Random, length: int = 80, **se
 
         async def disturb(hit: Hit) -> None:
             wanted = gaps.num_tokens + dice.uniform(0, 0.9) * undisturbed.num_tokens
-            await until(lambda: gaps.num_tokens >= wanted)
+            await until_async(lambda: gaps.num_tokens >= wanted)
             await hit(llm, dice)
 
         for hit in hits:
             before = llm.restart_stats.restarts.total()
             assert await run(llm, length, gaps, disturb(hit)) == expected
-            await until(lambda before=before: llm.restart_stats.restarts.total() > before and llm.is_ready)  # type: ignore[misc]
+            await until_async(lambda before=before: llm.restart_stats.restarts.total() > before and llm.is_ready)  # type: ignore[misc]
         answer = [output async for output in llm.generate("a", SamplingParams(max_tokens=3, ignore_eos=True))][-1]
         assert len(answer.outputs[0].token_ids) == 3
         assert llm.failure is None

@@ -17,13 +17,12 @@ import pytest
 from configs.engine import EngineConfig
 from configs.errors import CheckpointError, DeadlineError, EngineDeadError, EngineError
 from nanoengine.scheduler_keeper import SchedulerKeeper
-from tests.nanoengine.process_tools import alive, descendants, eventually, open_descriptors
+from tests.nanoengine.process_tools import alive, descendants, open_descriptors
 from tests.nanoengine.test_engine_process import MODULE, base, expect_nothing_left, read_pids, runs
+from tests.waiting import PATIENCE, until
 
 __all__ = ["base"]  # a fixture
 
-# A start takes half a second on a quiet machine.
-SECONDS = 30.0
 Make = Callable[..., SchedulerKeeper]
 
 
@@ -54,14 +53,14 @@ def serving(keeper: SchedulerKeeper, incarnation: int) -> bool:
 def started(keeper: SchedulerKeeper) -> SchedulerKeeper:
     keeper.start()
     assert not keeper.look().serves
-    keeper.wait_ready(SECONDS)
+    keeper.wait_ready(PATIENCE)
     assert serving(keeper, 1)
     return keeper
 
 
 def pids_after(base: Path, before: list[int]) -> list[int]:
     """Those of the next scheduler and its ranks."""
-    assert eventually(lambda: read_pids(base, len(before) - 1)[0] != before[0], SECONDS)
+    until(lambda: read_pids(base, len(before) - 1)[0] != before[0])
     return read_pids(base, len(before) - 1)
 
 
@@ -81,11 +80,11 @@ def test_one_that_is_gone_is_replaced_and_takes_its_ranks_along(
     keeper = started(make(tp=2))
     first, before, address = read_pids(base), os.listdir(keeper.run_dir), keeper.look().address
     os.kill(keeper.pid, number)
-    assert eventually(lambda: not keeper.look().serves, 10)
+    until(lambda: not keeper.look().serves)
     assert keeper.look().incarnation == 1
-    assert eventually(lambda: serving(keeper, 2), SECONDS)
+    until(lambda: serving(keeper, 2))
     second = pids_after(base, first)
-    assert eventually(lambda: alive(first) == [])
+    until(lambda: alive(first) == [])
     assert len(alive(second)) == 3
     assert keeper.look().address != address
     assert sorted(before) == ["1", "lock"]
@@ -100,7 +99,7 @@ def test_one_that_is_gone_is_replaced_and_takes_its_ranks_along(
 def test_the_cause_is_told_while_there_is_none(make: Make) -> None:
     keeper = started(make())
     os.kill(keeper.pid, signal.SIGKILL)
-    assert eventually(lambda: keeper.look().cause is not None)
+    until(lambda: keeper.look().cause is not None)
     cause = keeper.look().cause
     assert isinstance(cause, EngineDeadError)
     assert "killed by signal 9 (SIGKILL)" in cause.message
@@ -111,7 +110,7 @@ def test_one_that_hangs_is_replaced_once_however_many_say_so(make: Make) -> None
     keeper = started(make())
     for _ in range(3):
         keeper.replace(1, DeadlineError("it has not said anything for 30 s"))
-    assert eventually(lambda: serving(keeper, 2), SECONDS)
+    until(lambda: serving(keeper, 2))
     keeper.replace(1, DeadlineError("who comes late means the first"))
     time.sleep(1.2)  # a look of the thread that watches, and more
     assert serving(keeper, 2)
@@ -122,16 +121,16 @@ def test_one_that_is_killed_while_it_starts_again_is_replaced_too(make: Make) ->
     keeper = started(make())
     first = keeper.pid
     os.kill(first, signal.SIGKILL)
-    assert eventually(lambda: keeper.pid != first, SECONDS)
+    until(lambda: keeper.pid != first)
     os.kill(keeper.pid, signal.SIGKILL)
-    assert eventually(lambda: serving(keeper, 3), SECONDS)
+    until(lambda: serving(keeper, 3))
     assert keeper.look().restarts.restarts == {"died": 1, "start": 1}
 
 
 def test_one_that_raises_is_replaced_until_that_is_pointless(make: Make, base: Path) -> None:
     keeper = started(make("failure-when-told", max_restarts=2))
     (base / "pids.fail").touch()
-    assert eventually(lambda: keeper.look().is_final, SECONDS)
+    until(lambda: keeper.look().is_final)
     condition = keeper.look()
     assert condition.restarts.restarts["raised"] >= 1
     assert condition.restarts.restarts.total() == 2, "the next two may seem to fail as they start"
@@ -139,14 +138,14 @@ def test_one_that_raises_is_replaced_until_that_is_pointless(make: Make, base: P
     assert condition.cause.message == (
         "RuntimeError: out of luck; 2 schedulers in its place within 60 s brought no token"
     )
-    assert eventually(lambda: alive(read_pids(base, 1)) == [])
+    until(lambda: alive(read_pids(base, 1)) == [])
 
 
 def test_what_keeps_the_first_one_from_starting_is_raised_and_not_tried_again(make: Make, base: Path) -> None:
     keeper = make("checkpoint-error")
     keeper.start()
     with pytest.raises(CheckpointError, match="no weights in /nowhere"):
-        keeper.wait_ready(SECONDS)
+        keeper.wait_ready(PATIENCE)
     assert keeper.look().incarnation == 0
     assert len(runs(base)) == 1
     keeper.stop()
@@ -157,7 +156,7 @@ def test_what_keeps_the_first_one_from_starting_is_raised_and_not_tried_again(ma
 def test_without_restarts_its_end_is_final(make: Make, settings: dict[str, Any]) -> None:
     keeper = started(make(**settings))
     os.kill(keeper.pid, signal.SIGKILL)
-    assert eventually(lambda: keeper.look().is_final)
+    until(lambda: keeper.look().is_final)
     assert str(keeper.look().cause).endswith("killed by signal 9 (SIGKILL)")
     assert keeper.look().restarts.restarts == Counter()
 
@@ -166,12 +165,12 @@ def test_a_stop_in_the_middle_of_a_restart_leaves_nothing(make: Make, base: Path
     keeper = started(make())
     first = keeper.pid
     os.kill(first, signal.SIGKILL)
-    assert eventually(lambda: keeper.pid != first, SECONDS)
+    until(lambda: keeper.pid != first)
     second = keeper.pid
     keeper.stop()
     assert alive([first, second]) == []
     assert runs(base) == []
-    assert eventually(lambda: keeper._thread is not None and not keeper._thread.is_alive(), 10)
+    until(lambda: keeper._thread is not None and not keeper._thread.is_alive())
     assert alive([keeper.pid]) == []
 
 
@@ -182,10 +181,10 @@ def test_descriptors_and_memory_do_not_grow_with_restarts(make: Make) -> None:
     for number in range(2, 7):
         os.kill(keeper.pid, signal.SIGKILL)
         # None of these brings a token, and only the first five of them may follow each other.
-        assert eventually(lambda number=number: serving(keeper, number), SECONDS)  # type: ignore[misc]
+        until(lambda number=number: serving(keeper, number))  # type: ignore[misc]
     assert len(open_descriptors()) == before
     os.kill(keeper.pid, signal.SIGKILL)
-    assert eventually(lambda: keeper.look().is_final, SECONDS)
+    until(lambda: keeper.look().is_final)
 
 
 OWNER = """

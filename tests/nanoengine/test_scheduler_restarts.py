@@ -21,9 +21,9 @@ from nanoengine.messages import Abort, AbortNamed, AddRequest, Deltas, EngineFai
 from nanoengine.outputs import RequestOutput
 from nanoengine.prompt_log import PromptLogprobs
 from tests.nanoengine.fake_engine import FakeEngineProcess, write_model
-from tests.nanoengine.process_tools import eventually
 from tests.nanoengine.test_engine_client import Clock, add, ids_of, make_client, sent, tell
-from tests.nanoengine.test_llm_async import collect, expected, until
+from tests.nanoengine.test_llm_async import collect, expected
+from tests.waiting import until, until_async
 
 LONG = SamplingParams(max_tokens=50)
 made = FakeEngineProcess.made
@@ -87,9 +87,9 @@ async def test_streams_go_on_behind_their_last_token_through_several_deaths(
     journals = llm._client._live
     streams = [asyncio.create_task(collect(llm, [number], LONG)) for number in range(8)]
     for number in (1, 2, 3):
-        await until(lambda number=number: len(made) == number and made[-1].hold.is_set())  # type: ignore[misc]
+        await until_async(lambda number=number: len(made) == number and made[-1].hold.is_set())  # type: ignore[misc]
         told = made[-1]._live
-        await until(lambda told=told: all(journals[name].num_generated_tokens == told[name][1] for name in told))  # type: ignore[misc]
+        await until_async(lambda told=told: all(journals[name].num_generated_tokens == told[name][1] for name in told))  # type: ignore[misc]
         made[-1].has_progressed = True
         made[-1].die()
     for number, stream in enumerate(streams):
@@ -117,15 +117,15 @@ def gate(llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 async def test_meanwhile_the_engine_is_not_ready_and_new_requests_wait(llm: AsyncLLM, gate: threading.Event) -> None:
     made[0].hold.set()
     open_one = asyncio.create_task(collect(llm, [1], LONG))
-    await until(lambda: made[0].added)
+    await until_async(lambda: made[0].added)
     made[0].die("killed by signal 9")
-    await until(lambda: llm.recovering_from is not None)
+    await until_async(lambda: llm.recovering_from is not None)
     assert not llm.is_ready
     assert llm.failure is None
     assert "killed by signal 9" in str(llm.recovering_from)
     new = asyncio.create_task(collect(llm, [2], LONG))
     aborted = asyncio.create_task(collect(llm, [3], LONG, "mine"))
-    await until(lambda: llm.num_unfinished == 3)
+    await until_async(lambda: llm.num_unfinished == 3)
     await llm.abort("mine")
     assert (await aborted)[-1].outputs[0].finish_reason == "abort"
     gate.set()
@@ -141,7 +141,7 @@ async def test_deadlines_pass_while_there_is_no_scheduler(
     made[0].hold.set()
     late = asyncio.create_task(collect(llm, [1], LONG, timeout=0.3))
     patient = asyncio.create_task(collect(llm, [2], LONG, timeout=600))
-    await until(lambda: len(made[0].added) == 2)
+    await until_async(lambda: len(made[0].added) == 2)
     made[0].die()
     with pytest.raises(RequestTimeoutError, match=r"within 0\.3 s"):
         await late
@@ -197,7 +197,7 @@ async def test_starts_that_fail_are_repeated_and_counted(llm: AsyncLLM, monkeypa
     made[0].hold.set()
     made[0].has_progressed = True
     stream = asyncio.create_task(collect(llm, [1]))
-    await until(lambda: made[0].added)
+    await until_async(lambda: made[0].added)
     made[0].die()
     with pytest.raises(EngineDeadError, match="more memory than there is; 2 schedulers"):
         await stream
@@ -207,7 +207,7 @@ async def test_starts_that_fail_are_repeated_and_counted(llm: AsyncLLM, monkeypa
 async def test_what_a_scheduler_found_hopeless_is_not_tried_again(llm: AsyncLLM) -> None:
     made[0].hold.set()
     stream = asyncio.create_task(collect(llm, [1]))
-    await until(lambda: made[0].added)
+    await until_async(lambda: made[0].added)
     made[0].is_hopeless = True
     made[0].die("5 groups of ranks brought no step")
     with pytest.raises(EngineDeadError, match="5 groups of ranks"):
@@ -219,7 +219,7 @@ async def test_its_last_words_say_so_too(llm: AsyncLLM) -> None:
     """They may arrive before its end is noticed."""
     made[0].hold.set()
     stream = asyncio.create_task(collect(llm, [1]))
-    await until(lambda: made[0].added)
+    await until_async(lambda: made[0].added)
     made[0].inject(EngineFailure(1, to_wire(CapacityError("out of blocks"))))
     with pytest.raises(EngineDeadError, match="out of blocks"):
         await stream
@@ -228,14 +228,14 @@ async def test_its_last_words_say_so_too(llm: AsyncLLM) -> None:
 async def test_closing_while_there_is_no_scheduler(llm: AsyncLLM, gate: threading.Event) -> None:
     made[0].hold.set()
     stream = asyncio.create_task(collect(llm, [1]))
-    await until(lambda: made[0].added)
+    await until_async(lambda: made[0].added)
     made[0].die()
-    await until(lambda: len(made) == 2)
+    await until_async(lambda: len(made) == 2)
     async with asyncio.timeout(5):
         await llm.close()
     with pytest.raises(EngineDeadError, match="closed"):
         await stream
-    assert eventually(lambda: made[1].stops > 0)
+    until(lambda: made[1].stops > 0)
     assert len(made) == 2
 
 
@@ -244,9 +244,9 @@ async def test_an_idle_engine_has_another_scheduler_before_anybody_asks(
 ) -> None:
     monkeypatch.setattr("nanoengine.async_llm._WATCH_INTERVAL", 0.01)
     made[0].die()
-    await until(lambda: len(made) == 2 and llm.is_ready)
+    await until_async(lambda: len(made) == 2 and llm.is_ready)
     assert (await collect(llm, [1]))[-1].outputs[0].token_ids == expected([1])
-    await until(lambda: llm._watchdog is None)
+    await until_async(lambda: llm._watchdog is None)
 
 
 # -- without one ------------------------------------------------------------------------------------------------
@@ -255,14 +255,14 @@ async def test_an_idle_engine_has_another_scheduler_before_anybody_asks(
 def test_the_blocking_client_goes_on_too(model: str) -> None:
     with LLM(model) as llm:
         pause_at(20, made[0])
-        waiter = threading.Thread(target=lambda: eventually(made[0].hold.is_set) and made[0].die())
+        waiter = threading.Thread(target=lambda: (until(made[0].hold.is_set), made[0].die()))
         waiter.start()
         outputs = llm.generate([[1], [2]], LONG, use_tqdm=False)
         waiter.join()
         assert [output.outputs[0].token_ids for output in outputs] == [expected([n], 50) for n in (1, 2)]
         assert len(made) == 2
         made[1].die()
-        assert eventually(lambda: len(made) == 3)
+        until(lambda: len(made) == 3)
         [output] = llm.generate([[3]], LONG, use_tqdm=False)
         assert output.outputs[0].token_ids == expected([3], 50)
         assert made[2].added[-1].journal == [[]]
@@ -277,7 +277,7 @@ def test_the_blocking_client_keeps_its_time_limit_while_there_is_no_scheduler(
         made[0].hold.set()
         llm.add_request([1], LONG)
         made[0].die()
-        assert eventually(lambda: len(made) == 2)
+        until(lambda: len(made) == 2)
         began = time.monotonic()
         assert llm.step(timeout=0.1) == []
         assert time.monotonic() - began < 5
