@@ -20,7 +20,9 @@ from nanoengine import BeamSearchParams, SamplingParams
 from nanoengine.prompts import Prompt
 from nanoengine.structured_outputs import StructuredOutputsParams
 from tests.end_to_end.engine_in_step import EngineInStep, Params
+from tests.end_to_end.ranks_without_memory import FAILURES, take_memory_from
 from tests.fault_injection import Faults, faults
+from tests.nanoengine.process_tools import descendants, short_directory
 
 SCHEDULER = [
     "nanoengine." + name
@@ -80,6 +82,12 @@ def undisturbed(run_dir: Path) -> list[Any]:
         assert engine.core.scheduler.num_preemptions > 0
         assert engine.core.scheduler.num_swaps > 0
         return outputs
+
+
+@pytest.fixture(scope="module")
+def two_ranks(run_dir: Path) -> list[Any]:
+    with contextlib.closing(EngineInStep(run_dir, **SETTINGS, tensor_parallel_size=2)) as engine:
+        return engine.run(load())
 
 
 EXCEPTIONS: list[Callable[[], BaseException]] = [
@@ -179,6 +187,24 @@ def test_a_failed_allocation_ends_no_group(
     modules: list[str], number: int, run_dir: Path, undisturbed: list[Any]
 ) -> None:
     check_allocations(run_dir, undisturbed, modules, number)
+
+
+@pytest.mark.parametrize("as_processes", [False, True])
+def test_two_ranks_give_up_steps_in_the_middle_and_neither_ends(as_processes: bool, two_ranks: list[Any]) -> None:
+    settings = SETTINGS | {"tensor_parallel_size": 2}
+    entry = "tests.end_to_end.ranks_without_memory:run_worker" if as_processes else ""
+    with short_directory() as directory, contextlib.closing(EngineInStep(directory, entry, **settings)) as engine:
+        processes = descendants()
+        assert len(processes) == 2 * as_processes
+        for rank in [] if as_processes else getattr(engine.executor, "_ranks"):  # noqa: B009 - it is not on all executors
+            take_memory_from(rank._communicator)
+        assert engine.run(load()) == two_ranks
+        engine.settle()
+        stats = engine.core.recovery.stats
+        assert stats.steps_given_up == sum(map(len, FAILURES.values()))
+        assert not stats.restarts
+        assert not stats.scheduler_faults
+        assert descendants() == processes
 
 
 @pytest.mark.slow
