@@ -67,6 +67,7 @@ class EngineCore:
         self.scheduler = Scheduler(limits_of(config, facts), epoch)
         self.recovery = Recovery(self.scheduler, config.parallel.max_restarts, config.parallel.restart_window)
         self.clients: set[str] = set()
+        self.on_progress: Callable[[], None] | None = None  # called once, when front ends were sent a first token
         self._report_times = ReportTimes()
         self._status_line = StatusLine(config.server.log_stats_interval or 0.0)
         self._stopping = False
@@ -148,6 +149,9 @@ class EngineCore:
             self.scheduler.abort_client(client_id)
             self.scheduler.take_deltas()
             self.clients.discard(client_id)
+        if self.on_progress is not None and self.scheduler.totals.num_generated_tokens:
+            self.on_progress()
+            self.on_progress = None
 
     @property
     def frames_rejected(self) -> int:
@@ -198,6 +202,10 @@ class EngineCore:
             self.scheduler = made
             if self.recovery.error is None:
                 self._attempt(self.executor.forget_steps)
+            else:  # half way through a start, perhaps: again from the beginning
+                self.executor.end_group()
+                self._is_starting = False
+                self._listen()
 
     def _attempt(self, call: Callable[[], None]) -> None:
         """Do something with the ranks. When they fail, they are ended, and others are to start; else raises.
@@ -383,6 +391,7 @@ def run(bootstrap: Bootstrap) -> None:
         epoch = Epoch(bootstrap.incarnation, 1)
         facts = executor.start(epoch)
         core = EngineCore(config, executor, front, facts, epoch)
+        core.on_progress = bootstrap.report_progress
         logger.info(
             "serving %s with %d K/V blocks of %d tokens (%s on %s) and %d on the host",
             config.served_model_name, facts.num_kv_blocks, config.cache.block_size, facts.dtype, facts.device,
@@ -400,7 +409,10 @@ def run(bootstrap: Bootstrap) -> None:
 
 
 def main() -> None:
-    """Process entry; exits with 0 after SIGTERM and with 1 when the engine failed."""
+    """Process entry; exits with 0 after SIGTERM and with 1 when the engine failed.
+
+    What was found to be hopeless (an error of our tree) is final; after anything else its owner starts another one.
+    """
     bootstrap = receive_bootstrap()
     name_process("nano-scheduler")
     try:
@@ -408,7 +420,7 @@ def main() -> None:
     except Exception as error:
         if not isinstance(error, NanoEngineError):
             logger.exception("the scheduler failed")
-        bootstrap.report_failure(error)
+        bootstrap.report_failure(error, is_final=isinstance(error, NanoEngineError))
         sys.exit(1)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 import collections
+import contextlib
 import dataclasses
 import logging
 import math
@@ -29,6 +30,8 @@ RANK_ENTRY = "workers.worker:run_worker"
 MAX_IN_FLIGHT = 2
 SILENCE_SECONDS = 10.0
 """A rank whose heartbeat is older than this counts as stopped (six times this while it loads)."""
+SPARE_SECONDS = 10.0
+"""Spare ranks that die before they are so old are not replaced: others would fare no better."""
 FIRST_STEPS = 3
 """So many steps of an epoch may take as long as a start: a prefill, a decode and a mixed one may each compile."""
 
@@ -167,6 +170,7 @@ class MultiprocessExecutor(Executor):
         self._entry, self._silence_limit, self._first_steps = entry, silence_limit, first_steps
         self._group: WorkerGroup | None = None
         self._spare: WorkerGroup | None = None  # parked, for the next epoch
+        self._parked_at = 0.0
         self._epoch: Epoch | None = None
         self._failure: NanoEngineError | None = None
         self._began = 0.0  # when the start of the group began
@@ -222,7 +226,20 @@ class MultiprocessExecutor(Executor):
         """See `Executor.park_spare`: processes with their imports done."""
         if self._spare is None or self._spare.epoch != epoch:
             self._drop_spare()
-            self._spare = self._spawn(epoch, parked=True)
+            self._spare, self._parked_at = self._spawn(epoch, parked=True), time.monotonic()
+
+    def _look_after_spare(self) -> None:
+        """Replace spare ranks that died: when they are wanted, there is no time to wait for others."""
+        spare = self._spare
+        if spare is None or not spare.has_ended:
+            return
+        self._drop_spare()
+        if time.monotonic() - self._parked_at < SPARE_SECONDS:
+            logger.warning("the spare ranks died soon after their start; there are none until the next recovery")
+            return
+        logger.warning("the spare ranks died; others are started")
+        with contextlib.suppress(OSError):  # no more processes or descriptors: without spare ones it takes longer
+            self.park_spare(spare.epoch)
 
     def _spawn(self, epoch: Epoch, *, parked: bool) -> WorkerGroup:
         group = WorkerGroup(self._config, self._run_dir, epoch, self._entry, self._silence_limit, parked=parked)
@@ -315,6 +332,7 @@ class MultiprocessExecutor(Executor):
         """See `Executor.watch`."""
         group = self._running()
         self._guard(group.check)
+        self._look_after_spare()
         if group.outputs:
             return
         self._look_for_given_up(group)

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 
 from configs.errors import EngineError, NanoEngineError, StepError, WorkerError
+from nanoengine.circuit_breaker import CircuitBreaker, pause_before
 from nanoengine.scheduler import Scheduler
 from nanoengine.sequence import Request
 from nanoengine.starting_over import successor
@@ -30,8 +31,6 @@ logger = logging.getLogger(__name__)
 INNOCENT_TOKENS = 4
 SUSPECT_STRIKES = 2
 GUILTY_STRIKES = 4
-# Pauses before the starts that follow one which failed, in seconds.
-FIRST_PAUSE, LONGEST_PAUSE = 0.25, 5.0
 
 
 @dataclasses.dataclass
@@ -57,29 +56,6 @@ class RecoveryStats:
     requests_condemned: int = 0
     steps_given_up: int = 0
     scheduler_faults: int = 0
-
-
-class CircuitBreaker:
-    """Opens when restarts follow each other without bringing a step; `max_restarts` of them within `window` seconds."""
-
-    def __init__(self, max_restarts: int, window: float, clock: Callable[[], float]) -> None:
-        self._max_restarts, self._window, self._clock = max_restarts, window, clock
-        self._futile: collections.deque[float] = collections.deque()
-
-    def allows(self, *, futile: bool) -> bool:
-        """Whether a failed group may be replaced; `futile` says that it has not brought a single step."""
-        if futile and self._max_restarts:
-            now = self._clock()
-            while self._futile and self._futile[0] < now - self._window:
-                self._futile.popleft()
-            if len(self._futile) < self._max_restarts:
-                self._futile.append(now)
-                return True
-        return not futile and self._max_restarts > 0
-
-    def reset(self) -> None:
-        """Forget the restarts: their cause was found."""
-        self._futile.clear()
 
 
 @dataclasses.dataclass
@@ -126,8 +102,7 @@ class Recovery:
         if not self._breaker.allows(futile=num_steps == 0):
             return False
         self.stats.restarts[reason] += 1
-        pause = min(FIRST_PAUSE * 2 ** (self._num_failed_starts - 1), LONGEST_PAUSE) if self._num_failed_starts else 0
-        self.next_start = now + pause
+        self.next_start = now + pause_before(self._num_failed_starts)
         return True
 
     def resumed(self) -> float:
