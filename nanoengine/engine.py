@@ -197,6 +197,7 @@ class EngineCore:
             self.front.post(old.take_deltas())  # each was true when it was made
             self.front.post_resubmit(self.clients | {client_id for client_id, _ in old.requests})
             self.scheduler = made
+            self._report_times.touch()
             if self.recovery.error is None:
                 self._attempt(self.executor.forget_steps)
             else:  # half way through a start, perhaps: again from the beginning
@@ -214,6 +215,7 @@ class EngineCore:
                 call()
             except StepError as error:
                 logger.warning("a step is given up, and computed again: %s", error)
+                self._report_times.touch()
                 self.recovery.step_given_up(error)
                 self.executor.forget_steps()
         except NanoEngineError as error:
