@@ -72,7 +72,7 @@ def _served(rate: float, streams: int) -> Iterator[tuple[FrontEndProcess, int]]:
         front = FrontEndProcess(config, listener, ApiKeys(), engine.run_dir, engine.run_dir / "fronts", 1)
         stack.callback(front.end)
         engine.wait_ready(60)
-        front.tell({"ready": True})
+        front.tell(engine.look())
         while not front.is_ready:
             front.wait(1)
             front.read()

@@ -33,11 +33,12 @@ ENDLESS = {"prompt": "Once", "ignore_eos": True, "max_tokens": 3000, "stream": T
 
 
 @contextlib.contextmanager
-def started() -> Iterator[tuple[ServerProcess, Path]]:
+def started(*options: str) -> Iterator[tuple[ServerProcess, Path]]:
     """A server with two front ends, and where its run directory is made."""
     with tempfile.TemporaryDirectory(prefix="nano-test-") as name, pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOENGINE_API_KEY", KEY)
-        with ServerProcess("--api-server-count", "2", "--shutdown-timeout", "100", run_base=Path(name)) as server:
+        options = ("--api-server-count", "2", "--shutdown-timeout", "100", *options)
+        with ServerProcess(*options, run_base=Path(name)) as server:
             server.wait_ready()
             yield server, Path(name)
 
@@ -60,9 +61,15 @@ def url(server: ServerProcess) -> str:
 
 
 @pytest.fixture
-def own() -> Iterator[tuple[ServerProcess, Path]]:
+def options() -> tuple[str, ...]:
+    """Further ones of a server of one's own."""
+    return ()
+
+
+@pytest.fixture
+def own(options: tuple[str, ...]) -> Iterator[tuple[ServerProcess, Path]]:
     """For a test that ends it."""
-    with started() as both:
+    with started(*options) as both:
         yield both
 
 
@@ -273,6 +280,7 @@ def test_a_stop_reaches_every_front_end_and_leaves_nothing(own: tuple[ServerProc
     assert "Traceback" not in "".join(server.err)
 
 
+@pytest.mark.parametrize("options", [("--max-restarts", "0")])
 def test_the_engines_end_is_told_to_every_client(own: tuple[ServerProcess, Path]) -> None:
     server, run_base = own
     before = family(server)
