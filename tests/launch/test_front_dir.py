@@ -15,10 +15,10 @@ import pytest
 from launch.front_dir import FrontDir
 from launch.server import peers
 from tests.launch.fake_engine import FakeEngine, served
+from tests.launch.http_answers import error_of
 from tests.launch.prometheus_text import total
-from tests.launch.test_server_app import error_of
-from tests.launch.test_server_clients import until
 from tests.launch.test_server_streams import ASKED, RESUME, TEXT, ids_of, read_some, text_of
+from tests.waiting import until
 
 KEYS = ("one", "two")
 AUTHORIZED = {"headers": {"Authorization": "Bearer one"}}
