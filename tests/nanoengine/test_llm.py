@@ -27,7 +27,7 @@ from tests.nanoengine.fake_engine import (
     invented_tokens,
     write_model,
 )
-from tests.nanoengine.process_tools import eventually
+from tests.waiting import eventually
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 
