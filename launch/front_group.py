@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -112,6 +113,10 @@ class FrontEndProcess:
                         self.hung = (report["replace"], from_wire(report["error"]))
                     elif "error" in report:
                         self.failure = from_wire(report["error"])
+
+    def wait(self, timeout: float) -> None:
+        """Block until it says something or ends, for at most `timeout` seconds; then `read`."""
+        select.select([self._report_fd], [], [], timeout)
 
     def ask_to_stop(self) -> None:
         """Pass a stop on."""

@@ -46,8 +46,10 @@ class Bootstrap:
     def report_failure(self, error: BaseException, *, is_final: bool = False) -> None:
         """Tell the owner why this process ends, with a code other than 0 afterwards.
 
-        `is_final` says that another scheduler would fare no better.
+        `is_final` says that another scheduler would fare no better. From here on SIGTERM is ignored: the owner, who may
+        send it now, must not disturb the exit that is under way.
         """
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self._report({"error": to_wire(error), "is_final": is_final})
 
     def _report(self, report: dict[str, Any]) -> None:

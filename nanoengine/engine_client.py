@@ -46,6 +46,7 @@ from nanoengine.messages import (
     Ready,
     Recovering,
     ResetPrefixCache,
+    Resubmit,
     StateRequest,
     Stats,
     TokenDelta,
@@ -257,13 +258,17 @@ class EngineClient:
         self.outbox.append(ResetPrefixCache())
 
     def _forget_if_finished(self, journal: RequestJournal) -> None:
-        if journal.finished:
-            journal.metrics.finished_time = time.time()
+        if not journal.finished:
+            return
+        journal.metrics.finished_time = time.time()
+        self._queue.leave(journal.wire_id)
+        self._by_request_id.pop(journal.request_id, None)
+        self._live.pop(journal.wire_id, None)
+        try:
             self.observer.ended(journal)
-            self._queue.leave(journal.wire_id)
-            del self._live[journal.wire_id]
-            del self._by_request_id[journal.request_id]
             self._recorder.ended(journal)
+        except Exception:  # who counts must not be the end of who is counted
+            logger.exception("the end of a request was not recorded", extra={"request_id": journal.request_id})
 
     # -- one scheduler after the other --------------------------------------------------------------------------
 
@@ -309,7 +314,7 @@ class EngineClient:
         self._silence.heard(self._clock())
         if isinstance(message, AbortNamed):
             return self.abort_named(message)
-        if not isinstance(message, Ready | Recovering | Deltas | EngineState | Stats | EngineFailure):
+        if not isinstance(message, Ready | Recovering | Resubmit | Deltas | EngineState | Stats | EngineFailure):
             raise ChannelError(f"a scheduler does not send {type(message).__name__}")
         if message.incarnation < self._incarnation:
             return []  # last words of a scheduler that was replaced
@@ -323,6 +328,9 @@ class EngineClient:
         if isinstance(message, Recovering):
             self.recovering_from = from_wire(message.error)
             return []
+        if isinstance(message, Resubmit):
+            self.outbox.extend(self.resubmit_all())
+            return []
         if isinstance(message, EngineState):
             self.observer.state = message
             return []
@@ -331,25 +339,33 @@ class EngineClient:
             return []
         if isinstance(message, EngineFailure):
             return self.fail(from_wire(message.error))
-        updated = [journal for delta in spelt_out(message.deltas) if (journal := self._take(delta)) is not None]
+        deltas = [*spelt_out(message.deltas)]  # before the first is taken: a message is taken, or can be sent again
+        updated = [journal for delta in deltas if (journal := self._take(delta)) is not None]
         return list(dict.fromkeys(updated))
 
     def _take(self, delta: TokenDelta) -> RequestJournal | None:
+        try:
+            return self._accept(delta)
+        except Exception as error:  # whatever a tokenizer may raise: a request that fails, fails alone
+            logger.exception("a request failed in the front end", extra={"request_id": delta.request_id})
+            journal = self._live.get(delta.request_id)
+            if journal is not None:
+                if not journal.finished:
+                    self._fail_request(journal, EngineError(f"the front end failed: {type(error).__name__}: {error}"))
+                    self.outbox.append(Abort(journal.wire_id, None, "error"))
+                self._forget_if_finished(journal)
+            return journal
+
+    def _accept(self, delta: TokenDelta) -> RequestJournal | None:
         journal = self._live.get(delta.request_id)
         if journal is None or not 0 <= delta.index < len(journal.sequences):
             return None  # finished or aborted meanwhile
         sequence = journal.sequences[delta.index]
         if sequence.is_finished:
             return None
-        try:
-            if delta.metrics is not None:
-                journal.add_metrics(delta.metrics)
-            changed = self._apply(journal, sequence, delta)
-        except Exception as error:  # whatever a tokenizer may raise: a request that fails, fails alone
-            logger.exception("a request failed in the front end", extra={"request_id": journal.request_id})
-            self._fail_request(journal, EngineError(f"the front end failed: {type(error).__name__}: {error}"))
-            self.outbox.append(Abort(journal.wire_id, None, "error"))
-            changed = True
+        if delta.metrics is not None:
+            journal.add_metrics(delta.metrics)
+        changed = self._apply(journal, sequence, delta)
         self._forget_if_finished(journal)
         return journal if changed else None
 

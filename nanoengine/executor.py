@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configs.engine import EngineConfig
-from configs.errors import ChannelError, DeadlineError, NanoEngineError, WorkerError
+from configs.errors import ChannelError, DeadlineError, NanoEngineError, StepError, WorkerError
 from nanoengine.channel import Allocate, BlockCounts
-from nanoengine.step import Epoch, StepInput, StepOutput
+from nanoengine.step import Epoch, Forget, StepInput, StepOutput
 from nanoengine.step_deadline import StepDeadline
 from nanoengine.worker_group import WATCH_SECONDS, WorkerGroup
 
@@ -59,6 +59,9 @@ class Executor(abc.ABC):
     A failure of any rank is the failure of the group: the ranks are killed and reaped before the error is
     raised, and every later `submit`, `collect` and `watch` raises it again. `stop`, and then `start` or `begin_start`
     with a higher epoch, begin a new group afterwards.
+
+    A step that finds no memory is no such failure where the ranks can go on: `collect` and `watch` raise StepError,
+    and `forget_steps` lets the same ranks begin anew.
     """
 
     _started: ExecutorFacts | None = None  # of a `begin_start` that did it all
@@ -112,12 +115,22 @@ class Executor(abc.ABC):
         """The output of the oldest step in flight, or None when it does not come within `timeout` seconds.
 
         None waits for as long as the step's own deadline allows. Raises WorkerError when a rank died, stalled
-        or raised.
+        or raised, and StepError when the ranks gave up a step.
         """
 
     @abc.abstractmethod
     def watch(self) -> None:
-        """Raise WorkerError when a rank died, raised, is silent or is overdue; call it at least every 0.5 s."""
+        """Raise WorkerError when a rank died, raised, is silent or is overdue; call it at least every 0.5 s.
+
+        Raises StepError as `collect` does.
+        """
+
+    @abc.abstractmethod
+    def forget_steps(self) -> None:
+        """Make every step so far void: no output of theirs follows, and the ranks forget all rows.
+
+        Whatever they are doing; nothing is waited for. Steps go on with a higher number. Raises WorkerError.
+        """
 
     @abc.abstractmethod
     def wait_fds(self) -> list[object]:
@@ -166,6 +179,7 @@ class MultiprocessExecutor(Executor):
         self._in_flight: collections.deque[_InFlight] = collections.deque()  # oldest first
         self._oldest_since = 0.0  # when the oldest step in flight became the one being computed
         self._num_collected = 0
+        self._newest_step = self._void_step = 0  # the last one submitted; all up to the other one are void
         self._frames_rejected = 0  # in the groups that have ended
 
     @property
@@ -196,6 +210,7 @@ class MultiprocessExecutor(Executor):
         assert self._epoch is None or epoch > self._epoch, "an epoch is never used twice"
         self._began = time.monotonic()
         self._epoch, self._failure, self._num_collected, self._allocated = epoch, None, 0, None
+        self._newest_step = self._void_step = 0
         self._in_flight.clear()
         spare, self._spare = self._spare, None
         if spare is not None and spare.epoch == epoch and spare.begin():
@@ -273,15 +288,26 @@ class MultiprocessExecutor(Executor):
         group = self._running()
         assert len(self._in_flight) < MAX_IN_FLIGHT, "collect() comes before a third submit()"
         assert step.epoch == self._epoch, "a step of another epoch"
-        try:
-            group.broadcast(step)
-        except DeadlineError as error:
-            self._guard(group.check)  # most likely it died
-            raise self._fail(WorkerError(f"step {step.step_id} cannot be sent: {error.message}")) from error
+        self._newest_step = step.step_id  # whomever it reaches
+        self._broadcast(group, step, f"step {step.step_id}")
         if not self._in_flight:
             self._oldest_since = time.monotonic()
         self._in_flight.append(_InFlight(step.step_id, sum(len(row.token_ids) for row in step.states)))
         group.control.submitted = step.step_id
+
+    def _broadcast(self, group: WorkerGroup, message: StepInput | Forget, name: str) -> None:
+        try:
+            group.broadcast(message)
+        except DeadlineError as error:
+            self._guard(group.check)  # most likely it died
+            raise self._fail(WorkerError(f"{name} cannot be sent: {error.message}")) from error
+
+    def forget_steps(self) -> None:
+        """See `Executor.forget_steps`."""
+        group = self._running()
+        self._void_step = self._newest_step
+        self._in_flight.clear()
+        self._broadcast(group, Forget(), "the word to begin anew")
 
     def collect(self, timeout: float | None = 0) -> StepOutput | None:
         """See `Executor.collect`."""
@@ -292,8 +318,11 @@ class MultiprocessExecutor(Executor):
                 self._guard(group.receive_outputs)  # whoever has answered lives
             if not group.outputs and group.wants_check():
                 self.watch()
-            if group.outputs:
-                return self._take(group.outputs.popleft())
+            while group.outputs:
+                output = group.outputs.popleft()
+                if output.step_id > self._void_step:
+                    return self._take(output)
+            self._look_for_given_up(group)
             left = deadline - time.monotonic()
             if left <= 0 or not self._in_flight:
                 return None
@@ -306,6 +335,7 @@ class MultiprocessExecutor(Executor):
         self._look_after_spare()
         if not self._in_flight or group.outputs:
             return
+        self._look_for_given_up(group)
         # The first steps may compile; and a process that was suspended was not computing.
         parallel = self._config.parallel
         limit = self._deadline.limit(self._in_flight[0].num_prompt_tokens)
@@ -343,6 +373,14 @@ class MultiprocessExecutor(Executor):
         message = f"step {step_id} has not returned within {limit:g} s, waiting for {names}"
         group.log_stacks(late)
         return WorkerError(message, behind.rank, "overdue")
+
+    def _look_for_given_up(self, group: WorkerGroup) -> None:
+        for rank in group.ranks:
+            given_up = rank.given_up
+            if given_up is not None and given_up.step_id > self._void_step:
+                step_id, reason = given_up.step_id, given_up.reason
+                message = f"rank {rank.rank} found no memory for step {step_id} ({reason})"
+                raise StepError(message, rank.rank, step_id)
 
     def _take(self, output: StepOutput) -> StepOutput:
         expected = self._in_flight[0].step_id if self._in_flight else 0

@@ -33,7 +33,7 @@ from nanoengine import processes
 from nanoengine.channel import Begin, Direction, Failed, Hello, Link, Loaded, RankPort, Ready
 from nanoengine.control_block import ControlBlock, Phase, RankWords
 from nanoengine.listener import await_listener
-from nanoengine.step import Epoch, StepOutput
+from nanoengine.step import Epoch, GaveUp, StepOutput
 from nanoengine.watched import guard_threads, start_thread
 
 logger = logging.getLogger(__name__)
@@ -172,6 +172,7 @@ class RankProcess:
         self.loaded: Loaded | None = None
         self.ready = False
         self.failed: Failed | None = None
+        self.given_up: GaveUp | None = None  # the last step that it had no memory for
         self._is_connected = self._shall_begin = False
         self._arguments = arguments
         self._stacks_fd = arguments.stacks.fd
@@ -269,6 +270,8 @@ class RankProcess:
                     self.ready = True
                 case Failed():
                     self.failed = message
+                case GaveUp():
+                    self.given_up = message
                 case _:
                     logger.warning("rank %d sent %s, which is not for it to send", self.rank, type(message).__name__)
 

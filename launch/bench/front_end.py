@@ -74,10 +74,10 @@ def _served(rate: float, streams: int) -> Iterator[tuple[FrontEndProcess, int]]:
         engine.wait_ready(60)
         front.tell(engine.look())
         while not front.is_ready:
+            front.wait(1)
             front.read()
             if front.exit_code is not None:
                 raise SystemExit(f"the front end ended: {front.failure or front.exit_code}")
-            time.sleep(0.01)
         yield front, listener.getsockname()[1]
 
 
