@@ -62,7 +62,7 @@ class ServerProcess:
     def held(self) -> Iterator[None]:
         """Stop the scheduler's process meanwhile: streams rest where they are, however fast the model is.
 
-        The front ends serve on. It may last a minute before they count their scheduler as hung.
+        The front ends serve on. It may last some seconds; then a scheduler counts as hung, and is replaced.
         """
         (scheduler,) = (
             child
@@ -73,7 +73,8 @@ class ServerProcess:
         try:
             yield
         finally:
-            scheduler.resume()
+            with contextlib.suppress(psutil.NoSuchProcess):  # it took too long
+                scheduler.resume()
 
     def stop(self, number: int = signal.SIGTERM, seconds: float = 15.0) -> int:
         """Send a signal; returns the exit code. Raises TimeoutExpired when it takes longer."""

@@ -249,6 +249,49 @@ def test_an_id_that_is_in_use_is_refused(server: ServerProcess, url: str) -> Non
     assert first.reason() == "abort"
 
 
+def scheduler_of(server: ServerProcess) -> psutil.Process | None:
+    """The scheduler's process, if there is one right now."""
+    for child in family(server):
+        with contextlib.suppress(psutil.Error):  # one that ended just now
+            if "nanoengine.engine" in child.cmdline() and child.status() != psutil.STATUS_ZOMBIE:
+                return child
+    return None
+
+
+def test_streams_of_all_front_ends_go_on_when_the_scheduler_is_killed(server: ServerProcess, url: str) -> None:
+    asked = ENDLESS | {"max_tokens": 100, "temperature": 1.0, "seed": 5}
+    answer = httpx.post(f"{url}/v1/completions", json=asked | {"stream": False}, headers=HEADERS, timeout=60)
+    whole = asked | {"stream_options": {"include_usage": True}}
+    streams = opened(server, {f"id-{number}": ("/v1/completions", whole) for number in range(12)})
+    with server.held():
+        assert all(serving(front) for front in fronts(server))
+        first = scheduler_of(server)
+        assert first is not None
+        first.kill()
+    until(lambda: scheduler_of(server) not in (first, None))
+    second = scheduler_of(server)
+    assert second is not None
+    second.suspend()  # so that what follows is asked while there is none that serves
+    until(lambda: all(httpx.get(f"{url}/readyz", headers=HEADERS).status_code == 503 for _ in range(10)))
+    probed = httpx.get(f"{url}/readyz", headers=HEADERS)
+    refused = httpx.post(f"{url}/v1/completions", json=ASKED, headers=HEADERS)
+    assert httpx.get(f"{url}/livez").status_code == 200
+    with contextlib.suppress(psutil.NoSuchProcess):  # killed, if that took too long
+        second.resume()
+    for each in (probed, refused):
+        assert (each.status_code, each.json()["error"]["code"]) == (503, "recovering")
+        assert "the scheduler process (pid" in each.json()["error"]["message"]
+        assert int(each.headers["Retry-After"]) > 0
+    for stream in streams.values():
+        *events, usage = stream.end()
+        text = "".join(event["choices"][0]["text"] for event in events)
+        assert text == answer.json()["choices"][0]["text"]
+        assert usage["usage"]["completion_tokens"] == 100
+    until(lambda: all(httpx.get(f"{url}/readyz", headers=HEADERS).status_code == 200 for _ in range(10)))
+    assert len(fronts(server)) == 2
+    assert len(server.out) == 1, "it says once that it is ready"
+
+
 def test_nothing_outlives_a_supervisor_that_is_killed(shared: tuple[ServerProcess, Path]) -> None:
     """Runs last of those that share a server: it is gone afterwards."""
     server, run_base = shared
