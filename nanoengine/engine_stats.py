@@ -90,6 +90,8 @@ def engine_stats(scheduler: Scheduler, incarnation: int, recovery: RecoveryStats
         num_requests_resumed=recovery.requests_resumed,
         num_tokens_recomputed=recovery.tokens_recomputed,
         num_requests_condemned=recovery.requests_condemned,
+        num_steps_given_up=recovery.steps_given_up,
+        num_scheduler_faults=recovery.scheduler_faults,
         num_frames_rejected=num_frames_rejected,
     )
 

@@ -301,13 +301,16 @@ class Stats:
     num_requests_resumed: int = 0
     num_tokens_recomputed: int = 0
     num_requests_condemned: int = 0
+    num_steps_given_up: int = 0
+    num_scheduler_faults: int = 0
     num_frames_rejected: int = 0
 
 
 TOTALS = (
     "num_query_tokens", "num_hit_tokens", "num_host_hit_tokens", "num_preemptions", "num_swaps", "num_prefill_tokens",
     "num_generated_tokens", "num_step_tokens", "steps_by_tokens", "restarts", "recovery_seconds",
-    "num_requests_resumed", "num_tokens_recomputed", "num_requests_condemned", "num_frames_rejected",
+    "num_requests_resumed", "num_tokens_recomputed", "num_requests_condemned", "num_steps_given_up",
+    "num_scheduler_faults", "num_frames_rejected",
 )  # fmt: skip
 """What in `Stats` only grows."""
 

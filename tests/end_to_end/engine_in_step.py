@@ -15,7 +15,7 @@ from nanoengine.beam_params import BeamSearchParams
 from nanoengine.connection import SchedulerConnection
 from nanoengine.engine import EngineCore
 from nanoengine.engine_client import EngineClient
-from nanoengine.executor import create_executor
+from nanoengine.executor import Executor, MultiprocessExecutor, create_executor
 from nanoengine.front_socket import FrontSocket
 from nanoengine.journal import RequestJournal
 from nanoengine.llm_engine import load_tokenizer
@@ -24,6 +24,7 @@ from nanoengine.step import Epoch
 from nanoengine.structured_outputs import StructuredOutputsParams
 from tests.fault_injection import untraced
 
+IDLE_MS = 5
 Params = SamplingParams | BeamSearchParams
 _names = itertools.count()
 
@@ -31,10 +32,14 @@ _names = itertools.count()
 class EngineInStep:
     """`add` requests, then `run` until all have ended. The scheduler's invariants are checked in every turn."""
 
-    def __init__(self, run_dir: Path, **settings: Any) -> None:
-        asked = {"executor": "inprocess", "device": "cpu"} | settings
+    def __init__(self, run_dir: Path, entry: str = "", **settings: Any) -> None:
+        """`entry` names what runs in the ranks' processes; without it they are no processes."""
+        asked = {"device": "cpu"} | ({} if entry else {"executor": "inprocess"}) | settings
         self.config = EngineConfig.create(**asked).resolve()
-        self.executor = create_executor(self.config, run_dir)
+        if entry:
+            self.executor: Executor = MultiprocessExecutor(self.config, run_dir, entry=entry)
+        else:
+            self.executor = create_executor(self.config, run_dir)
         epoch = Epoch(1, 1)
         address = f"inproc://engine-in-step-{next(_names)}"
         self.front = FrontSocket(address, 1)
@@ -54,6 +59,7 @@ class EngineInStep:
     def turn(self) -> None:
         """Let the front end send and receive, and the scheduler's loop go round once."""
         self.connection.pump()
+        self.core._poller.poll(IDLE_MS)
         self.core._turn()
         self.connection.pump()
         with untraced():

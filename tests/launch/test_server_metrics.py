@@ -193,7 +193,7 @@ async def test_recoveries_are_counted(front: Front) -> None:
     first = Stats(
         1, 3, num_query_tokens=10, num_step_tokens=7, steps_by_tokens=[2, 1, *rest], restarts={"died": 2, "start": 1},
         recovery_seconds=2.5, num_requests_resumed=6, num_tokens_recomputed=40, num_requests_condemned=1,
-        num_frames_rejected=4,
+        num_steps_given_up=5, num_scheduler_faults=3, num_frames_rejected=4,
     )  # fmt: skip
     front.client.handle(first)
     front.engine.stats = front.client.stats
@@ -202,8 +202,8 @@ async def test_recoveries_are_counted(front: Front) -> None:
     assert {reason: number for reason, number in restarts.items() if number} == {"died": 2, "start": 1}
     assert total(text, "recovery_seconds_total") == 2.5
     assert total(text, "requests_resumed_total") == 6
-    names = ("tokens_recomputed_total", "requests_condemned_total", "frames_rejected_total")
-    assert [total(text, name) for name in names] == [40, 1, 4]
+    names = ("tokens_recomputed", "requests_condemned", "steps_given_up", "scheduler_faults", "frames_rejected")
+    assert [total(text, f"{name}_total") for name in names] == [40, 1, 5, 3, 4]
     front.engine.restart_stats = SchedulerRestartStats(Counter(died=2, silent=1), 4.5)
     assert front.engine.recorder is not None
     front.engine.recorder.resumed(3)
