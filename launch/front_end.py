@@ -23,6 +23,7 @@ from launch.server.app import create_app
 from launch.server.lifecycle import Lifecycle
 from launch.server.protocol import BoundedProtocol
 from nanoengine import AsyncLLM
+from nanoengine.watched import watch
 
 logger = logging.getLogger(__name__)
 
@@ -88,11 +89,12 @@ class FrontEnd:
         Raises whatever keeps the engine from starting.
         """
         serving = asyncio.create_task(self._server.serve(sockets=self._listeners))
+        watch(serving, "the HTTP server")
         try:
             await self._load(serving)
             failure = await self._watch(serving)
             if failure is None:
-                failure = await self._drain()
+                failure = await self._drain(serving)
             return failure
         finally:
             self._lifecycle.draining = True
@@ -121,12 +123,10 @@ class FrontEnd:
                     logger.error("nothing can be served any more: %s", self._engine.failure.message)
                 is_told = True
             await asyncio.wait([self._stop, serving], timeout=_WATCH_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-            if serving.done():
-                serving.result()
-                raise EngineError("the HTTP server ended by itself")
+            _check_serving(serving)
         return None
 
-    async def _drain(self) -> NanoEngineError | None:
+    async def _drain(self, serving: asyncio.Task[None]) -> NanoEngineError | None:
         """Take nothing new, and let what is open go on for a while; returns the engine's failure, if it fails now."""
         self._lifecycle.draining = True
         if not self._engine.is_ready and self._engine.recovering_from is None:
@@ -140,12 +140,20 @@ class FrontEnd:
                 logger.warning("%d requests are still open after %g s and end with an error", self._num_open, seconds)
                 break
             await asyncio.sleep(_DRAIN_POLL_SECONDS)
+            _check_serving(serving)
         return self._engine.failure
 
     @property
     def _num_open(self) -> int:
         # The engine's own count has those whose client may come back for the rest.
         return max(self._lifecycle.num_open, self._engine.num_unfinished)
+
+
+def _check_serving(serving: asyncio.Task[None]) -> None:
+    """Raise what ended the HTTP server before it was told to end."""
+    if serving.done():
+        serving.result()
+        raise EngineError("the HTTP server ended by itself")
 
 
 def run_loop(main: Coroutine[Any, Any, T]) -> T:

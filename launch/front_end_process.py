@@ -24,6 +24,7 @@ from launch.supervisor import configure_server_logging
 from nanoengine import AsyncLLM, processes
 from nanoengine.engine_status import AttachedEngine
 from nanoengine.spawning import read_message
+from nanoengine.watched import guard_threads
 
 
 def main() -> None:
@@ -38,6 +39,7 @@ def main() -> None:
         os._exit(1)
     config = EngineConfig.from_dict(message["config"])
     configure_server_logging(config, message["name"])
+    guard_threads(processes.end_process)
     try:
         failure = run_loop(_run(config, message))
     except NanoEngineError as error:
@@ -59,7 +61,8 @@ async def _run(config: EngineConfig, message: dict[str, Any]) -> NanoEngineError
             stop.set_result(None)
 
     loop.add_signal_handler(signal.SIGTERM, ask_to_stop)
-    engine = AsyncLLM(config=config, engine=AttachedEngine(Path(message["run_dir"]), message["status_fd"]))
+    report = functools.partial(_report, message)
+    engine = AsyncLLM(config=config, engine=AttachedEngine(Path(message["run_dir"]), message["status_fd"], report))
     front_dir = FrontDir(Path(message["front_dir"]), message["front_name"])
     keys = ApiKeys(bytes.fromhex(digest) for digest in message["key_digests"])
     with socket.socket(fileno=message["listener_fd"]) as listener:

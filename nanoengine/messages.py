@@ -112,6 +112,13 @@ class Recovering:
 
 
 @dataclasses.dataclass(slots=True)
+class Resubmit:
+    """Scheduler → front end: I know none of your requests any more; add again what you have not seen the end of."""
+
+    incarnation: int
+
+
+@dataclasses.dataclass(slots=True)
 class TokenDelta:
     """New tokens of one sequence, from position `start` of its output on.
 
@@ -302,7 +309,7 @@ class EngineFailure:
 
 
 ToScheduler = Hello | AddRequest | Abort | AbortNamed | ResetPrefixCache | StateRequest
-ToFrontEnd = Ready | Recovering | Deltas | AbortNamed | EngineState | Stats | EngineFailure
+ToFrontEnd = Ready | Recovering | Resubmit | Deltas | AbortNamed | EngineState | Stats | EngineFailure
 Message = ToScheduler | ToFrontEnd
 
 _TAGS: dict[int, type[Any]] = {
@@ -318,6 +325,7 @@ _TAGS: dict[int, type[Any]] = {
     20: StateRequest,
     21: EngineState,
     30: AbortNamed,
+    31: Resubmit,
 }
 _TAG_OF = {kind: tag for tag, kind in _TAGS.items()}
 _FIELDS = {

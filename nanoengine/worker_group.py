@@ -135,6 +135,11 @@ class WorkerGroup:
         self.outputs.extend(self.ranks[0].receive())
 
     @property
+    def has_ended(self) -> bool:
+        """Whether a rank's process is gone."""
+        return bool(self._sentinels.poll(0))  # much cheaper than asking after each exit code
+
+    @property
     def frames_rejected(self) -> int:
         """Frames that either end of a link has refused, and connections that were turned away."""
         return sum(rank.link.rejected.total() + rank.words.rejected for rank in self.ranks)
@@ -144,7 +149,7 @@ class WorkerGroup:
         # Often enough for a rank that falls silent not to be taken for a suspension of this process.
         if time.monotonic() - self._last_check > min(WATCH_SECONDS, self._silence_limit / 4):
             return True
-        return bool(self._sentinels.poll(0)) or any(rank.link.is_readable() for rank in self.ranks)
+        return self.has_ended or any(rank.link.is_readable() for rank in self.ranks)
 
     def check(self, starting: bool = False) -> None:
         """Raise when a rank died, failed or fell silent; the cause is preferred to its consequences.
@@ -157,7 +162,7 @@ class WorkerGroup:
         self._notice_suspension()
         # Whose pipe is closed has an exit code only a moment later. So each is asked once: one that got its own between
         # two looks would count as dead before its last words were awaited.
-        some_ended = bool(self._sentinels.poll(0))  # much cheaper than asking after each exit code
+        some_ended = self.has_ended
         ended = [rank for rank in self.ranks if some_ended and rank.exit_code is not None]
         for rank in self.ranks:
             self.outputs.extend(rank.receive(ended=rank in ended))

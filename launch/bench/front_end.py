@@ -78,12 +78,12 @@ def _served(rate: float, streams: int) -> Iterator[tuple[FrontEndProcess, int]]:
         front = FrontEndProcess(config, listener, ApiKeys(), engine.run_dir, engine.run_dir / "fronts", 1)
         stack.callback(front.end)
         engine.wait_ready(60)
-        front.tell({"ready": True})
+        front.tell(engine.look())
         while not front.is_ready:
+            front.wait(1)
             front.read()
             if front.exit_code is not None:
                 raise EngineError(f"the front end ended: {front.failure or front.exit_code}")
-            time.sleep(0.01)
         yield front, listener.getsockname()[1]
 
 

@@ -95,8 +95,6 @@ async def _all_outputs(
             async with contextlib.aclosing(run(prompts[index], f"{answer_id}-{index}")) as several:
                 async for output in several:
                     await queue.put((index, output))
-        except RequestError as error:
-            await queue.put((index, at_index(error, index, len(prompts))))
         except Exception as error:  # travels to the one who reads
             await queue.put((index, error))
 
@@ -105,6 +103,8 @@ async def _all_outputs(
         num_open = len(prompts)
         while num_open:
             index, item = await queue.get()
+            if isinstance(item, RequestError):
+                raise at_index(item, index, len(prompts))
             if isinstance(item, Exception):
                 raise item
             num_open -= item.finished
@@ -172,6 +172,7 @@ async def _begin_stream(
         if first.done():
             first.result()
         elif leaving.done():
+            leaving.result()
             await closed(events, first)
             return _nobody()
     except BaseException:
@@ -192,7 +193,7 @@ async def _unless(leaving: asyncio.Future[None], work: Coroutine[Any, Any, T]) -
     task = asyncio.create_task(work)
     try:
         await either(task, leaving)
-        return task.result() if task.done() else None
+        return task.result() if task.done() else leaving.result()
     finally:
         await cancelled(task)
 

@@ -78,8 +78,7 @@ class Relayed(Response):
         relaying = asyncio.create_task(self._relay(client, scope, receive, send))
         try:
             await either(relaying, leaving)
-            if relaying.done():
-                relaying.result()
+            (relaying if relaying.done() else leaving).result()
         finally:
             await cancelled(relaying, leaving)
             client.close()

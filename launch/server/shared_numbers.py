@@ -89,6 +89,6 @@ class SharedNumbers:
 
     def _write_and_go_on(self) -> None:
         self._timer = None
-        self.write()
         if self._metrics.num_open:  # their tokens are counted meanwhile
             self._write_soon()
+        self.write()

@@ -23,6 +23,7 @@ from configs.errors import RequestError
 from launch.front_dir import FrontDir
 from launch.server.errors import NOT_FOUND, ApiError
 from launch.server.events import error_events
+from nanoengine.watched import note_death
 
 RESUME_HEADER, LAST_ID_HEADER = "X-Stream-Resume", "Last-Event-ID"
 # Of all kept events together. Beyond it ended streams are forgotten, then the oldest events of the largest stream.
@@ -52,7 +53,7 @@ class KeptStream:
         self.size = 0
         self.has_reader = False
         self._store = store
-        self._failure: Exception | None = None  # before there was an event
+        self._failure: Exception | None = None  # before there was an event, or of what keeps them
         self._events: collections.deque[bytes] = collections.deque()
         self._first = 0  # the number of the oldest event that is kept
         self._turn = 0  # counts readers; the latest has the stream
@@ -72,6 +73,16 @@ class KeptStream:
 
     async def _run(self, events: Events) -> None:
         try:
+            await self._keep(events)
+        except Exception as error:  # what keeps them failed, or what tells of a failure: nobody must wait for more
+            self._failure = error
+            note_death(f"the stream {self.stream_id}", error)
+        self.done = True
+        self._news.set()
+        self._wait_for_reader()
+
+    async def _keep(self, events: Events) -> None:
+        try:
             async with contextlib.aclosing(events):
                 async for batch in events:
                     self._add(batch)
@@ -80,9 +91,6 @@ class KeptStream:
                 self._failure = error
             else:
                 self._add(error_events(error))
-        self.done = True
-        self._news.set()
-        self._wait_for_reader()
 
     def _add(self, events: list[bytes]) -> None:
         grown = 0

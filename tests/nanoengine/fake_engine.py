@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
+import select
 import shutil
 import tempfile
 import threading
@@ -77,7 +79,7 @@ class FakeEngineProcess:
     start_error: NanoEngineError | None = None  # what wait_ready raises
     start_gate: threading.Event | None = None  # what wait_ready waits for
 
-    def __init__(self, config: EngineConfig, incarnation: int = 1) -> None:
+    def __init__(self, config: EngineConfig, incarnation: int = 1, *_: object) -> None:
         self.config = config
         self.incarnation = incarnation
         self.tokens_of: Callable[[AddRequest], list[int]] = invented_tokens
@@ -89,6 +91,9 @@ class FakeEngineProcess:
         self.tokens_per_step = 1
         self.is_mute = False
         self.stops = 0
+        self.pid = 0
+        self.is_stopped = self.has_progressed = self.is_hopeless = False
+        self.reason = "died"
         self._live: dict[str, tuple[AddRequest, int]] = {}
         self._client = b""
         self._injected: queue.SimpleQueue[Message] = queue.SimpleQueue()
@@ -119,6 +124,18 @@ class FakeEngineProcess:
 
     def fileno(self) -> int:
         return self._read_fd
+
+    @property
+    def was_stopped(self) -> bool:
+        return self._stopped.is_set()
+
+    def wait(self, timeout: float | None) -> None:
+        """As long as nothing happens; a byte in the pipe stays there."""
+        with contextlib.suppress(OSError):
+            select.select([self._read_fd], [], [], 0.05)
+
+    def kill(self, error: NanoEngineError) -> None:
+        self._failure = self._failure or error
 
     def stop(self, timeout: float = 3.0) -> None:
         self.stops += 1

@@ -6,6 +6,7 @@ fake_worker. It writes the pids of all of them into the file that NANO_TEST_PIDS
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -57,6 +58,10 @@ def main() -> None:
     what = bootstrap.config.model.model.removeprefix("fake:").partition("@")[0]
     match what:
         case "checkpoint-error":
+            bootstrap.report_failure(CheckpointError("no weights in /nowhere"))
+            sys.exit(1)
+        case "slow-exit":
+            atexit.register(time.sleep, 1)
             bootstrap.report_failure(CheckpointError("no weights in /nowhere"))
             sys.exit(1)
         case "die":

@@ -108,6 +108,10 @@ class InventingExecutor(Executor):
         if self.failure is not None:
             raise self.failure
 
+    def forget_steps(self) -> None:
+        self.steps.clear()
+        self.workers.lose_everything()
+
     def wait_fds(self) -> list[object]:
         return []
 
@@ -193,9 +197,14 @@ def served(tmp_path: Path, settings: dict[str, Any]) -> Iterator[Served]:
     with contextlib.ExitStack() as stack:
         stack.callback(server.front.close)
         stack.callback(lambda: [front.socket.close(0) for front in server.fronts])
+        stack.callback(lambda: _assert_faultless(server))
         stack.callback(lambda: server.thread.join(PATIENCE))
         stack.callback(server.core.stop)
         yield server
+
+
+def _assert_faultless(server: Served) -> None:
+    assert not server.core.recovery.stats.scheduler_faults, "the scheduler failed, and nobody saw it"
 
 
 def test_hello_is_answered_with_what_was_learnt_at_run_time(served: Served) -> None:
@@ -307,7 +316,7 @@ def test_a_front_end_that_is_slow_gets_the_latest_statistics_alone(tmp_path: Pat
         socket.socket.setsockopt(zmq.SNDHWM, 1)
         front = FrontEnd(f"ipc://{tmp_path}/front", "slow", RCVHWM=1)
         front.send(Hello("slow"))
-        until(socket.receive, why="no greeting")
+        until(lambda: [*socket.receive()], why="no greeting")
         num_posted = 0
         while not socket.has_pending or num_posted % 1000:  # it takes what fits into the kernel's buffers
             num_posted += 1

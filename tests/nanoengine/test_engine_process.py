@@ -111,6 +111,18 @@ def test_a_start_that_fails_is_reported_at_once(
     assert isinstance(engine.failure(), kind)
 
 
+def test_a_stop_does_not_disturb_a_scheduler_that_ends_already(make: Make, capfd: pytest.CaptureFixture[str]) -> None:
+    """Told why a start failed, its owner stops it; raised during the exit, that was "Exception ignored in atexit"."""
+    engine = make("slow-exit")
+    engine.start()
+    with pytest.raises(CheckpointError):
+        engine.wait_ready(60)
+    engine.stop()
+    assert engine._process is not None
+    assert engine._process.returncode == 1
+    assert capfd.readouterr().err == ""
+
+
 def test_waiting_for_ready_has_a_deadline_and_can_be_tried_again(make: Make) -> None:
     engine = make("hang")
     engine.start()

@@ -12,6 +12,7 @@ import pytest
 
 from configs.engine import EngineConfig
 from configs.errors import CapacityError, WorkerError
+from nanoengine.circuit_breaker import CircuitBreaker
 from nanoengine.engine import EngineCore
 from nanoengine.executor import MultiprocessExecutor
 from nanoengine.front_socket import FrontSocket
@@ -27,7 +28,7 @@ from nanoengine.messages import (
     decode,
     spelt_out,
 )
-from nanoengine.recovery import INNOCENT_TOKENS, CircuitBreaker, Recovery
+from nanoengine.recovery import INNOCENT_TOKENS, Recovery
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.step import Epoch
 from tests.nanoengine.fake_worker import POISON

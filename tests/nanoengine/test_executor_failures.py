@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from configs.errors import WorkerError
+from nanoengine import executor as executor_module
 from nanoengine.executor import MultiprocessExecutor
 from nanoengine.rank_process import RankProcess
 from nanoengine.step import Epoch
@@ -231,6 +232,27 @@ def test_a_start_that_is_polled_does_not_block_and_tells_of_a_death(make: Make) 
 def spare_pids(executor: MultiprocessExecutor) -> list[int]:
     assert executor._spare is not None
     return [rank._process.pid or 0 for rank in executor._spare.ranks if rank._process is not None]
+
+
+def test_spare_ranks_that_die_are_noticed_and_replaced(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise it would show when they are needed, and the engine would start as slowly as without them."""
+    monkeypatch.setattr(executor_module, "SPARE_SECONDS", 0.0)
+    executor = make(tp=1)
+    executor.start(EPOCH)
+    executor.park_spare(Epoch(EPOCH.incarnation, EPOCH.group + 1))
+    pids = spare_pids(executor)
+    os.kill(pids[0], signal.SIGKILL)
+    assert eventually(lambda: not alive(pids))
+    executor.watch()
+    replaced = spare_pids(executor)
+    assert replaced != pids
+    assert len(alive(replaced)) == 1
+    monkeypatch.undo()
+    os.kill(replaced[0], signal.SIGKILL)
+    assert eventually(lambda: not alive(replaced))
+    executor.watch()
+    assert executor._spare is None, "others would die as soon"
+    run_steps(executor)
 
 
 def test_spare_ranks_take_over_and_end_with_the_executor(make: Make) -> None:

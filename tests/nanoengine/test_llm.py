@@ -14,6 +14,7 @@ import pytest
 from configs.errors import CapacityError, ConfigError, EngineDeadError, RequestError, UnknownModelError, to_wire
 from nanoengine.beam_params import BeamSearchParams
 from nanoengine.llm import LLM
+from nanoengine.llm_engine import LLMEngine
 from nanoengine.messages import Abort, AddRequest, Deltas, EngineFailure, Message, TokenDelta
 from nanoengine.progress import Progress
 from nanoengine.sampling_params import SamplingParams
@@ -26,6 +27,7 @@ from tests.nanoengine.fake_engine import (
     invented_tokens,
     write_model,
 )
+from tests.nanoengine.process_tools import eventually
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 
@@ -37,7 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(autouse=True)
 def fake_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("nanoengine.llm_engine.EngineProcess", FakeEngineProcess)
+    monkeypatch.setattr("nanoengine.scheduler_keeper.EngineProcess", FakeEngineProcess)
     monkeypatch.setattr(FakeEngineProcess, "made", [])
     yield
     for process in FakeEngineProcess.made:
@@ -45,8 +47,14 @@ def fake_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def llm(model: str) -> Iterator[LLM]:
-    with LLM(model) as llm:
+def settings() -> dict[str, Any]:
+    """Of the engine; a test's own stand in its parameters."""
+    return {}
+
+
+@pytest.fixture
+def llm(model: str, settings: dict[str, Any]) -> Iterator[LLM]:
+    with LLM(model, **settings) as llm:
         yield llm
 
 
@@ -179,6 +187,7 @@ def test_the_same_seed_reaches_the_scheduler_in_every_run(model: str) -> None:
 # -- death and interrupts --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("settings", [{"max_restarts": 0}])
 @pytest.mark.parametrize("how", ["process", "message"])
 def test_when_the_engine_dies_finished_answers_stay_and_later_calls_raise(
     llm: LLM, process: FakeEngineProcess, how: str
@@ -207,8 +216,12 @@ def test_when_the_engine_dies_finished_answers_stay_and_later_calls_raise(
         llm.add_request([1])
 
 
+@pytest.mark.parametrize("settings", [{"max_restarts": 0}])
 def test_an_engine_that_died_while_idle_is_noticed_by_the_next_call(llm: LLM, process: FakeEngineProcess) -> None:
     process.die()
+    assert isinstance(llm._engine, LLMEngine)
+    keeper = llm._engine._keeper
+    assert eventually(lambda: keeper.look().is_final), "its thread looks at once"
     with pytest.raises(EngineDeadError, match="signal 9"):
         llm.generate([1], use_tqdm=False)
 

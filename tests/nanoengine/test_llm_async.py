@@ -41,7 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(autouse=True)
 def fake_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("nanoengine.async_llm.EngineProcess", FakeEngineProcess)
+    monkeypatch.setattr("nanoengine.scheduler_keeper.EngineProcess", FakeEngineProcess)
     monkeypatch.setattr(FakeEngineProcess, "made", [])
     yield
     for process in FakeEngineProcess.made:
@@ -49,8 +49,14 @@ def fake_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
-async def llm(model: str) -> AsyncIterator[AsyncLLM]:
-    async with AsyncLLM(model) as llm:
+def settings() -> dict[str, Any]:
+    """Of the engine; a test's own stand in its parameters."""
+    return {}
+
+
+@pytest.fixture
+async def llm(model: str, settings: dict[str, Any]) -> AsyncIterator[AsyncLLM]:
+    async with AsyncLLM(model, **settings) as llm:
         yield llm
 
 
@@ -207,6 +213,7 @@ async def test_a_refusal_of_the_scheduler_is_raised_with_its_type(llm: AsyncLLM,
     assert refused.value.code == "context_length_exceeded"
 
 
+@pytest.mark.parametrize("settings", [{"max_restarts": 0}])
 async def test_when_the_engine_dies_each_stream_ends_and_the_next_call_says_why(
     llm: AsyncLLM, process: FakeEngineProcess
 ) -> None:
@@ -238,11 +245,13 @@ async def test_when_the_engine_dies_each_stream_ends_and_the_next_call_says_why(
         await collect(llm, [1])
 
 
+@pytest.mark.parametrize("settings", [{"max_restarts": 0}])
 async def test_a_scheduler_that_hangs_ends_the_streams(
     llm: AsyncLLM, process: FakeEngineProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("nanoengine.async_llm._WATCH_INTERVAL", 0.01)
-    monkeypatch.setattr("nanoengine.engine_client.SILENCE_GRACE", -59.9)
+    assert llm._client is not None
+    monkeypatch.setattr(llm._client._silence, "_limit", 0.1)
     process.hold.set()
     process.is_mute = True
     with pytest.raises(EngineDeadError, match="has not said anything"):
@@ -379,6 +388,7 @@ async def test_nobody_asks_for_the_state_unless_somebody_looks(llm: AsyncLLM, pr
     assert view.latencies.ttft.count == view.latencies.tpot.count == 1
 
 
+@pytest.mark.parametrize("settings", [{"max_restarts": 0}])
 async def test_a_look_fails_with_the_engine_and_with_its_silence(
     llm: AsyncLLM, process: FakeEngineProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
