@@ -7,6 +7,7 @@ other front ends.
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import signal
