@@ -54,7 +54,12 @@ class ModelConfig(_Validated):
     allow_download: bool = setting(
         False, "let huggingface_hub fetch a name with a slash that is not in the local cache"
     )
-    attention_backend: str = setting("auto", "attention implementation", choices=("auto", "torch"))
+    attention_backend: str = setting(
+        "auto",
+        "kernels of attention and the layers around it: triton = compiled for the GPU; torch = plain; auto = triton on "
+        "a GPU where it is installed, else torch",
+        choices=("auto", "torch", "triton"),
+    )
     enforce_eager: bool = setting(False, "never capture CUDA graphs (nothing is captured yet: always so)")
 
     def __post_init__(self) -> None:

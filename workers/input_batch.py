@@ -346,8 +346,9 @@ class InputBatch:
             only_argmax = rows.only_argmax[lines].tolist()
             sampled.sort(key=only_argmax.__getitem__)
             num_logits -= sum(only_argmax[row] for row in sampled)
-        input_ids, at, slots, which, block_tables = self._to_device(
-            tokens, positions, blocks * self._block_size + positions % self._block_size, ends[sampled] - 1, tables
+        slots = blocks * self._block_size + positions % self._block_size
+        input_ids, at, slot_mapping, which, device_seq_lens, block_tables = self._to_device(
+            tokens, positions, slots, ends[sampled] - 1, seq_lens, tables
         )
         return Batch(
             seq_ids=seq_ids,
@@ -356,9 +357,10 @@ class InputBatch:
             metadata=AttentionMetadata(
                 query_lens=query_lens.tolist(),
                 seq_lens=seq_lens.tolist(),
-                slot_mapping=slots,
+                slot_mapping=slot_mapping,
                 block_tables=block_tables,
                 block_size=self._block_size,
+                device_seq_lens=device_seq_lens,
             ),
             logits_rows=which,
             sampled=sampled,
