@@ -60,7 +60,7 @@ class ModelConfig(_Validated):
         "a GPU where it is installed, else torch",
         choices=("auto", "torch", "triton"),
     )
-    enforce_eager: bool = setting(False, "never capture CUDA graphs (nothing is captured yet: always so)")
+    enforce_eager: bool = setting(False, "never capture CUDA graphs: each step launches its kernels one by one")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -16,7 +16,13 @@ from workers.layers.rotary import rotate
 
 
 class AttentionBackend(abc.ABC):
-    """One implementation of paged attention. Stateless between steps; every layer of a rank shares one."""
+    """One implementation of paged attention. Stateless between steps; every layer of a rank shares one.
+
+    Attributes:
+        uses_triton: whether it consists of Triton kernels; the sampler then takes its kernel, too.
+    """
+
+    uses_triton = False
 
     @abc.abstractmethod
     def kv_cache_shape(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:

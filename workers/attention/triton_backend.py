@@ -43,6 +43,8 @@ class TritonBackend(AttentionBackend):
         ConfigError: the device is no GPU, and Triton's interpreter is not switched on.
     """
 
+    uses_triton = True
+
     def __init__(self, device: torch.device) -> None:
         if device.type == "cuda":
             self._num_processors = torch.cuda.get_device_properties(device).multi_processor_count
