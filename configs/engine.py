@@ -156,8 +156,8 @@ class ParallelConfig(_Validated):
 
     max_restarts: int = setting(
         5,
-        "restarts of failed ranks within restart_window, of which none brought a single step, before the engine gives "
-        "up; 0 = it gives up at the first failure",
+        "restarts of failed ranks, or of the scheduler, within restart_window, of which none brought a single step, "
+        "before the engine gives up; 0 = it gives up at the first failure",
         minimum=0,
     )
     warm_spare: bool = setting(

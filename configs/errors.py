@@ -89,6 +89,17 @@ class WorkerError(EngineError):
         self.rank, self.reason = rank, reason
 
 
+class StepError(EngineError):
+    """A step found no memory and was given up; the ranks live, and go on once they are told to begin anew.
+
+    `rank` says whose memory it was, `step_id` which step; both stay in the process.
+    """
+
+    def __init__(self, message: str, rank: int | None = None, step_id: int = 0) -> None:
+        super().__init__(message)
+        self.rank, self.step_id = rank, step_id
+
+
 class ChannelError(EngineError):
     """A frame between scheduler and worker is malformed, forged, replayed, too old or too large."""
 
@@ -113,6 +124,7 @@ _TREE: dict[str, type[NanoEngineError]] = {
         EngineError,
         EngineDeadError,
         WorkerError,
+        StepError,
         ChannelError,
         DeadlineError,
     )

@@ -11,17 +11,18 @@ import logging
 import resource
 import socket
 from collections.abc import Callable, Coroutine, Iterator
-from pathlib import Path
 from typing import Any, TypeVar
 
 import uvicorn
 
 from configs.errors import EngineError, NanoEngineError
+from launch.front_dir import FrontDir
 from launch.keys import ApiKeys
 from launch.server.app import create_app
 from launch.server.lifecycle import Lifecycle
 from launch.server.protocol import BoundedProtocol
 from nanoengine import AsyncLLM
+from nanoengine.watched import watch
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class FrontEnd:
     Args:
         stop: becomes done when the server shall stop.
         on_ready: called once the engine serves.
-        metrics_dir: see `create_app`.
+        front_dir: see `create_app`; it is listened there as well.
     """
 
     def __init__(
@@ -61,13 +62,14 @@ class FrontEnd:
         keys: ApiKeys,
         stop: asyncio.Future[None],
         on_ready: Callable[[], None],
-        metrics_dir: Path | None = None,
+        front_dir: FrontDir | None = None,
     ) -> None:
-        self._engine, self._listener, self._stop, self._on_ready = engine, listener, stop, on_ready
+        self._engine, self._stop, self._on_ready = engine, stop, on_ready
+        self._listeners = [listener] if front_dir is None else [listener, front_dir.listen()]
         self._lifecycle = Lifecycle()
         self._server = _Server(
             uvicorn.Config(
-                create_app(engine, keys, self._lifecycle, metrics_dir=metrics_dir),
+                create_app(engine, keys, self._lifecycle, front_dir=front_dir),
                 http=BoundedProtocol,
                 ws="none",
                 log_config=None,
@@ -85,12 +87,13 @@ class FrontEnd:
 
         Raises whatever keeps the engine from starting.
         """
-        serving = asyncio.create_task(self._server.serve(sockets=[self._listener]))
+        serving = asyncio.create_task(self._server.serve(sockets=self._listeners))
+        watch(serving, "the HTTP server")
         try:
             await self._load(serving)
             failure = await self._watch(serving)
             if failure is None:
-                failure = await self._drain()
+                failure = await self._drain(serving)
             return failure
         finally:
             self._lifecycle.draining = True
@@ -119,12 +122,10 @@ class FrontEnd:
                     logger.error("nothing can be served any more: %s", self._engine.failure.message)
                 is_told = True
             await asyncio.wait([self._stop, serving], timeout=_WATCH_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-            if serving.done():
-                serving.result()
-                raise EngineError("the HTTP server ended by itself")
+            _check_serving(serving)
         return None
 
-    async def _drain(self) -> NanoEngineError | None:
+    async def _drain(self, serving: asyncio.Task[None]) -> NanoEngineError | None:
         """Take nothing new, and let what is open go on for a while; returns the engine's failure, if it fails now."""
         self._lifecycle.draining = True
         if not self._engine.is_ready and self._engine.recovering_from is None:
@@ -138,12 +139,20 @@ class FrontEnd:
                 logger.warning("%d requests are still open after %g s and end with an error", self._num_open, seconds)
                 break
             await asyncio.sleep(_DRAIN_POLL_SECONDS)
+            _check_serving(serving)
         return self._engine.failure
 
     @property
     def _num_open(self) -> int:
         # The engine's own count has those whose client may come back for the rest.
         return max(self._lifecycle.num_open, self._engine.num_unfinished)
+
+
+def _check_serving(serving: asyncio.Task[None]) -> None:
+    """Raise what ended the HTTP server before it was told to end."""
+    if serving.done():
+        serving.result()
+        raise EngineError("the HTTP server ended by itself")
 
 
 def run_loop(main: Coroutine[Any, Any, T]) -> T:

@@ -1,20 +1,23 @@
 """Statistics of the engine: totals of the scheduler, when front ends are told of them, and the status line.
 
 A step costs two additions and a look into a table of bounds; the rest is done about once a second. It reads the
-scheduler and changes nothing in it, and knows no socket.
+scheduler and changes nothing in it, and knows no socket. `LastingTotals` is the front ends' part of it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from bisect import bisect_left
-from typing import TYPE_CHECKING
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any
 
 from nanoengine.messages import Stats
 from nanoengine.sequence import SequenceStatus
 
 if TYPE_CHECKING:
     from nanoengine.decode_set import StepInFlight
+    from nanoengine.recovery import RecoveryStats
     from nanoengine.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
@@ -24,6 +27,8 @@ STEP_TOKEN_BOUNDS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16
 # Front ends are told so often while there is work, and soon when it begins and when it is done.
 REPORT_SECONDS = 1.0
 SETTLE_SECONDS = 0.25
+# Why ranks are started again: `WorkerError.reason`, or "start" for ranks that failed while they started.
+RESTART_REASONS = ("died", "raised", "silent", "overdue", "broken", "failed", "start")
 
 
 class StepTotals:
@@ -51,7 +56,7 @@ class StepTotals:
         return num_decodes, num_prefill_tokens
 
 
-def engine_stats(scheduler: Scheduler, incarnation: int) -> Stats:
+def engine_stats(scheduler: Scheduler, incarnation: int, recovery: RecoveryStats, num_frames_rejected: int) -> Stats:
     """The state between two steps, and the totals so far."""
     blocks, host, totals = scheduler.blocks, scheduler.blocks.host, scheduler.totals
     num_swapped = sum(seq.status is SequenceStatus.SWAPPED for seq in scheduler.waiting)
@@ -76,7 +81,52 @@ def engine_stats(scheduler: Scheduler, incarnation: int) -> Stats:
         num_generated_tokens=totals.num_generated_tokens,
         num_step_tokens=totals.num_step_tokens,
         steps_by_tokens=totals.steps_by_tokens[:],
+        restarts=dict(recovery.restarts),
+        recovery_seconds=recovery.seconds,
+        num_requests_resumed=recovery.requests_resumed,
+        num_tokens_recomputed=recovery.tokens_recomputed,
+        num_requests_condemned=recovery.requests_condemned,
+        num_frames_rejected=num_frames_rejected,
     )
+
+
+# What in `Stats` only grows, as long as one scheduler lives.
+TOTALS = (
+    "num_query_tokens", "num_hit_tokens", "num_host_hit_tokens", "num_preemptions", "num_swaps", "num_prefill_tokens",
+    "num_generated_tokens", "num_step_tokens", "steps_by_tokens", "restarts", "recovery_seconds",
+    "num_requests_resumed", "num_tokens_recomputed", "num_requests_condemned", "num_frames_rejected",
+)  # fmt: skip
+
+
+class LastingTotals:
+    """Keeps totals from going back: a scheduler counts from 0, and so does the one that is started in its place.
+
+    What the one before counted behind its last report, at most a second's work, is lost with it.
+    """
+
+    def __init__(self) -> None:
+        self.past: dict[str, Any] = {}  # totals of the schedulers that are gone
+        self._latest: Stats | None = None
+
+    def take(self, told: Stats) -> Stats:
+        """What a scheduler told, with the totals of those before it added."""
+        if self._latest is not None and told.incarnation > self._latest.incarnation:
+            self.past = {name: _added(getattr(self._latest, name), self.past.get(name)) for name in TOTALS}
+        self._latest = told
+        return dataclasses.replace(
+            told, **{name: _added(getattr(told, name), past) for name, past in self.past.items()}
+        )
+
+
+def _added(total: Any, past: Any) -> Any:
+    """The sum of two totals: of numbers, of lists place by place, of dictionaries key by key."""
+    if past is None:
+        return total
+    if isinstance(total, list):
+        return [one + other for one, other in zip_longest(total, past, fillvalue=0)]
+    if isinstance(total, dict):
+        return {key: total.get(key, 0) + past.get(key, 0) for key in [*total, *(past.keys() - total.keys())]}
+    return total + past
 
 
 class ReportTimes:

@@ -112,6 +112,13 @@ class Recovering:
 
 
 @dataclasses.dataclass(slots=True)
+class Resubmit:
+    """Scheduler → front end: I know none of your requests any more; add again what you have not seen the end of."""
+
+    incarnation: int
+
+
+@dataclasses.dataclass(slots=True)
 class TokenDelta:
     """New tokens of one sequence, from position `start` of its output on.
 
@@ -261,7 +268,8 @@ class Stats:
 
     Sequences by state; blocks of the device and of the host tier: all, held by sequences, and cached (the rest is
     free). Then totals since the scheduler started: tokens that were looked up in the prefix cache and found there (on
-    the host, of those), preemptions (by swapping, of those), and what `engine_stats.StepTotals` counts.
+    the host, of those), preemptions (by swapping, of those), what `engine_stats.StepTotals` and
+    `recovery.RecoveryStats` count, and the frames of ranks and messages of front ends that were refused.
     """
 
     incarnation: int
@@ -284,6 +292,12 @@ class Stats:
     num_generated_tokens: int = 0
     num_step_tokens: int = 0
     steps_by_tokens: list[int] = dataclasses.field(default_factory=list)
+    restarts: dict[str, int] = dataclasses.field(default_factory=dict)
+    recovery_seconds: float = 0.0
+    num_requests_resumed: int = 0
+    num_tokens_recomputed: int = 0
+    num_requests_condemned: int = 0
+    num_frames_rejected: int = 0
 
 
 @dataclasses.dataclass(slots=True)
@@ -295,7 +309,7 @@ class EngineFailure:
 
 
 ToScheduler = Hello | AddRequest | Abort | AbortNamed | ResetPrefixCache | StateRequest
-ToFrontEnd = Ready | Recovering | Deltas | AbortNamed | EngineState | Stats | EngineFailure
+ToFrontEnd = Ready | Recovering | Resubmit | Deltas | AbortNamed | EngineState | Stats | EngineFailure
 Message = ToScheduler | ToFrontEnd
 
 _TAGS: dict[int, type[Any]] = {
@@ -311,6 +325,7 @@ _TAGS: dict[int, type[Any]] = {
     20: StateRequest,
     21: EngineState,
     30: AbortNamed,
+    31: Resubmit,
 }
 _TAG_OF = {kind: tag for tag, kind in _TAGS.items()}
 _FIELDS = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any
 
 import numpy as np
@@ -136,9 +136,20 @@ class ModelRunner:
         """
         self._kv_caches = self._spec().allocate(num_blocks, self._device)
         self._host_cache = self._spec().allocate_host(num_host_blocks, self._device)
-        self._batch = self._make_batch(num_blocks)
-        self._previous = {}
         self._graphs = None  # they hold the old cache
+        self.forget_rows()
+
+    def forget_rows(self) -> None:
+        """Go on as after `allocate`, on the same cache: whatever a step that broke off has left is dropped."""
+        self._batch = self._make_batch(len(self._kv_caches[0]))
+        self._previous = {}
+        masks, self._masks = self._masks, None
+        if masks is not None and not masks.cancel():
+            wait([masks])  # it is at work on matchers of rows that were dropped
+        if self._grammars is not None:
+            self._grammars.forget_failures()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()  # perhaps there was memory, in pieces
 
     def warm_up(self) -> None:
         """Run one small prefill and one decode through model and sampler, so that no request waits for first calls.

@@ -26,6 +26,7 @@ import torch
 from torch.nn import functional as F
 
 from workers.cpu_features import has_tiles_for
+from workers.memory import is_out_of_memory
 
 _AMX_TILE, _AMX_UNCUT, _PLAIN_TILE = 32, 384, 16
 
@@ -97,7 +98,9 @@ def make_kernel(weight: torch.Tensor) -> LinearKernel:
         return DeviceKernel(weight)
     try:
         return PackedKernel(weight)
-    except (AttributeError, RuntimeError):
+    except (AttributeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise  # the plain one has other bits, and other ranks or groups may have had room
         return PlainKernel(weight)
 
 

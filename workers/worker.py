@@ -14,17 +14,21 @@ import torch
 from configs.engine import EngineConfig
 from configs.errors import ConfigError
 from nanoengine.channel import BlockCounts, RankPort
-from nanoengine.step import StepInput, StepOutput
+from nanoengine.step import GaveUp, StepInput, StepOutput
+from workers.memory import is_out_of_memory
 from workers.model_runner import ModelRunner
 from workers.parallel import (
     Communicator,
     SharedMemoryCommunicator,
     SingleCommunicator,
+    StepGivenUp,
     ThreadCommunicator,
     TorchCommunicator,
 )
 
 logger = logging.getLogger(__name__)
+
+_MAX_REASON_CHARS = 1000
 
 
 class Worker:
@@ -34,6 +38,7 @@ class Worker:
         self.device_name = str(device)
         self._communicator = communicator
         self._runner: ModelRunner | None = ModelRunner(config, device, communicator)
+        self._gave_up = False  # a step, and nobody has told this rank to begin anew
 
     @property
     def runner(self) -> ModelRunner:
@@ -62,9 +67,32 @@ class Worker:
             seconds = allocated - began, time.perf_counter() - allocated
             logger.info("K/V cache of %d blocks made in %.2f s, warmed up in %.2f s", num_blocks.device, *seconds)
 
-    def execute(self, step: StepInput) -> StepOutput | None:
-        """Compute a step; None on ranks other than 0."""
-        return self.runner.execute(step)
+    def execute(self, step: StepInput) -> StepOutput | GaveUp | None:
+        """Compute a step; None on ranks other than 0.
+
+        Where there is no memory for it, all ranks give it up, and compute none (None) until `forget`. The one that
+        found none says so.
+        """
+        if self._gave_up:
+            return None
+        try:
+            return self.runner.execute(step)
+        except Exception as error:
+            follows = isinstance(error, StepGivenUp)
+            if not (follows or is_out_of_memory(error)) or not self._communicator.give_up():
+                raise
+            self._gave_up = True
+            if follows:
+                return None
+            # Logged, not kept: its frames hold what there is no memory for.
+            logger.exception("step %d is given up", step.step_id)
+            return GaveUp(step.step_id, f"{type(error).__name__}: {error}"[:_MAX_REASON_CHARS])
+
+    def forget(self) -> None:
+        """Every step so far is void: go on without any row. What the cache holds, nobody reads."""
+        self._gave_up = False
+        self._communicator.begin_anew()
+        self.runner.forget_rows()
 
     def close(self) -> None:
         """Leave the group together with the others. Captured graphs hold collectives, so the runner goes first."""
@@ -86,7 +114,7 @@ def run_worker(port: RankPort) -> None:
     if num_blocks is not None:
         worker.allocate(num_blocks)
         port.report_ready()
-        for step in port.steps():
+        for step in port.steps(worker.forget):
             output = worker.execute(step)
             if output is not None:
                 port.send_output(output)

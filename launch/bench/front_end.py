@@ -69,15 +69,15 @@ def _served(rate: float, streams: int) -> Iterator[tuple[FrontEndProcess, int]]:
         (listener,) = stack.enter_context(listening(config.server, False))
         stack.callback(engine.stop)
         engine.start()
-        front = FrontEndProcess(config, listener, ApiKeys(), engine.run_dir)
+        front = FrontEndProcess(config, listener, ApiKeys(), engine.run_dir, engine.run_dir / "fronts", 1)
         stack.callback(front.end)
         engine.wait_ready(60)
-        front.tell({"ready": True})
+        front.tell(engine.look())
         while not front.is_ready:
+            front.wait(1)
             front.read()
             if front.exit_code is not None:
                 raise SystemExit(f"the front end ended: {front.failure or front.exit_code}")
-            time.sleep(0.01)
         yield front, listener.getsockname()[1]
 
 

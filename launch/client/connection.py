@@ -11,6 +11,7 @@ import contextlib
 import ssl
 import urllib.parse
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import h11
@@ -32,11 +33,20 @@ class ClientError(EngineError):
 class HttpClient:
     """Requests to the server at `base_url`, each on a connection of its own. Belongs to one event loop.
 
+    Args:
+        unix_path: the Unix socket to connect to, instead of the host that `base_url` names.
+
     Raises:
         ConfigError: the address is no HTTP address.
     """
 
-    def __init__(self, base_url: str, headers: dict[str, str] | None = None, connect_timeout: float = 10.0) -> None:
+    def __init__(
+        self,
+        base_url: str,
+        headers: dict[str, str] | None = None,
+        connect_timeout: float = 10.0,
+        unix_path: Path | None = None,
+    ) -> None:
         try:
             parts = urllib.parse.urlsplit(base_url)
             port = parts.port
@@ -49,7 +59,7 @@ class HttpClient:
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
         self._root = parts.path.rstrip("/")
         self._headers = {"Host": self.where, "User-Agent": "nanoengine", **(headers or {})}
-        self._connect_timeout = connect_timeout
+        self._connect_timeout, self._unix_path = connect_timeout, unix_path
         self._idle: list[_Connection] = []
 
     @contextlib.asynccontextmanager
@@ -105,7 +115,10 @@ class HttpClient:
     async def _connect(self) -> _Connection:
         try:
             async with asyncio.timeout(self._connect_timeout):
-                reader, writer = await asyncio.open_connection(self._host, self._port, ssl=self._tls)
+                if self._unix_path is None:
+                    reader, writer = await asyncio.open_connection(self._host, self._port, ssl=self._tls)
+                else:
+                    reader, writer = await asyncio.open_unix_connection(self._unix_path)
         except TimeoutError as error:
             why = f"no connection within {self._connect_timeout:g} s"
             raise ClientError("connect", f"cannot reach {self.where}: {why}") from error

@@ -87,11 +87,6 @@ def from_exception(error: Exception) -> ApiError:
     return ApiError(500, "internal error; the server's log says more", SERVER)
 
 
-def draining() -> ApiError:
-    """The 503 of a server that stops: open requests go on, and new ones belong elsewhere."""
-    return ApiError(503, "the server is shutting down", UNAVAILABLE, code="draining")
-
-
 def model_not_found(name: str, served: str) -> ApiError:
     """The 404 for a model that is not served here."""
     return ApiError(

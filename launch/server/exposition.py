@@ -21,7 +21,7 @@ from prometheus_client.registry import Collector
 from launch.server.engine import Engine
 from launch.server.metrics import COUNTERS, HISTOGRAMS, Numbers, ServerMetrics
 from launch.server.shared_numbers import SharedNumbers
-from nanoengine.engine_stats import STEP_TOKEN_BOUNDS
+from nanoengine.engine_stats import RESTART_REASONS, STEP_TOKEN_BOUNDS
 from nanoengine.messages import Stats
 from nanoengine.version import __version__
 
@@ -60,6 +60,7 @@ class MetricsCollector(Collector):
             stats = _NOTHING if stats is None else _at_rest(stats)
         yield from self._engine_state(stats)
         yield from self._engine_totals(stats)
+        yield from self._recovery(stats)
         yield from self._requests(self._metrics.numbers if self._shared is None else self._shared.sum())
         yield from self._facts()
 
@@ -101,6 +102,28 @@ class MetricsCollector(Collector):
             stats.steps_by_tokens, stats.num_step_tokens,
         )  # fmt: skip
 
+    def _recovery(self, stats: Stats) -> Iterator[Metric]:
+        restarts = dict.fromkeys(RESTART_REASONS, 0) | stats.restarts
+        yield self._counter(
+            "worker_restarts", "Groups of ranks that were started in place of failed ones.",
+            {(reason,): number for reason, number in restarts.items()}, ["reason"],
+        )  # fmt: skip
+        yield self._counter(
+            "recovery_seconds", "Seconds from each failure until the engine served again.",
+            {("worker",): stats.recovery_seconds}, ["process"],
+        )  # fmt: skip
+        yield self._counter(
+            "requests_resumed", "Open requests that went on after a failure, once for each.",
+            {("worker",): stats.num_requests_resumed}, ["process"],
+        )  # fmt: skip
+        totals = (
+            ("tokens_recomputed", "Tokens whose keys and values were lost with ranks.", stats.num_tokens_recomputed),
+            ("requests_condemned", "Requests that ended because ranks fail of them.", stats.num_requests_condemned),
+            ("frames_rejected", "Frames and messages that were refused.", stats.num_frames_rejected),
+        )
+        for name, help, total in totals:
+            yield self._counter(name, help, {(): total})
+
     def _requests(self, numbers: Numbers) -> Iterator[Metric]:
         for name, histogram in numbers.histograms.items():
             help = HISTOGRAMS[name].help
@@ -131,7 +154,7 @@ class MetricsCollector(Collector):
         family.add_metric([self._model_name], value)
         return family
 
-    def _counter(self, name: str, help: str, values: Mapping[Any, int], labels: Iterable[str] = ()) -> Metric:
+    def _counter(self, name: str, help: str, values: Mapping[Any, float], labels: Iterable[str] = ()) -> Metric:
         family = CounterMetricFamily(PREFIX + name, help, labels=["model_name", *labels])
         for key, value in values.items():
             family.add_metric([self._model_name, *key], value)

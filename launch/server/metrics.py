@@ -93,6 +93,7 @@ COUNTERS = {
     ),
     "prompt_tokens": CounterKind("Tokens of the prompts of requests that got a token, cached ones included."),
     "generation_tokens": CounterKind("Tokens that were generated and accepted."),
+    "front_end_restarts": CounterKind("Front ends that were started in place of dead ones."),
     "http_requests": CounterKind("HTTP requests answered.", ("method", "handler", "status"), ()),
 }
 REFUSALS = {
@@ -149,6 +150,12 @@ class Numbers:
         for name, values in data["counters"].items():
             for labels, value in values:
                 self.count(name, *labels, by=value)
+
+    @property
+    def num_open(self) -> int:
+        """Requests that were accepted and did not end."""
+        ended = (*self.counters["request_success"].values(), *self.counters["request_failure"].values())
+        return self.counters["requests_accepted"][()] - sum(ended)
 
     def to_dict(self) -> dict[str, Any]:
         """Primitives only."""

@@ -77,7 +77,7 @@ class Gaps:
 
 def ranks_of(llm: AsyncLLM) -> list[int]:
     """Process ids of the ranks, in their order; those of a spare group are not among them."""
-    scheduler = psutil.Process(llm._process.pid)
+    scheduler = psutil.Process(llm._engine.pid)
     found = [(child.name(), child.pid) for child in scheduler.children(recursive=True)]
     return [pid for name, pid in sorted(found) if name.startswith("nano-worker")]
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
 import subprocess
 import sys
 import threading
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+import psutil
+
+from tests.waiting import until
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,18 +50,32 @@ class ServerProcess:
         lines.extend(iter(pipe.readline, ""))  # extend takes each line as it comes
         pipe.close()
 
-    def wait_ready(self, seconds: float = 60.0) -> str:
+    def wait_ready(self, seconds: float = 100.0) -> str:
         """The server's address, once it says that it is ready."""
-        deadline = time.monotonic() + seconds
-        while not self.out:
-            assert self.process.poll() is None, "".join(self.err)
-            assert time.monotonic() < deadline, "".join(self.err)
-            time.sleep(0.02)
+        until(lambda: self.out or self.process.poll() is not None, seconds, why=lambda: "".join(self.err))
+        assert self.out, "".join(self.err)
         found = re.match(r"nanoengine ready: (http://\S+) \(model=demo, tp=\d\)$", self.out[0])
         assert found is not None, self.out
         return found[1]
 
-    def stop(self, number: int = signal.SIGTERM, seconds: float = 3.0) -> int:
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Stop the scheduler's process meanwhile: streams rest where they are, however fast the model is.
+
+        The front ends serve on. It may last a minute before they count their scheduler as hung.
+        """
+        (scheduler,) = (
+            child
+            for child in psutil.Process(self.process.pid).children(recursive=True)
+            if "nanoengine.engine" in child.cmdline()
+        )
+        scheduler.suspend()
+        try:
+            yield
+        finally:
+            scheduler.resume()
+
+    def stop(self, number: int = signal.SIGTERM, seconds: float = 15.0) -> int:
         """Send a signal; returns the exit code. Raises TimeoutExpired when it takes longer."""
         self.process.send_signal(number)
         code = self.process.wait(seconds)
@@ -73,7 +92,7 @@ class ServerProcess:
         if self.process.poll() is None:
             self.process.terminate()
             try:
-                self.process.wait(10)
+                self.process.wait(15)
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait(10)

@@ -16,9 +16,11 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.waiting import until
+
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
-import asyncio, sys
+import asyncio, os, signal, sys
 import launch.supervisor as supervisor
 from configs.errors import CapacityError, EngineDeadError
 from nanoengine.outputs import CompletionOutput, RequestMetrics, RequestOutput
@@ -28,12 +30,13 @@ class Pretender:
     def __init__(self, config):
         self.config, self.is_ready, self.failure = config, False, None
     async def start(self):
-        await asyncio.sleep({start_seconds})
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGUSR2, self.die, "rank 1 was killed")
+        while {held} and not os.path.exists({gate}):
+            await asyncio.sleep(0.01)
         if {start_fails}:
             raise CapacityError("more memory is asked for\\nthan there is")
         self.is_ready = True
-        if {dies_after}:
-            asyncio.get_running_loop().call_later({dies_after}, self.die, "rank 1 was killed")
     def die(self, why):
         self.is_ready, self.failure = False, EngineDeadError(why)
     async def close(self):
@@ -49,7 +52,7 @@ class Pretender:
             count += 1
             await asyncio.sleep(0.02)
             last = CompletionOutput(0, "x" * count, [1])
-            if count == {num_tokens}:
+            if {ends} and os.path.exists({gate}):
                 last.finish_reason = "length"
                 self.num_unfinished -= 1
             yield RequestOutput(request_id, None, prompt, [last], last.finished, RequestMetrics(0))
@@ -65,16 +68,20 @@ sys.exit(main(["--port", "0", "--shutdown-timeout", "{drain_seconds}", *{options
 
 
 class Server:
-    """The process and what it printed."""
+    """The process and what it printed.
 
-    def __init__(self, **how: Any) -> None:
+    With `held` its start waits for `open_gate`, and with `ends` the end of its streams does. `die` ends its engine.
+    """
+
+    def __init__(self, gate: Path, **how: Any) -> None:
+        self._gate = gate
         settings = {
-            "start_seconds": 0,
+            "gate": str(gate),
+            "held": False,
             "options": [],
             "start_fails": False,
-            "dies_after": 0,
             "drain_seconds": 5,
-            "num_tokens": 0,
+            "ends": False,
         } | how
         program = PROGRAM
         for name, value in settings.items():
@@ -106,17 +113,20 @@ class Server:
         self.until(lambda: bool(self.out))
         return self.address()
 
-    def until(self, condition: Callable[[], bool], seconds: float = 15) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert self.process.poll() is None, "".join(self.err)
-            assert time.monotonic() < deadline, "".join(self.err)
-            time.sleep(0.01)
+    def until(self, condition: Callable[[], bool]) -> None:
+        until(lambda: condition() or self.process.poll() is not None, why=lambda: "".join(self.err))
+        assert condition(), "".join(self.err)
 
-    def end(self, *signals: int, seconds: float = 3.0) -> int:
-        for number in signals:
+    def open_gate(self) -> None:
+        self._gate.touch()
+
+    def die(self) -> None:
+        self.process.send_signal(signal.SIGUSR2)
+
+    def end(self, number: int | None = None, seconds: float = 15.0) -> int:
+        """Send a signal, if any, and wait for the end: it would take a minute where something held it up."""
+        if number is not None:
             self.process.send_signal(number)
-            time.sleep(0.2 if len(signals) > 1 else 0)
         code = self.process.wait(seconds)
         for reader in self.readers:
             reader.join(5)
@@ -127,11 +137,11 @@ class Server:
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[..., Server]]:
+def start(tmp_path: Path) -> Iterator[Callable[..., Server]]:
     servers: list[Server] = []
 
     def make(**how: Any) -> Server:
-        servers.append(Server(**how))
+        servers.append(Server(tmp_path / f"gate{len(servers)}", **how))
         return servers[-1]
 
     yield make
@@ -142,12 +152,13 @@ def start() -> Iterator[Callable[..., Server]]:
 
 
 def test_health_turns_green_with_the_one_line_on_stdout(start: Callable[..., Server]) -> None:
-    server = start(start_seconds=1)
+    server = start(held=True)
     url = server.address()
     loading = httpx.get(f"{url}/health")
     assert (loading.status_code, loading.json()["error"]["code"]) == (503, "loading")
     assert httpx.get(f"{url}/livez").status_code == 200
     assert not server.out
+    server.open_gate()
     assert server.ready() == url
     assert httpx.get(f"{url}/health").status_code == 200
     assert server.end(signal.SIGTERM) == 0
@@ -160,7 +171,7 @@ def test_health_turns_green_with_the_one_line_on_stdout(start: Callable[..., Ser
 def test_a_signal_stops_it_cleanly_also_while_it_loads(
     start: Callable[..., Server], number: int, loading: bool
 ) -> None:
-    server = start(start_seconds=60 if loading else 0)
+    server = start(held=loading)
     server.address() if loading else server.ready()
     assert server.end(number) == 0
     assert "closed\n" in server.err
@@ -181,15 +192,15 @@ def test_a_second_signal_ends_it_at_once(start: Callable[..., Server]) -> None:
     with httpx.stream("POST", f"{url}/v1/completions", json={"prompt": [1], "stream": True}) as response:
         lines = response.iter_lines()  # forgetting it would hang up
         next(lines)
-        begun = time.monotonic()
-        assert server.end(signal.SIGTERM, signal.SIGINT, seconds=1.5) == 128 + signal.SIGINT
-        assert time.monotonic() - begun < 1.5
+        server.process.send_signal(signal.SIGTERM)
+        server.until(lambda: any("may go on for 60 s" in line for line in server.err))
+        assert server.end(signal.SIGINT, seconds=5) == 128 + signal.SIGINT
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_lets_open_streams_finish_and_takes_nothing_new(start: Callable[..., Server], number: int) -> None:
     """A rolling update must lose no answer; load balancers look at /readyz."""
-    server = start(drain_seconds=60, num_tokens=60)
+    server = start(drain_seconds=60, ends=True)
     url = server.ready()
     with httpx.stream("POST", f"{url}/v1/completions", json={"prompt": [1], "stream": True}) as response:
         lines = response.iter_lines()
@@ -206,6 +217,7 @@ def test_a_stop_lets_open_streams_finish_and_takes_nothing_new(start: Callable[.
             assert int(refused.headers["retry-after"]) > 0
             assert refused.headers["connection"] == "close"
             assert client.get(f"{url}/livez").status_code == 200
+        server.open_gate()
         rest = [line for line in lines if line]
     assert '"finish_reason":"length"' in rest[-2]
     assert rest[-1] == "data: [DONE]"
@@ -214,14 +226,16 @@ def test_a_stop_lets_open_streams_finish_and_takes_nothing_new(start: Callable[.
 
 
 def test_the_engines_end_while_it_drains_is_a_failure(start: Callable[..., Server]) -> None:
-    server = start(drain_seconds=60, dies_after=1)
+    server = start(drain_seconds=60)
     url = server.ready()
     with httpx.stream("POST", f"{url}/v1/completions", json={"prompt": [1], "stream": True}) as response:
         lines = response.iter_lines()
         next(lines)
         server.process.send_signal(signal.SIGTERM)
+        server.until(lambda: any("may go on for 60 s" in line for line in server.err))
+        server.die()
         assert "rank 1 was killed" in [line for line in lines if line][-2]
-    assert server.end(seconds=5) == 1
+    assert server.end() == 1
 
 
 def test_who_only_looks_on_holds_up_no_stop(start: Callable[..., Server]) -> None:
@@ -248,23 +262,23 @@ def test_a_stream_that_outlasts_the_stop_is_told(start: Callable[..., Server]) -
 
 def test_a_fatal_error_ends_it_with_an_exit_code_and_one_line(start: Callable[..., Server]) -> None:
     """An orchestrator restarts what exits with an error, and nothing else."""
-    server = start(dies_after=1)
+    server = start()
     url = server.ready()
     with httpx.stream("POST", f"{url}/v1/completions", json={"prompt": [1], "stream": True}) as response:
+        server.die()
         rest = [line for line in response.iter_lines() if line]
     assert "rank 1 was killed" in rest[-2]
-    assert server.end(seconds=5) == 1
+    assert server.end() == 1
     assert server.errors() == ["nanoengine: error: rank 1 was killed\n"]
     assert "Traceback" not in "".join(server.err)
 
 
 def test_a_server_that_is_to_survive_its_engine_says_503_until_it_is_stopped(start: Callable[..., Server]) -> None:
-    server = start(dies_after=0.2, options=["--no-exit-on-failure"])
+    server = start(options=["--no-exit-on-failure"])
     url = server.ready()
-    deadline = time.monotonic() + 5
-    while (answer := httpx.get(f"{url}/readyz")).status_code == 200 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(1)
+    server.die()
+    server.until(lambda: httpx.get(f"{url}/readyz").status_code != 200)
+    time.sleep(1)  # in which it would end
     answer = httpx.get(f"{url}/readyz")
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_dead")
     assert server.end(signal.SIGTERM) == 0
@@ -273,7 +287,7 @@ def test_a_server_that_is_to_survive_its_engine_says_503_until_it_is_stopped(sta
 
 def test_a_failed_start_is_one_line(start: Callable[..., Server]) -> None:
     server = start(start_fails=True)
-    assert server.end(seconds=15) == 1
+    assert server.end(seconds=60) == 1
     assert server.errors() == ["nanoengine: error: more memory is asked for than there is\n"]
     assert "Traceback" not in "".join(server.err)
     assert not server.out

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 
 from configs.engine import EngineConfig
@@ -62,6 +63,8 @@ def run_worker(port: RankPort) -> None:
                 os.kill(os.getpid(), signal.SIGSTOP)
             case "slow":
                 time.sleep(0.3)
+            case "slow-hang":
+                time.sleep(0.3 if step.step_id == 1 else 600)
         if port.rank == 0:
             output = invented(step)
             if what == "settings":
@@ -73,6 +76,10 @@ def run_worker(port: RankPort) -> None:
             port.send_output(output)
         elif what == "wait":
             time.sleep(600)
+
+
+GATE = threading.Event()
+"""What `gated` ranks of an in-process executor wait for in each step."""
 
 
 class FakeRank:
@@ -100,8 +107,10 @@ class FakeRank:
     def execute(self, step: StepInput) -> StepOutput | None:
         if step.step_id == 2 and self.what == "raise":
             raise ValueError("rank trouble")
-        if self.what in ("slow", "hang"):
-            time.sleep(0.3 if self.what == "slow" else 1)
+        if self.what == "gated":
+            assert GATE.wait(60)
+        if self.what == "hang":
+            time.sleep(1)
         return invented(step) if self.rank == 0 else None
 
     def close(self) -> None:

@@ -6,8 +6,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import psutil
@@ -44,16 +43,6 @@ def descendants(pid: int | None = None) -> list[int]:
             if "resource_tracker" not in " ".join(child.cmdline()):
                 pids.append(child.pid)
     return alive(pids)
-
-
-def eventually(condition: Callable[[], bool], timeout: float = 3.0) -> bool:
-    """Whether `condition` comes true in time. For what offers tests no event to wait for."""
-    deadline = time.monotonic() + timeout
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
 
 
 def shared_memory() -> set[str]:

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 
-import nanoengine.async_llm
-import nanoengine.llm_engine
 from configs.engine import EngineConfig
 from configs.errors import RequestError, RequestTimeoutError, to_wire
 from nanoengine import LLM, AsyncLLM, BeamSearchParams, RequestOutput
@@ -106,8 +104,7 @@ def test_a_search_wider_than_the_vocabulary_allows_is_refused(tmp_path: Path) ->
 def process(monkeypatch: pytest.MonkeyPatch, config: EngineConfig) -> Iterator[FakeEngineProcess]:
     fake = FakeEngineProcess(config)
     fake.script = answer
-    for module in (nanoengine.llm_engine, nanoengine.async_llm):
-        monkeypatch.setattr(module, "EngineProcess", lambda config: fake)
+    monkeypatch.setattr("nanoengine.scheduler_keeper.EngineProcess", lambda *_: fake)
     yield fake
     fake.stop()
 

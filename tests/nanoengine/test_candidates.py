@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 
-import nanoengine.async_llm
-import nanoengine.llm_engine
 from configs.engine import EngineConfig
 from configs.errors import RequestError, to_wire
 from nanoengine import LLM, AsyncLLM
@@ -167,8 +165,7 @@ def test_best_of_below_n_is_refused() -> None:
 
 @pytest.fixture
 def fake_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for module in (nanoengine.llm_engine, nanoengine.async_llm):
-        monkeypatch.setattr(module, "EngineProcess", FakeEngineProcess)
+    monkeypatch.setattr("nanoengine.scheduler_keeper.EngineProcess", FakeEngineProcess)
     monkeypatch.setattr(FakeEngineProcess, "made", [])
     yield
     for process in FakeEngineProcess.made:

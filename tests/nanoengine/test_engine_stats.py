@@ -16,6 +16,7 @@ from nanoengine.engine_stats import (
     engine_stats,
 )
 from nanoengine.messages import Stats, decode, encode
+from nanoengine.recovery import RecoveryStats
 from tests.nanoengine.scheduler_driver import EOS, Driver
 from tests.nanoengine.test_scheduler import prompt_of
 
@@ -23,7 +24,7 @@ both_modes = pytest.mark.parametrize("async_scheduling", [False, True])
 
 
 def stats_of(driver: Driver) -> Stats:
-    stats = engine_stats(driver.scheduler, 7)
+    stats = engine_stats(driver.scheduler, 7, RecoveryStats(), 0)
     assert decode(encode(stats)) == stats
     return stats
 

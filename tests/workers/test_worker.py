@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ class FakePort:
     def report_ready(self) -> None:
         self.said.append("ready")
 
-    def steps(self) -> Iterator[StepInput]:
+    def steps(self, forget: Callable[[], None]) -> Iterator[StepInput]:
         for step_id in (1, 2):
             yield StepInput(self.epoch, step_id, [], [], [])
 

@@ -7,6 +7,7 @@ every sum is taken in rank order with float32 in between, so its bits depend nei
 from workers.parallel.base import (
     Communicator,
     SingleCommunicator,
+    StepGivenUp,
     divide,
     divide_kv_heads,
     sum_in_rank_order,
@@ -19,6 +20,7 @@ __all__ = [
     "Communicator",
     "SharedMemoryCommunicator",
     "SingleCommunicator",
+    "StepGivenUp",
     "ThreadCommunicator",
     "TorchCommunicator",
     "divide",
