@@ -141,6 +141,9 @@ class ParallelConfig(_Validated):
         "where the ranks run; auto = cuda where there are enough GPUs",
         choices=("auto", "cpu", "cuda"),
     )
+    share_gpus: bool = setting(
+        False, "let several ranks use one GPU where there are fewer GPUs than ranks (slow; to try a tp on one GPU)"
+    )
     executor: str = setting(
         "multiprocess", "multiprocess: one process a rank; inprocess: threads of the scheduler, for debugging",
         choices=("multiprocess", "inprocess"),

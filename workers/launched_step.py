@@ -72,6 +72,11 @@ class LaunchedStep:
     logprobs: dict[int, list[TokenLogprobs]] = dataclasses.field(default_factory=dict)
     errors: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
+    @property
+    def is_done(self) -> bool:
+        """Whether `finish` would not wait."""
+        return self.ids is None or self.ids.are_there
+
     def finish(self) -> StepOutput | None:
         """Wait for the ids. Rank 0: for each row the ids it sampled, in order. None on the other ranks."""
         if self.ids is None:

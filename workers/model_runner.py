@@ -34,6 +34,7 @@ from workers.launched_step import LaunchedStep, SampledIds
 from workers.layers.attention import Attention
 from workers.logits_processors import process
 from workers.logprobs import log_probabilities, token_logprobs
+from workers.memory import explained
 from workers.model_loader import ModelLoader, resolve_dtype
 from workers.models.decoder import Decoder
 from workers.parallel import Communicator
@@ -98,10 +99,13 @@ class ModelRunner:
 
         Raises:
             CheckpointError: the checkpoint is incomplete, misshapen or of a refused format.
+            CapacityError: the GPU has not enough memory for it.
         """
         if self._grammars is not None:
             self._grammars.load()
-        self._model = ModelLoader(self._config).load_model(self._device, self._communicator, self._dtype)
+        what = f"this rank's share of {self._config.model.model} as {self.dtype_name}"
+        with explained(self._device, what, "use more ranks (--tp) or a smaller dtype"):
+            self._model = ModelLoader(self._config).load_model(self._device, self._communicator, self._dtype)
         self._use_kernel = self._spec().backend.uses_triton
 
     def max_kv_blocks(self) -> int:
@@ -112,13 +116,18 @@ class ModelRunner:
         """
         if self._device.type != "cuda":
             return max_kv_blocks(self._config, self._spec(), False, free_host_memory)
-        share = self._config.cache.gpu_memory_utilization
-        return max_kv_blocks(
-            self._config,
-            self._spec(),
-            True,
-            lambda: free_gpu_memory(self._device, share, self._run_largest_step),
-        )
+        config = self._config
+        num_sharing = -(-self._communicator.world_size // torch.cuda.device_count())
+        what = f"a step of max_num_batched_tokens {config.scheduler.max_num_batched_tokens}"
+        with explained(self._device, what, "lower --max-num-batched-tokens or --max-num-seqs, or use more ranks"):
+            free = free_gpu_memory(
+                self._device,
+                config.cache.gpu_memory_utilization,
+                self._run_largest_step,
+                num_sharing,
+                self._communicator.barrier,
+            )
+        return max_kv_blocks(config, self._spec(), True, lambda: free)
 
     def max_host_blocks(self) -> int:
         """How many K/V blocks this rank's swap space holds.
