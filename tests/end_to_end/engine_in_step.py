@@ -20,7 +20,7 @@ from nanoengine.beam_params import BeamSearchParams
 from nanoengine.connection import SchedulerConnection
 from nanoengine.engine import EngineCore
 from nanoengine.engine_client import EngineClient
-from nanoengine.executor import create_executor
+from nanoengine.executor import Executor, MultiprocessExecutor, create_executor
 from nanoengine.front_socket import FrontSocket
 from nanoengine.journal import RequestJournal
 from nanoengine.llm_engine import load_tokenizer
@@ -29,6 +29,7 @@ from nanoengine.step import Epoch
 from nanoengine.structured_outputs import StructuredOutputsParams
 from tests.fault_injection import untraced
 
+IDLE_MS = 5
 Params = SamplingParams | BeamSearchParams
 _names = itertools.count()
 
@@ -49,13 +50,17 @@ class _Clock:
 class EngineInStep:
     """`add` requests, then `run` until all have ended. The scheduler's invariants are checked in every turn."""
 
-    def __init__(self, run_dir: Path, **settings: Any) -> None:
+    def __init__(self, run_dir: Path, entry: str = "", **settings: Any) -> None:
+        """`entry` names what runs in the ranks' processes; without it they are no processes."""
         self._clock, self._patches = _Clock(), contextlib.ExitStack()
         self._patches.enter_context(mock.patch("nanoengine.engine.time", self._clock))
         self._patches.enter_context(mock.patch("nanoengine.connection.MAX_SECONDS", math.inf))
-        asked = {"executor": "inprocess", "device": "cpu"} | settings
+        asked = {"device": "cpu"} | ({} if entry else {"executor": "inprocess"}) | settings
         self.config = EngineConfig.create(**asked).resolve()
-        self.executor = create_executor(self.config, run_dir)
+        if entry:
+            self.executor: Executor = MultiprocessExecutor(self.config, run_dir, entry=entry)
+        else:
+            self.executor = create_executor(self.config, run_dir)
         epoch = Epoch(1, 1)
         address = f"inproc://engine-in-step-{next(_names)}"
         self.front = FrontSocket(address, 1)
@@ -76,6 +81,7 @@ class EngineInStep:
         """Let the front end send and receive, and the scheduler's loop go round once."""
         self._clock.now += 0.01
         self.connection.pump()
+        self.core._poller.poll(IDLE_MS)
         self.core._turn()
         self.connection.pump()
         with untraced():

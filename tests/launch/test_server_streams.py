@@ -170,6 +170,22 @@ async def until_done(stream: KeptStream) -> None:
     assert stream.done
 
 
+async def failing() -> AsyncGenerator[list[bytes], None]:
+    raise ApiError(429, "the queue is full")
+    yield []
+
+
+async def test_a_stream_that_was_refused_may_be_asked_for_again_under_its_id() -> None:
+    """It was kept without an event, and a client that came again, as Retry-After says, got a 409."""
+    store = StreamStore(60)
+    refused = store.start(request_of(), "one", failing())
+    with pytest.raises(ApiError, match="the queue is full"):
+        await anext(refused.read(0))
+    assert len(store) == 0
+    again = store.start(request_of(), "one", finite(1, 10))
+    assert [batch async for batch in again.read(0)] == [[b"id: one:0\n" + b"x" * 10]]
+
+
 async def test_kept_events_are_bounded() -> None:
     store, gate = StreamStore(60, max_bytes=10_000, max_streams=2), asyncio.Event()
     ended = store.start(request_of(), "one", finite(5, 1000))
