@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import httpx
 import psutil
+import pytest
 
 from tests.launch.prometheus_text import by_label, total
 from tests.launch.server_process import ServerProcess
@@ -129,6 +130,7 @@ async def end_requests_in_other_ways(server: ServerProcess, clients: Clients) ->
     await asyncio.gather(*asked)
 
 
+@pytest.mark.timeout(300)  # on a busy machine each of seven processes may take half a minute to start
 async def test_counters_reconcile_after_faults() -> None:
     with ServerProcess("--api-server-count", "2", "--shutdown-timeout", "1") as server:
         clients = Clients(server.wait_ready(2 * PATIENCE))
