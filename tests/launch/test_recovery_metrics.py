@@ -119,6 +119,9 @@ async def end_requests_in_other_ways(server: ServerProcess, clients: Clients) ->
         task.cancel()
     await asyncio.gather(*leaving, return_exceptions=True)
     await clients.until(lambda text: total(text, "request_success_total", finished_reason="abort") == 2)
+    rank.send_signal(signal.SIGCONT)  # it breathes, or it would be taken for dead if all this took ten seconds
+    await clients.until(lambda text: in_engine(text) == 0)
+    rank = await held(server)
     asked = clients.several(6)
     await clients.until(lambda text: accepted(text) == 25 and in_engine(text) == 6)
     rank.kill()
