@@ -19,7 +19,7 @@ from typing import Any
 from configs.engine import EngineConfig
 from configs.errors import EngineError, NanoEngineError, to_wire
 from launch.front_dir import FrontDir
-from launch.front_end import FrontEnd, run_loop
+from launch.front_end import FrontEnd, keep_what_is_loaded, run_loop
 from launch.keys import ApiKeys
 from launch.supervisor import configure_server_logging
 from nanoengine import AsyncLLM, processes
@@ -67,7 +67,11 @@ async def _run(config: EngineConfig, message: dict[str, Any]) -> NanoEngineError
     front_dir = FrontDir(Path(message["front_dir"]), message["front_name"])
     keys = ApiKeys(bytes.fromhex(digest) for digest in message["key_digests"])
     with socket.socket(fileno=message["listener_fd"]) as listener:
-        on_ready = functools.partial(_report, message, {"ready": True})
+
+        def on_ready() -> None:
+            keep_what_is_loaded()
+            _report(message, {"ready": True})
+
         return await FrontEnd(engine, listener, keys, stop, on_ready, front_dir).run()
 
 

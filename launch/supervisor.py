@@ -18,7 +18,7 @@ from types import FrameType
 
 from configs.engine import EngineConfig
 from configs.errors import NanoEngineError
-from launch.front_end import FrontEnd, run_loop
+from launch.front_end import FrontEnd, keep_what_is_loaded, run_loop
 from launch.front_group import FrontGroup
 from launch.keys import ApiKeys, load_keys
 from launch.listener import listening, url_of
@@ -106,6 +106,7 @@ async def _serve(config: EngineConfig, listeners: list[socket.socket], keys: Api
     logger.info("listening on %s; loading model %s from %s, tp=%d", url, config.model.model, config.model_dir, tp)
 
     def say_ready() -> None:
+        keep_what_is_loaded()
         with contextlib.suppress(BrokenPipeError):  # a closed stdout is no reason to stop serving
             print(f"nanoengine ready: {url} (model={config.served_model_name}, tp={tp})", flush=True)
 

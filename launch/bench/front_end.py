@@ -21,12 +21,14 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 
 from configs.engine import EngineConfig
+from configs.errors import EngineError
 from launch.bench import processes
 from launch.bench.figures import percentile, table
 from launch.bench.instant_engine import RATE_VARIABLE
 from launch.front_group import FrontEndProcess
 from launch.keys import ApiKeys
 from launch.listener import listening
+from launch.options import real, whole
 from nanoengine.engine_process import EngineProcess
 
 _MODULE = "launch.bench.instant_engine"
@@ -39,10 +41,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Declare `front-end`."""
     parser = commands.add_parser("front-end", help=__doc__.splitlines()[0])
     parser.add_argument(
-        "--streams", type=int, nargs="+", default=[16, 64, 256], help="open at once (default: 16 64 256)"
+        "--streams", type=whole(1), nargs="+", default=[16, 64, 256], help="open at once (default: 16 64 256)"
     )
-    parser.add_argument("--rate", type=float, nargs="+", default=[2000, 10000], help="tokens a second over all streams")
-    parser.add_argument("--seconds", type=float, default=5, help="how long each combination is measured (default: 5)")
+    parser.add_argument(
+        "--rate", type=real(above=0), nargs="+", default=[2000, 10000], help="tokens a second over all streams"
+    )
+    parser.add_argument(
+        "--seconds", type=real(above=0), default=5, help="how long each combination is measured (default: 5)"
+    )
     parser.add_argument("--chat", action="store_true", help="chat completions instead of completions")
     parser.set_defaults(run=run)
 
@@ -77,7 +83,7 @@ def _served(rate: float, streams: int) -> Iterator[tuple[FrontEndProcess, int]]:
             front.wait(1)
             front.read()
             if front.exit_code is not None:
-                raise SystemExit(f"the front end ended: {front.failure or front.exit_code}")
+                raise EngineError(f"the front end ended: {front.failure or front.exit_code}")
         yield front, listener.getsockname()[1]
 
 

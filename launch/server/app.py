@@ -13,6 +13,7 @@ from launch.server.engine import Engine
 from launch.server.lifecycle import CountOpen, Lifecycle
 from launch.server.metrics import ServerMetrics
 from launch.server.middleware import ApiKeyGuard, BodyLimit, HeaderLimit
+from launch.server.pacing import BeginInTurns
 from launch.server.request_id import RequestIds
 from launch.server.routes import router
 from launch.server.shared_numbers import SharedNumbers
@@ -53,6 +54,7 @@ def create_app(
     document(app)
     # The last one added is the first to see a request: nothing is read of one without a key.
     app.add_middleware(BodyLimit)
+    app.add_middleware(BeginInTurns)
     app.add_middleware(CountOpen, lifecycle=app.state.lifecycle)
     if keys:
         app.add_middleware(ApiKeyGuard, keys=keys)

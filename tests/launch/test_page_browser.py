@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.launch.fake_engine import FakeEngine, served
+from tests.launch.fake_engine import FakeEngine, engine_error, served
 from tests.launch.server_process import ServerProcess
 from tests.waiting import until
 
@@ -492,3 +492,24 @@ def test_a_server_that_loads_is_waited_for(open_page: Opener, url: str, engine: 
     engine.is_ready = True
     ready(page)
     expect(page.locator("#engine-note")).to_be_hidden()
+
+
+def test_a_server_that_recovers_is_waited_for_and_one_that_fails_is_told(
+    open_page: Opener, url: str, engine: FakeEngine, shoot: Any
+) -> None:
+    open_page.expected = "status of 503"
+    page = ready(open_page(url))
+    engine.is_ready, engine.recovering_from = False, engine_error("rank 1 was killed by SIGKILL")
+    expect(page.locator("#status")).to_have_text("recovering")
+    expect(page.locator("#engine-note")).to_contain_text("recovers from a failure: rank 1 was killed")
+    ask(page, "hi")
+    expect(page.get_by_role("alert").first).to_contain_text("recovers from a failure")
+    shoot(page, "wide-light-recovering")
+    engine.is_ready, engine.recovering_from = True, None
+    ready(page)
+    page.get_by_role("button", name="Again").click()
+    expect(stats(page)).to_contain_text("stop")
+    engine.failure = engine_error("rank 1 died 5 times")
+    ask(page, "hi")
+    expect(page.locator("#status")).to_have_text("engine failed")
+    expect(page.get_by_role("alert").last).to_have_text("rank 1 died 5 times")
