@@ -277,7 +277,11 @@ class Chaos:
             if time.monotonic() >= until:
                 return
             self._notes.faults[name] += 1
-            await FAULTS[name](target, dice)
+            try:
+                await FAULTS[name](target, dice)
+            except EngineError as error:
+                target.problems.append(f"{name}: {error.message}")
+                return
 
     async def _come_to_rest(self, http: HttpClient) -> None:
         """Wait until the engine has nothing open: streams that nobody resumed end by themselves."""
