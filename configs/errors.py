@@ -75,6 +75,14 @@ class EngineError(NanoEngineError, RuntimeError):
 class EngineDeadError(EngineError):
     """The scheduler process is gone and no request can be served any more."""
 
+    @classmethod
+    def because_of(cls, cause: NanoEngineError) -> EngineDeadError:
+        """A new one that says why; of one of its own kind, a copy."""
+        is_own = isinstance(cause, EngineDeadError)
+        error = cls(cause.message if is_own else f"the engine died: {cause.message}")
+        error.__cause__ = cause.__cause__ if is_own else cause
+        return error
+
 
 class WorkerError(EngineError):
     """A rank died, stalled or raised; `rank` says which (None: not known).

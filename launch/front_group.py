@@ -225,10 +225,7 @@ class FrontGroup:
             if failure is not None and self._config.server.exit_on_failure:
                 return failure
             for number, front in enumerate(self._fronts):
-                front.read()
-                if front.hung is not None:
-                    self._engine.replace(*front.hung)
-                    front.hung = None
+                self._listen(front)
                 if front.exit_code is None:
                     continue
                 if (failure := self._note_death(front)) is not None:
@@ -269,8 +266,17 @@ class FrontGroup:
             front.ask_to_stop()
         while any(front.exit_code is None for front in self._fronts) and time.monotonic() < deadline:
             failure = self._tell_all(failure)
+            for front in self._fronts:
+                self._listen(front)
             await asyncio.sleep(_WATCH_SECONDS)
         return failure
+
+    def _listen(self, front: FrontEndProcess) -> None:
+        """Take in what it says, and have a scheduler replaced that it takes for dead."""
+        front.read()
+        if front.hung is not None:
+            self._engine.replace(*front.hung)
+            front.hung = None
 
     def _tell_all(self, failure: NanoEngineError | None = None) -> NanoEngineError | None:
         """Have the front ends know what became of the engine, or the server's own failure; returns why it ends."""

@@ -14,6 +14,8 @@ import os
 import shutil
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -23,6 +25,8 @@ from configs.errors import to_wire
 from nanoengine import processes
 from nanoengine.spawning import read_message
 from nanoengine.watched import guard_threads
+
+_OWNER_SECONDS = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,16 +81,21 @@ def receive_bootstrap() -> Bootstrap:
     for name in ("death_fd", "status_fd", "lock_fd"):
         os.set_inheritable(message[name], False)  # none of them is for the ranks
 
+    asked_to_end = threading.Event()  # by the owner, who lives then and tidies up behind us
+
     def abandon() -> None:
         processes.kill_children()
-        shutil.rmtree(engine_dir, ignore_errors=True)
+        shutil.rmtree(run_dir if asked_to_end.is_set() else engine_dir, ignore_errors=True)
         os._exit(1)
 
     def tidy() -> None:
-        # Nobody serves at these sockets any more; and when the owner is gone, nobody else removes the rest.
+        # SIGTERM may have come of the owner's death, which is seen a moment later: its threads end one by one.
+        deadline = time.monotonic() + _OWNER_SECONDS
+        while os.getppid() == owner_pid and time.monotonic() < deadline and not asked_to_end.wait(0.01):
+            pass
         shutil.rmtree(run_dir if os.getppid() == owner_pid else engine_dir, ignore_errors=True)
 
-    processes.on_end_of(message["death_fd"], abandon, "death pipe")
+    processes.on_end_of(message["death_fd"], abandon, "death pipe", asked_to_end.set)
     atexit.register(tidy)
     if not processes.set_death_signal(signal.SIGTERM, owner_pid):
         abandon()

@@ -319,26 +319,24 @@ class EngineClient:
             replaced, self._incarnation = self._incarnation > 0, message.incarnation
             if replaced:
                 self.outbox.extend(self.resubmit_all())
-        if isinstance(message, Ready):
-            self.facts, self.recovering_from = message, None
-            return []
-        if isinstance(message, Recovering):
-            self.recovering_from = from_wire(message.error)
-            return []
-        if isinstance(message, Resubmit):
-            self.outbox.extend(self.resubmit_all())
-            return []
-        if isinstance(message, EngineState):
-            self.observer.state = message
-            return []
-        if isinstance(message, Stats):
-            self.stats = self._totals.take(message)
-            return []
-        if isinstance(message, EngineFailure):
-            return self.fail(from_wire(message.error))
-        deltas = [*spelt_out(message.deltas)]  # before the first is taken: a message is taken, or can be sent again
-        updated = [journal for delta in deltas if (journal := self._take(delta)) is not None]
-        return list(dict.fromkeys(updated))
+        match message:
+            case Ready():
+                self.facts, self.recovering_from = message, None
+            case Recovering():
+                self.recovering_from = from_wire(message.error)
+            case Resubmit():
+                self.outbox.extend(self.resubmit_all())
+            case EngineState():
+                self.observer.state = message
+            case Stats():
+                self.stats = self._totals.take(message)
+            case EngineFailure():
+                return self.fail(from_wire(message.error))
+            case Deltas():
+                deltas = [*spelt_out(message.deltas)]  # first of all: a message is taken, or can be sent again
+                updated = [journal for delta in deltas if (journal := self._take(delta)) is not None]
+                return list(dict.fromkeys(updated))
+        return []
 
     def _take(self, delta: TokenDelta) -> RequestJournal | None:
         try:
@@ -437,7 +435,7 @@ class EngineClient:
     def fail(self, cause: NanoEngineError) -> list[RequestJournal]:
         """The engine is gone: every open request ends with an error and no new one is taken. Harmless twice."""
         if self.failure is None:
-            self.failure, self.recovering_from = _dead(cause), None
+            self.failure, self.recovering_from = EngineDeadError.because_of(cause), None
         self.outbox.clear()
         failed = list(self._live.values())
         for journal in failed:  # first of all: nobody must wait in vain if what follows fails
@@ -459,7 +457,9 @@ class EngineClient:
     def check_alive(self) -> None:
         """Raise EngineDeadError, with the cause, when the engine is gone."""
         if self.failure is not None:
-            raise _dead(self.failure)  # a new one: a raised exception collects the traceback of each raise
+            raise EngineDeadError.because_of(
+                self.failure
+            )  # a new one: a raised exception collects the traceback of each raise
 
     def watch(self) -> list[RequestJournal]:
         """Ask a silent scheduler for a sign of life; returns the requests whose time is over while there is none."""
@@ -480,11 +480,7 @@ class EngineClient:
 
     def _expire(self, now: float) -> list[RequestJournal]:
         """End the requests whose deadlines have passed, as a scheduler would."""
-        due = [
-            journal
-            for journal in self._live.values()
-            if journal.timeout is not None and journal.metrics.arrival_time + journal.timeout <= now
-        ]
+        due = [journal for journal in self._live.values() if journal.is_overdue(now)]
         for journal in due:
             error = RequestTimeoutError(f"the request was not complete within {journal.timeout:g} s")
             self._fail_request(journal, error)
@@ -497,10 +493,3 @@ class EngineClient:
         for sequence in journal.sequences:
             if not sequence.is_finished:
                 sequence.fail(error.message)
-
-
-def _dead(cause: NanoEngineError) -> EngineDeadError:
-    message = cause.message
-    error = EngineDeadError(message if isinstance(cause, EngineDeadError) else f"the engine died: {message}")
-    error.__cause__ = cause.__cause__ if isinstance(cause, EngineDeadError) else cause
-    return error

@@ -225,6 +225,8 @@ class EngineProcess(ReportedStatus):
 
     def _ask_to_end(self, process: subprocess.Popen[bytes], timeout: float) -> None:
         if process.poll() is None:
+            with contextlib.suppress(OSError):  # it ended just now
+                os.write(self._death_fd, b"x")  # so that it is not taken for our death
             process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, timeout - _WATCHDOG_SECONDS))

@@ -67,16 +67,18 @@ def ignore_interrupts() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # `in_lasting_thread` spawned us with it blocked
 
 
-def on_end_of(fd: int, call: Callable[[], None], name: str) -> None:
+def on_end_of(fd: int, call: Callable[[], None], name: str, on_word: Callable[[], None] | None = None) -> None:
     """Start a daemon thread that waits for the end of pipe `fd` and then calls `call`.
 
-    A process that can no longer see the end of its owner ends itself.
+    Should the other side write anything into it, `on_word` is called. A process that can no longer see the end of its
+    owner ends itself.
     """
 
     def wait() -> None:
         with contextlib.suppress(OSError):
             while os.read(fd, 1):
-                pass
+                if on_word is not None:
+                    on_word()
         call()
 
     start_thread(wait, name, end_process)

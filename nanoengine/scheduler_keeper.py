@@ -28,7 +28,7 @@ from nanoengine.watched import start_thread
 
 logger = logging.getLogger(__name__)
 
-STOPPED_SECONDS = 5.0
+STOPPED_SECONDS = 10.0
 """A scheduler that a signal keeps from running for so long is replaced."""
 # The scheduler itself gives up after start_timeout; this is for what comes before and after.
 START_GRACE = 60.0
@@ -140,7 +140,8 @@ class SchedulerKeeper(EngineStatus):
 
     def _break_down(self, error: BaseException) -> None:
         """Nobody would see the scheduler's end: better it is the engine's."""
-        self._give_up(EngineError(f"nobody watches the scheduler any more: {type(error).__name__}: {error}"))
+        cause = EngineError(f"nobody watches the scheduler any more: {type(error).__name__}: {error}")
+        self._become(EngineCondition(self._condition.incarnation, "", cause, is_final=True))
 
     def _wait_for_end(self) -> NanoEngineError | None:
         """Why the present scheduler must be replaced, once it must be; None when all is stopped."""
@@ -176,14 +177,13 @@ class SchedulerKeeper(EngineStatus):
         incarnation, reason, is_futile = self._condition.incarnation, process.reason, not process.has_progressed
         while not self._stopping.is_set():
             logger.error("%s", error.message)
-            self._become(EngineCondition(self._condition.incarnation, "", error))
+            is_final = process.is_hopeless and not num_failed_starts
+            if not is_final and not self._breaker.allows(futile=is_futile):
+                is_final, error = True, self._exhausted(error)
+            self._become(EngineCondition(self._condition.incarnation, "", error, is_final))
             process.kill(error)
             process.stop()
-            if process.is_hopeless and not num_failed_starts:
-                self._give_up(error)
-                return False
-            if not self._breaker.allows(futile=is_futile):
-                self._give_up(self._exhausted(error))
+            if is_final:
                 return False
             self._stats.restarts[reason] += 1
             if self._stopping.wait(pause_before(num_failed_starts)):
@@ -239,9 +239,6 @@ class SchedulerKeeper(EngineStatus):
             f"{error.message}; {parallel.max_restarts} schedulers in its place within {parallel.restart_window:g} s "
             "brought no token"
         )
-
-    def _give_up(self, error: NanoEngineError) -> None:
-        self._become(EngineCondition(self._condition.incarnation, "", error, is_final=True))
 
     def _become(self, condition: EngineCondition) -> None:
         self._condition = dataclasses.replace(condition, restarts=self._stats.copy())

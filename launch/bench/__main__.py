@@ -7,6 +7,7 @@ from typing import Any
 
 from configs.errors import ConfigError, NanoEngineError, UnknownModelError
 from launch.bench import control_plane, decode_gap, front_end, lifecycle, sampling, serve, simulate, throughput
+from launch.bench.chaos import command as chaos
 from launch.options import OneLineParser
 
 
@@ -22,6 +23,7 @@ def main() -> int:
     sampling.add_parser(commands)
     decode_gap.add_parser(commands)
     front_end.add_parser(commands)
+    chaos.add_parser(commands)
     who = parser.prog
     try:
         arguments = parser.parse_args()

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import ssl
 import urllib.parse
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,34 +61,54 @@ class HttpClient:
         self._headers = {"Host": self.where, "User-Agent": "nanoengine", **(headers or {})}
         self._connect_timeout, self._unix_path = connect_timeout, unix_path
         self._idle: list[_Connection] = []
+        self._open: set[_Connection] = set()
+
+    @property
+    def num_connections(self) -> int:
+        """How many are open, those included that are kept for later."""
+        return len(self._open)
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port that it connects to."""
+        return self._host, self._port
 
     @contextlib.asynccontextmanager
-    async def request(self, method: str, path: str, body: bytes = b"") -> AsyncIterator[Response]:
+    async def request(
+        self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None
+    ) -> AsyncIterator[Response]:
         """Send a request and give its response once the head is there; leaving early hangs up.
+
+        Args:
+            headers: beside those of every request.
 
         Raises:
             ClientError: "connect" or "connection lost".
         """
-        response = await self._respond(method, path, body)
+        response = await self._respond(method, path, body, headers or {})
         connection = response.connection
         try:
             yield response
         except BaseException:
-            connection.hang_up()
+            self._hang_up(connection)
             raise
         if connection.can_be_kept():
             self._idle.append(connection)
         else:
-            connection.hang_up()
+            self._hang_up(connection)
 
     def close(self) -> None:
         """Hang up on the connections that are kept. Harmless twice."""
         while self._idle:
-            self._idle.pop().hang_up()
+            self._hang_up(self._idle.pop())
 
-    async def _respond(self, method: str, path: str, body: bytes) -> Response:
+    def _hang_up(self, connection: _Connection) -> None:
+        self._open.discard(connection)
+        connection.hang_up()
+
+    async def _respond(self, method: str, path: str, body: bytes, own_headers: Mapping[str, str]) -> Response:
         headers = self._headers | ({"Content-Type": "application/json"} if body else {})
-        headers["Content-Length"] = str(len(body))
+        headers |= {"Content-Length": str(len(body)), **own_headers}
         request = h11.Request(method=method, target=self._root + path, headers=list(headers.items()))
         while True:
             kept = self._take_idle()
@@ -96,12 +116,12 @@ class HttpClient:
             try:
                 return await connection.send(request, body)
             except ClientError:
-                connection.hang_up()
+                self._hang_up(connection)
                 # A server may close a kept connection at any time. Nothing came of the request: once more, elsewhere.
                 if kept is None or connection.has_answered:
                     raise
             except BaseException:
-                connection.hang_up()
+                self._hang_up(connection)
                 raise
 
     def _take_idle(self) -> _Connection | None:
@@ -109,7 +129,7 @@ class HttpClient:
             connection = self._idle.pop()
             if not connection.reader.at_eof():
                 return connection
-            connection.hang_up()
+            self._hang_up(connection)
         return None
 
     async def _connect(self) -> _Connection:
@@ -124,7 +144,9 @@ class HttpClient:
             raise ClientError("connect", f"cannot reach {self.where}: {why}") from error
         except OSError as error:
             raise ClientError("connect", f"cannot reach {self.where}: {error}") from error
-        return _Connection(reader, writer, self.where)
+        connection = _Connection(reader, writer, self.where)
+        self._open.add(connection)
+        return connection
 
 
 class Response:

@@ -127,6 +127,7 @@ class KeptStream:
                     yield batch
                 elif self.done:
                     if self._failure is not None:
+                        self._store.forget(self)  # it has been told; its id may be asked for again at once
                         raise self._failure
                     return
                 else:

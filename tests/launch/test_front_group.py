@@ -126,18 +126,20 @@ class Open:
 
 def opened(server: ServerProcess, asked: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, Open]:
     """Streams, each with its first event there, by request id. All begin at one moment: none is ahead of the others."""
-    url, num_before = server.wait_ready(), sum(map(serving, fronts(server)))
+    url, before = server.wait_ready(), set().union(*map(serving, fronts(server)))  # some of them may end meanwhile
     with server.held():
         streams = {name: Open(url, *each, name) for name, each in asked.items()}
-        until(lambda: sum(map(serving, fronts(server))) >= num_before + len(streams))
+        until(lambda: len(set().union(*map(serving, fronts(server))) - before) >= len(streams))
         time.sleep(0.2)  # for most of them to hand in their requests; whoever is late only begins later
     for stream in streams.values():
         stream.until(1)
     return streams
 
 
-def serving(front: psutil.Process) -> int:
-    return sum(connection.status == psutil.CONN_ESTABLISHED for connection in front.net_connections("tcp"))
+def serving(front: psutil.Process) -> set[int]:
+    """Ports of the clients that are connected to it."""
+    connections = front.net_connections("tcp")
+    return {each.raddr.port for each in connections if each.status == psutil.CONN_ESTABLISHED}
 
 
 def test_front_ends_share_the_port_and_one_that_dies_is_replaced(server: ServerProcess) -> None:
@@ -152,8 +154,8 @@ def test_front_ends_share_the_port_and_one_that_dies_is_replaced(server: ServerP
     streams = list(opened(server, {f"id-{number}": asked for number in range(16)}).values())
     with server.held():
         victim, survivor = fronts(server)
-        assert serving(victim) >= 1, "one front end has all connections"
-        assert serving(survivor) >= 1
+        assert serving(victim), "one front end has all connections"
+        assert serving(survivor)
         victim.kill()
         until(lambda: len(fronts(server)) == 2 and victim not in fronts(server))
     broken = 0
@@ -244,9 +246,53 @@ def test_an_id_that_is_in_use_is_refused(server: ServerProcess, url: str) -> Non
             answers = [pool.submit(ask_again, number) for number in range(20)]
             until(lambda: any(answer.done() for answer in answers))
         refused = [answer.result().json()["error"] for answer in answers if answer.result().status_code != 200]
+    assert refused
     assert all((error["param"], "still runs" in error["message"]) == ("request_id", True) for error in refused)
     assert httpx.post(f"{url}/abort", headers=HEADERS, json={"abort_all": True}).status_code == 200
     assert first.reason() == "abort"
+
+
+def scheduler_of(server: ServerProcess) -> psutil.Process | None:
+    """The scheduler's process, if there is one right now."""
+    for child in family(server):
+        with contextlib.suppress(psutil.Error):  # one that ended just now
+            if "nanoengine.engine" in child.cmdline() and child.status() != psutil.STATUS_ZOMBIE:
+                return child
+    return None
+
+
+def test_streams_of_all_front_ends_go_on_when_the_scheduler_is_killed(server: ServerProcess, url: str) -> None:
+    asked = ENDLESS | {"max_tokens": 100, "temperature": 1.0, "seed": 5}
+    answer = httpx.post(f"{url}/v1/completions", json=asked | {"stream": False}, headers=HEADERS, timeout=60)
+    whole = asked | {"stream_options": {"include_usage": True}}
+    streams = opened(server, {f"id-{number}": ("/v1/completions", whole) for number in range(12)})
+    with server.held():
+        assert all(serving(front) for front in fronts(server))
+        first = scheduler_of(server)
+        assert first is not None
+        first.kill()
+    until(lambda: scheduler_of(server) not in (first, None))
+    second = scheduler_of(server)
+    assert second is not None
+    second.suspend()  # so that what follows is asked while there is none that serves
+    until(lambda: all(httpx.get(f"{url}/readyz", headers=HEADERS).status_code == 503 for _ in range(10)))
+    probed = httpx.get(f"{url}/readyz", headers=HEADERS)
+    refused = httpx.post(f"{url}/v1/completions", json=ASKED, headers=HEADERS)
+    assert httpx.get(f"{url}/livez").status_code == 200
+    with contextlib.suppress(psutil.NoSuchProcess):  # killed, if that took too long
+        second.resume()
+    for each in (probed, refused):
+        assert (each.status_code, each.json()["error"]["code"]) == (503, "recovering")
+        assert "the scheduler process (pid" in each.json()["error"]["message"]
+        assert int(each.headers["Retry-After"]) > 0
+    for stream in streams.values():
+        *events, usage = stream.end()
+        text = "".join(event["choices"][0]["text"] for event in events)
+        assert text == answer.json()["choices"][0]["text"]
+        assert usage["usage"]["completion_tokens"] == 100
+    until(lambda: all(httpx.get(f"{url}/readyz", headers=HEADERS).status_code == 200 for _ in range(10)))
+    assert len(fronts(server)) == 2
+    assert len(server.out) == 1, "it says once that it is ready"
 
 
 def test_nothing_outlives_a_supervisor_that_is_killed(shared: tuple[ServerProcess, Path]) -> None:

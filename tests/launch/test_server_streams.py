@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +17,12 @@ from fastapi import Request
 from launch.server.errors import ApiError
 from launch.server.streams import KeptStream, StreamStore
 from tests.launch.fake_engine import FakeEngine, served
-from tests.launch.test_server_app import HI, client_of, error_of, events_of
+from tests.launch.http_answers import HI, client_of, error_of, events_of
 from tests.waiting import until
 
 RESUME = {"X-Stream-Resume": "1"}
 ASKED = {"prompt": "a", "stream": True, "max_tokens": 60}
 TEXT = "word " * 11
-
-
-@pytest.fixture
-def engine(tmp_path: Path) -> FakeEngine:
-    return FakeEngine(tmp_path)
-
-
-@pytest.fixture
-def url(engine: FakeEngine) -> Iterator[str]:
-    with served(engine) as url:
-        yield url
 
 
 def ids_of(text: str) -> list[str]:
@@ -179,6 +168,22 @@ async def until_done(stream: KeptStream) -> None:
     for _ in range(100):
         await asyncio.sleep(0)
     assert stream.done
+
+
+async def failing() -> AsyncGenerator[list[bytes], None]:
+    raise ApiError(429, "the queue is full")
+    yield []
+
+
+async def test_a_stream_that_was_refused_may_be_asked_for_again_under_its_id() -> None:
+    """It was kept without an event, and a client that came again, as Retry-After says, got a 409."""
+    store = StreamStore(60)
+    refused = store.start(request_of(), "one", failing())
+    with pytest.raises(ApiError, match="the queue is full"):
+        await anext(refused.read(0))
+    assert len(store) == 0
+    again = store.start(request_of(), "one", finite(1, 10))
+    assert [batch async for batch in again.read(0)] == [[b"id: one:0\n" + b"x" * 10]]
 
 
 async def test_kept_events_are_bounded() -> None:

@@ -44,7 +44,9 @@ def serve(bootstrap: Bootstrap, what: str) -> None:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         teller.join()  # an owner that ends as soon as it hears `ready` would end the ranks before they were counted
         bootstrap.report_ready()
-        if what == "late-failure":
+        if what in ("late-failure", "failure-when-told"):
+            while what == "failure-when-told" and not Path(os.environ["NANO_TEST_PIDS"] + ".fail").exists():
+                time.sleep(0.01)
             bootstrap.report_failure(RuntimeError("out of luck"))
             sys.exit(1)
         signal.pause()

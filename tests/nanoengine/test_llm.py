@@ -27,7 +27,7 @@ from tests.nanoengine.fake_engine import (
     invented_tokens,
     write_model,
 )
-from tests.nanoengine.process_tools import eventually
+from tests.waiting import until
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 
@@ -221,7 +221,7 @@ def test_an_engine_that_died_while_idle_is_noticed_by_the_next_call(llm: LLM, pr
     process.die()
     assert isinstance(llm._engine, LLMEngine)
     keeper = llm._engine._keeper
-    assert eventually(lambda: keeper.look().is_final), "its thread looks at once"
+    until(lambda: keeper.look().is_final)  # its thread looks at once
     with pytest.raises(EngineDeadError, match="signal 9"):
         llm.generate([1], use_tqdm=False)
 
