@@ -98,7 +98,8 @@ class EngineCore:
         """Run until `stop`; a group of ranks that fails is replaced, and open requests go on with the next one.
 
         Raises the WorkerError, or whatever else keeps a group from starting, once that is hopeless, after telling
-        every front end.
+        every front end. Any other exception is a fault of this process that came too often, and front ends are told
+        nothing: with another process they go on.
         """
         try:
             self._park_spare()
@@ -108,10 +109,6 @@ class EngineCore:
         except NanoEngineError as error:
             self._fail(error)
             raise
-        except Exception as error:
-            fault = _fault(error)
-            self._fail(fault)
-            raise fault from error
 
     def _turn(self) -> None:
         """One pass: what came back, what came in, the next step, and then the answers, while that step runs."""
@@ -186,22 +183,27 @@ class EngineCore:
 
         Wherever this one broke off, its books cannot be trusted; the journals of the front ends can. So it is told to
         nobody, and front ends hand their requests in again, as to a process that was started anew; but the ranks and
-        what they have loaded stay. Raises NanoEngineError when it is hopeless.
+        what they have loaded stay. Where that has happened too often, raises what it was given.
         """
         try:
             call()
         except NanoEngineError:
             raise
-        except Exception as error:
+        except Exception:
             logger.exception("the scheduler failed, and starts over")
             old, made = self.scheduler, self.recovery.replace_scheduler()
             if made is None:
-                raise _fault(error) from error
+                raise
             self.front.post(old.take_deltas())  # each was true when it was made
             self.front.post_resubmit(self.clients | {client_id for client_id, _ in old.requests})
             self.scheduler = made
+            self._report_times.touch()
             if self.recovery.error is None:
                 self._attempt(self.executor.forget_steps)
+            else:  # half way through a start, perhaps: again from the beginning
+                self.executor.end_group()
+                self._is_starting = False
+                self._listen()
 
     def _attempt(self, call: Callable[[], None]) -> None:
         """Do something with the ranks. When they fail, they are ended, and others are to start; else raises.
@@ -213,6 +215,7 @@ class EngineCore:
                 call()
             except StepError as error:
                 logger.warning("a step is given up, and computed again: %s", error)
+                self._report_times.touch()
                 self.recovery.step_given_up(error)
                 self.executor.forget_steps()
         except NanoEngineError as error:
@@ -308,7 +311,7 @@ class EngineCore:
         except Exception as error:
             # It is to blame, and must not come again; what is left of it goes with this scheduler.
             refusal = Outbox(self.scheduler.clock)
-            refusal.refuse(message, _fault(error))
+            refusal.refuse(message, EngineError(f"the scheduler failed: {type(error).__name__}: {error}"))
             self.front.post(refusal.take())
             raise
 
@@ -335,10 +338,6 @@ class EngineCore:
         for client_id in sorted(self.clients):
             self.front.send(client_id, EngineFailure(self.front.incarnation, to_wire(error)))
         self.front.close(LAST_WORDS_MS)
-
-
-def _fault(error: Exception) -> EngineError:
-    return EngineError(f"the scheduler failed: {type(error).__name__}: {error}")
 
 
 def limits_of(config: EngineConfig, facts: ExecutorFacts) -> SchedulerLimits:

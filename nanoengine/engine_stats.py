@@ -86,6 +86,8 @@ def engine_stats(scheduler: Scheduler, incarnation: int, recovery: RecoveryStats
         num_requests_resumed=recovery.requests_resumed,
         num_tokens_recomputed=recovery.tokens_recomputed,
         num_requests_condemned=recovery.requests_condemned,
+        num_steps_given_up=recovery.steps_given_up,
+        num_scheduler_faults=recovery.scheduler_faults,
         num_frames_rejected=num_frames_rejected,
     )
 
@@ -94,7 +96,8 @@ def engine_stats(scheduler: Scheduler, incarnation: int, recovery: RecoveryStats
 TOTALS = (
     "num_query_tokens", "num_hit_tokens", "num_host_hit_tokens", "num_preemptions", "num_swaps", "num_prefill_tokens",
     "num_generated_tokens", "num_step_tokens", "steps_by_tokens", "restarts", "recovery_seconds",
-    "num_requests_resumed", "num_tokens_recomputed", "num_requests_condemned", "num_frames_rejected",
+    "num_requests_resumed", "num_tokens_recomputed", "num_requests_condemned", "num_steps_given_up",
+    "num_scheduler_faults", "num_frames_rejected",
 )  # fmt: skip
 
 

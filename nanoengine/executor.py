@@ -333,9 +333,11 @@ class MultiprocessExecutor(Executor):
         group = self._running()
         self._guard(group.check)
         self._look_after_spare()
-        if not self._in_flight or group.outputs:
+        if group.outputs:
             return
         self._look_for_given_up(group)
+        if not self._in_flight:
+            return
         # The first steps may compile; and a process that was suspended was not computing.
         parallel = self._config.parallel
         limit = self._deadline.limit(self._in_flight[0].num_prompt_tokens)
@@ -375,9 +377,12 @@ class MultiprocessExecutor(Executor):
         return WorkerError(message, behind.rank, "overdue")
 
     def _look_for_given_up(self, group: WorkerGroup) -> None:
+        """Raise StepError when a rank has given up, once the steps before that one are collected."""
         for rank in group.ranks:
             given_up = rank.given_up
-            if given_up is not None and given_up.step_id > self._void_step:
+            if given_up is None or given_up.step_id <= self._void_step:
+                continue
+            if not self._in_flight or given_up.step_id <= self._in_flight[0].step_id:
                 step_id, reason = given_up.step_id, given_up.reason
                 message = f"rank {rank.rank} found no memory for step {step_id} ({reason})"
                 raise StepError(message, rank.rank, step_id)

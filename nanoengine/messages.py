@@ -297,6 +297,8 @@ class Stats:
     num_requests_resumed: int = 0
     num_tokens_recomputed: int = 0
     num_requests_condemned: int = 0
+    num_steps_given_up: int = 0
+    num_scheduler_faults: int = 0
     num_frames_rejected: int = 0
 
 

@@ -127,7 +127,7 @@ class Recovery:
         """Another scheduler in place of this one, which raised; None when that has happened too often of late.
 
         It knows no request: what the old one made of them is not to be trusted. Each time counts as futile, for there
-        is no telling whose fault it was: a new process may know better.
+        is no telling whose fault it was.
         """
         if not self._fault_breaker.allows(futile=True):
             return None

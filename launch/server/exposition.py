@@ -119,6 +119,8 @@ class MetricsCollector(Collector):
         totals = (
             ("tokens_recomputed", "Tokens whose keys and values were lost with ranks.", stats.num_tokens_recomputed),
             ("requests_condemned", "Requests that ended because ranks fail of them.", stats.num_requests_condemned),
+            ("steps_given_up", "Steps that found no memory and were computed again.", stats.num_steps_given_up),
+            ("scheduler_faults", "Faults of the scheduler, each the end of its books.", stats.num_scheduler_faults),
             ("frames_rejected", "Frames and messages that were refused.", stats.num_frames_rejected),
         )
         for name, help, total in totals:

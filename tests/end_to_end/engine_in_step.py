@@ -1,13 +1,18 @@
 """A whole engine and its front end in the calling thread, turn by turn: the real loop, sockets, journals and model.
 
-What a test injects into it happens where the test stands. Only processes and the event loop are missing.
+What a test injects into it happens where the test stands. Only processes and the event loop are missing. Its clock goes
+by turns: the same requests execute the same lines each time, however busy the machine is.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import math
+import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from configs.engine import EngineConfig
 from nanoengine import SamplingParams
@@ -15,7 +20,7 @@ from nanoengine.beam_params import BeamSearchParams
 from nanoengine.connection import SchedulerConnection
 from nanoengine.engine import EngineCore
 from nanoengine.engine_client import EngineClient
-from nanoengine.executor import create_executor
+from nanoengine.executor import Executor, MultiprocessExecutor, create_executor
 from nanoengine.front_socket import FrontSocket
 from nanoengine.journal import RequestJournal
 from nanoengine.llm_engine import load_tokenizer
@@ -24,17 +29,38 @@ from nanoengine.step import Epoch
 from nanoengine.structured_outputs import StructuredOutputsParams
 from tests.fault_injection import untraced
 
+IDLE_MS = 5
 Params = SamplingParams | BeamSearchParams
 _names = itertools.count()
+
+
+class _Clock:
+    """Stands for the module `time` in the engine's loop: a turn takes ten milliseconds, which is more than it does."""
+
+    def __init__(self) -> None:
+        self.now = time.monotonic()
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def time(self) -> float:
+        return time.time()
 
 
 class EngineInStep:
     """`add` requests, then `run` until all have ended. The scheduler's invariants are checked in every turn."""
 
-    def __init__(self, run_dir: Path, **settings: Any) -> None:
-        asked = {"executor": "inprocess", "device": "cpu"} | settings
+    def __init__(self, run_dir: Path, entry: str = "", **settings: Any) -> None:
+        """`entry` names what runs in the ranks' processes; without it they are no processes."""
+        self._clock, self._patches = _Clock(), contextlib.ExitStack()
+        self._patches.enter_context(mock.patch("nanoengine.engine.time", self._clock))
+        self._patches.enter_context(mock.patch("nanoengine.connection.MAX_SECONDS", math.inf))
+        asked = {"device": "cpu"} | ({} if entry else {"executor": "inprocess"}) | settings
         self.config = EngineConfig.create(**asked).resolve()
-        self.executor = create_executor(self.config, run_dir)
+        if entry:
+            self.executor: Executor = MultiprocessExecutor(self.config, run_dir, entry=entry)
+        else:
+            self.executor = create_executor(self.config, run_dir)
         epoch = Epoch(1, 1)
         address = f"inproc://engine-in-step-{next(_names)}"
         self.front = FrontSocket(address, 1)
@@ -53,7 +79,9 @@ class EngineInStep:
 
     def turn(self) -> None:
         """Let the front end send and receive, and the scheduler's loop go round once."""
+        self._clock.now += 0.01
         self.connection.pump()
+        self.core._poller.poll(IDLE_MS)
         self.core._turn()
         self.connection.pump()
         with untraced():
@@ -85,6 +113,7 @@ class EngineInStep:
         assert not self.client.num_unfinished
 
     def close(self) -> None:
+        self._patches.close()
         self.connection.close()
         self.front.close()
         self.executor.stop()

@@ -18,9 +18,12 @@ import torch
 
 from nanoengine import BeamSearchParams, SamplingParams
 from nanoengine.prompts import Prompt
+from nanoengine.recovery import RecoveryStats
 from nanoengine.structured_outputs import StructuredOutputsParams
 from tests.end_to_end.engine_in_step import EngineInStep, Params
+from tests.end_to_end.ranks_without_memory import FAILURES, take_memory_from
 from tests.fault_injection import Faults, faults
+from tests.nanoengine.process_tools import descendants, short_directory
 
 SCHEDULER = [
     "nanoengine." + name
@@ -80,6 +83,12 @@ def undisturbed(run_dir: Path) -> list[Any]:
         assert engine.core.scheduler.num_preemptions > 0
         assert engine.core.scheduler.num_swaps > 0
         return outputs
+
+
+@pytest.fixture(scope="module")
+def two_ranks(run_dir: Path) -> list[Any]:
+    with contextlib.closing(EngineInStep(run_dir, **SETTINGS, tensor_parallel_size=2)) as engine:
+        return engine.run(load())
 
 
 EXCEPTIONS: list[Callable[[], BaseException]] = [
@@ -179,6 +188,47 @@ def test_a_failed_allocation_ends_no_group(
     modules: list[str], number: int, run_dir: Path, undisturbed: list[Any]
 ) -> None:
     check_allocations(run_dir, undisturbed, modules, number)
+
+
+ROOM: dict[str, Any] = {"max_num_seqs": 64, "max_num_batched_tokens": 128}
+TENTH: list[Any] = [
+    {},
+    pytest.param({"preemption_mode": "recompute"}, marks=pytest.mark.slow),
+    pytest.param({"preemption_mode": "recompute", "swap_space": 0}, marks=pytest.mark.slow),
+    pytest.param({"enable_prefix_caching": False, "async_scheduling": False}, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("settings", TENTH, ids=str)
+def test_a_cache_of_a_tenth_of_what_is_open(settings: dict[str, Any], run_dir: Path, undisturbed: list[Any]) -> None:
+    times = 8
+    with contextlib.closing(EngineInStep(run_dir, **SETTINGS | ROOM | settings)) as engine:
+        journals = [engine.add(*request) for request in times * load()]
+        num_tokens = sum(len(each.sequences) * (each.num_prompt_tokens + each.max_tokens) for each in journals)
+        assert num_tokens >= 10 * SETTINGS["num_kv_blocks"] * SETTINGS["block_size"]
+        assert engine.finish(journals) == times * undisturbed
+        engine.settle()
+        num_sequences = sum(len(each.sequences) for each in journals)
+        assert 0 < engine.core.scheduler.num_preemptions <= 2 * num_sequences
+        assert engine.core.recovery.stats == RecoveryStats()
+
+
+@pytest.mark.parametrize("as_processes", [False, True])
+def test_two_ranks_give_up_steps_in_the_middle_and_neither_ends(as_processes: bool, two_ranks: list[Any]) -> None:
+    settings = SETTINGS | {"tensor_parallel_size": 2}
+    entry = "tests.end_to_end.ranks_without_memory:run_worker" if as_processes else ""
+    with short_directory() as directory, contextlib.closing(EngineInStep(directory, entry, **settings)) as engine:
+        processes = descendants()
+        assert len(processes) == 2 * as_processes
+        for rank in [] if as_processes else getattr(engine.executor, "_ranks"):  # noqa: B009 - it is not on all executors
+            take_memory_from(rank._communicator)
+        assert engine.run(load()) == two_ranks
+        engine.settle()
+        stats = engine.core.recovery.stats
+        assert stats.steps_given_up == sum(map(len, FAILURES.values()))
+        assert not stats.restarts
+        assert not stats.scheduler_faults
+        assert descendants() == processes
 
 
 @pytest.mark.slow

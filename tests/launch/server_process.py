@@ -9,10 +9,10 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import psutil
 
@@ -21,16 +21,13 @@ from tests.waiting import until
 ROOT = Path(__file__).resolve().parents[2]
 
 
-class ServerProcess:
-    """A server on a free port with the given options; what it printed is in `out` and `err`.
+class Program:
+    """A child whose output is read as it comes: lines, in `out` and `err`."""
 
-    With `run_base`, its run directory is made in there.
-    """
-
-    def __init__(self, *arguments: str, run_base: Path | None = None) -> None:
-        own = {} if run_base is None else {"XDG_RUNTIME_DIR": str(run_base), "TMPDIR": str(run_base)}
+    def __init__(self, command: Sequence[str], **own: str) -> None:
+        """`own` are variables of its environment, beside ours."""
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "launch", "--port", "0", *arguments],
+            [*command],
             cwd=ROOT,
             env=os.environ | own,
             stdin=subprocess.DEVNULL,
@@ -50,10 +47,48 @@ class ServerProcess:
         lines.extend(iter(pipe.readline, ""))  # extend takes each line as it comes
         pipe.close()
 
+    def until(self, condition: Callable[[], object], seconds: float = 100.0) -> None:
+        """Wait for it; fails with what was printed when it does not come, or when the program ends before."""
+        until(lambda: condition() or self.process.poll() is not None, seconds, why=lambda: "".join(self.err))
+        assert condition(), "".join(self.err)
+
+    def stop(self, number: int | None = signal.SIGTERM, seconds: float = 15.0) -> int:
+        """Send a signal, if any, and wait for the end; returns the exit code. Raises TimeoutExpired.
+
+        What holds up an end in these tests does so for a minute.
+        """
+        if number is not None:
+            self.process.send_signal(number)
+        code = self.process.wait(seconds)
+        for reader in self._readers:
+            reader.join(5)
+        return code
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(15)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+        self.stop(None)
+
+
+class ServerProcess(Program):
+    """A server on a free port with the given options. With `run_base`, its run directory is made in there."""
+
+    def __init__(self, *arguments: str, run_base: Path | None = None) -> None:
+        own = {} if run_base is None else {"XDG_RUNTIME_DIR": str(run_base), "TMPDIR": str(run_base)}
+        super().__init__([sys.executable, "-m", "launch", "--port", "0", *arguments], **own)
+
     def wait_ready(self, seconds: float = 100.0) -> str:
         """The server's address, once it says that it is ready."""
-        until(lambda: self.out or self.process.poll() is not None, seconds, why=lambda: "".join(self.err))
-        assert self.out, "".join(self.err)
+        self.until(lambda: self.out, seconds)
         found = re.match(r"nanoengine ready: (http://\S+) \(model=demo, tp=\d\)$", self.out[0])
         assert found is not None, self.out
         return found[1]
@@ -75,27 +110,3 @@ class ServerProcess:
         finally:
             with contextlib.suppress(psutil.NoSuchProcess):  # it took too long
                 scheduler.resume()
-
-    def stop(self, number: int = signal.SIGTERM, seconds: float = 15.0) -> int:
-        """Send a signal; returns the exit code. Raises TimeoutExpired when it takes longer."""
-        self.process.send_signal(number)
-        code = self.process.wait(seconds)
-        for reader in self._readers:
-            reader.join(5)
-        return code
-
-    def __enter__(self) -> ServerProcess:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(15)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait(10)
-        for reader in self._readers:
-            reader.join(5)

@@ -11,7 +11,6 @@ import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +22,10 @@ from launch.bench import latency, plot
 from launch.bench.datasets import DatasetSpec, LoadRequest, load
 from launch.bench.load import LoadResult, LoadSpec, Record, due_times, run_load
 from launch.client.api import ApiClient
-from tests.launch.fake_engine import ANSWER, FakeEngine, served
+from tests.launch.fake_engine import ANSWER, FakeEngine
 from tests.launch.scripted_server import MODELS, ScriptedServer, json_answer, streamed, tokens, usage
 from tests.launch.server_process import ROOT, ServerProcess
 from tests.waiting import until, until_async
-
-
-@pytest.fixture
-def engine(tmp_path: Path) -> FakeEngine:
-    return FakeEngine(tmp_path)
-
-
-@pytest.fixture
-def url(engine: FakeEngine) -> Iterator[str]:
-    with served(engine) as url:
-        yield url
 
 
 def run_bench(monkeypatch: pytest.MonkeyPatch, *options: str) -> int:

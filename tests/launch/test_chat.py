@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -19,17 +18,6 @@ from tests.launch.server_process import ROOT
 from tests.waiting import until
 
 CHAT = [sys.executable, "-m", "launch.chat"]
-
-
-@pytest.fixture
-def engine(tmp_path: Path) -> FakeEngine:
-    return FakeEngine(tmp_path)
-
-
-@pytest.fixture
-def url(engine: FakeEngine) -> Iterator[str]:
-    with served(engine) as url:
-        yield url
 
 
 def asked(engine: FakeEngine) -> str:

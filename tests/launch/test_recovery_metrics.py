@@ -17,7 +17,7 @@ from tests.launch.prometheus_text import by_label, total
 from tests.launch.server_process import ServerProcess
 
 ASKED = {"prompt": "Tell me a story about Lily", "temperature": 0, "max_tokens": 12, "ignore_eos": True}
-SECONDS = 30.0
+SECONDS = 60.0
 
 
 def children(server: ServerProcess, name: str) -> list[psutil.Process]:
@@ -100,6 +100,10 @@ async def test_counters_reconcile_after_faults() -> None:
             task.cancel()
         await asyncio.gather(*hanging_up, return_exceptions=True)
         await clients.until(lambda text: total(text, "request_success_total", finished_reason="abort") == 2)
+        # It breathes, or the scheduler would take it for dead by its silence if all this took ten seconds.
+        rank.send_signal(signal.SIGCONT)
+        await clients.until(lambda text: in_engine(text) == 0)
+        rank = await held(server)
         broken = clients.several(6)
         await clients.until(lambda text: total(text, "requests_accepted_total") == 21 and in_engine(text) == 6)
         os.kill(children(server, "nano-front")[0].pid, signal.SIGKILL)

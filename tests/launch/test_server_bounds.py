@@ -6,7 +6,6 @@ import json
 import socket
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
@@ -14,20 +13,9 @@ import pytest
 
 from launch.server.bodies import MAX_DEPTH
 from launch.server.middleware import MAX_BODY_BYTES, MAX_HEADER_BYTES
-from tests.launch.fake_engine import ANSWER, FakeEngine, served
+from tests.launch.fake_engine import ANSWER, FakeEngine
 
 JSON = {"Content-Type": "application/json"}
-
-
-@pytest.fixture
-def engine(tmp_path: Path) -> FakeEngine:
-    return FakeEngine(tmp_path)
-
-
-@pytest.fixture
-def url(engine: FakeEngine) -> Iterator[str]:
-    with served(engine) as url:
-        yield url
 
 
 def error_of(response: httpx.Response, status: int) -> dict[str, str]:

@@ -9,29 +9,16 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
 import openai
 import pytest
 
-from tests.launch.fake_engine import ANSWER, FakeEngine, served
+from tests.launch.fake_engine import ANSWER, FakeEngine
 from tests.waiting import until
 
 HI = [{"role": "user", "content": "hi"}]
-
-
-@pytest.fixture
-def engine(tmp_path: Path) -> FakeEngine:
-    return FakeEngine(tmp_path)
-
-
-@pytest.fixture
-def url(engine: FakeEngine) -> Iterator[str]:
-    with served(engine) as url:
-        yield url
 
 
 def test_the_openai_client_completes_and_chats(engine: FakeEngine, url: str) -> None:

@@ -190,7 +190,7 @@ async def test_recoveries_are_counted_and_no_total_goes_back_when_a_scheduler_is
     first = Stats(
         1, 3, num_query_tokens=10, num_step_tokens=7, steps_by_tokens=[2, 1, *rest], restarts={"died": 2, "start": 1},
         recovery_seconds=2.5, num_requests_resumed=6, num_tokens_recomputed=40, num_requests_condemned=1,
-        num_frames_rejected=4,
+        num_steps_given_up=5, num_scheduler_faults=3, num_frames_rejected=4,
     )  # fmt: skip
     front.client.handle(first)
     front.engine.stats = front.client.stats
@@ -199,8 +199,8 @@ async def test_recoveries_are_counted_and_no_total_goes_back_when_a_scheduler_is
     assert {reason: number for reason, number in restarts.items() if number} == {"died": 2, "start": 1}
     assert total(text, "recovery_seconds_total") == 2.5
     assert total(text, "requests_resumed_total") == 6
-    names = ("tokens_recomputed_total", "requests_condemned_total", "frames_rejected_total")
-    assert [total(text, name) for name in names] == [40, 1, 4]
+    names = ("tokens_recomputed", "requests_condemned", "steps_given_up", "scheduler_faults", "frames_rejected")
+    assert [total(text, f"{name}_total") for name in names] == [40, 1, 5, 3, 4]
     front.client.handle(Stats(2, 1, steps_by_tokens=[0, 0, *rest], num_running=1))
     assert front.client.stats == dataclasses.replace(first, incarnation=2, group=1, num_running=1)
     front.client.handle(first)  # its last words come late

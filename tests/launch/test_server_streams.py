@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +17,12 @@ from fastapi import Request
 from launch.server.errors import ApiError
 from launch.server.streams import KeptStream, StreamStore
 from tests.launch.fake_engine import FakeEngine, served
-from tests.launch.test_server_app import HI, client_of, error_of, events_of
+from tests.launch.http_answers import HI, client_of, error_of, events_of
 from tests.waiting import until
 
 RESUME = {"X-Stream-Resume": "1"}
 ASKED = {"prompt": "a", "stream": True, "max_tokens": 60}
 TEXT = "word " * 11
-
-
-@pytest.fixture
-def engine(tmp_path: Path) -> FakeEngine:
-    return FakeEngine(tmp_path)
-
-
-@pytest.fixture
-def url(engine: FakeEngine) -> Iterator[str]:
-    with served(engine) as url:
-        yield url
 
 
 def ids_of(text: str) -> list[str]:

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,9 +15,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.waiting import until
+from tests.launch.server_process import ROOT, Program
 
-ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import asyncio, os, signal, sys
 import launch.supervisor as supervisor
@@ -67,8 +65,8 @@ sys.exit(main(["--port", "0", "--shutdown-timeout", "{drain_seconds}", *{options
 """
 
 
-class Server:
-    """The process and what it printed.
+class Server(Program):
+    """A server over a Pretender.
 
     With `held` its start waits for `open_gate`, and with `ends` the end of its streams does. `die` ends its engine.
     """
@@ -86,20 +84,7 @@ class Server:
         program = PROGRAM
         for name, value in settings.items():
             program = program.replace("{" + name + "}", repr(value))
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        self.out: list[str] = []
-        self.err: list[str] = []
-        pairs = ((self.process.stdout, self.out), (self.process.stderr, self.err))
-        self.readers = [threading.Thread(target=self._read, args=pair) for pair in pairs]
-        for reader in self.readers:
-            reader.start()
-
-    @staticmethod
-    def _read(pipe: Any, lines: list[str]) -> None:
-        lines.extend(iter(pipe.readline, ""))  # extend takes each line as it comes
-        pipe.close()
+        super().__init__([sys.executable, "-c", program])
 
     def address(self) -> str:
         """Where it listens, which it logs before it loads."""
@@ -113,24 +98,11 @@ class Server:
         self.until(lambda: bool(self.out))
         return self.address()
 
-    def until(self, condition: Callable[[], bool]) -> None:
-        until(lambda: condition() or self.process.poll() is not None, why=lambda: "".join(self.err))
-        assert condition(), "".join(self.err)
-
     def open_gate(self) -> None:
         self._gate.touch()
 
     def die(self) -> None:
         self.process.send_signal(signal.SIGUSR2)
-
-    def end(self, number: int | None = None, seconds: float = 15.0) -> int:
-        """Send a signal, if any, and wait for the end: it would take a minute where something held it up."""
-        if number is not None:
-            self.process.send_signal(number)
-        code = self.process.wait(seconds)
-        for reader in self.readers:
-            reader.join(5)
-        return code
 
     def errors(self) -> list[str]:
         return [line for line in self.err if line.startswith("nanoengine: error:")]
@@ -146,9 +118,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Server]]:
 
     yield make
     for server in servers:
-        if server.process.poll() is None:
-            server.process.kill()
-        server.end(seconds=10)
+        server.process.kill()
+        server.stop(None)
 
 
 def test_health_turns_green_with_the_one_line_on_stdout(start: Callable[..., Server]) -> None:
@@ -161,7 +132,7 @@ def test_health_turns_green_with_the_one_line_on_stdout(start: Callable[..., Ser
     server.open_gate()
     assert server.ready() == url
     assert httpx.get(f"{url}/health").status_code == 200
-    assert server.end(signal.SIGTERM) == 0
+    assert server.stop(signal.SIGTERM) == 0
     assert server.out == [f"nanoengine ready: {url} (model=demo, tp=1)\n"]
     assert "Traceback" not in "".join(server.err)
 
@@ -173,7 +144,7 @@ def test_a_signal_stops_it_cleanly_also_while_it_loads(
 ) -> None:
     server = start(held=loading)
     server.address() if loading else server.ready()
-    assert server.end(number) == 0
+    assert server.stop(number) == 0
     assert "closed\n" in server.err
     assert "Traceback" not in "".join(server.err)
     assert bool(server.out) is not loading
@@ -183,7 +154,7 @@ def test_an_idle_connection_does_not_delay_the_stop(start: Callable[..., Server]
     server = start()
     with httpx.Client() as client:
         assert client.get(f"{server.ready()}/health").status_code == 200
-        assert server.end(signal.SIGTERM) == 0
+        assert server.stop(signal.SIGTERM) == 0
 
 
 def test_a_second_signal_ends_it_at_once(start: Callable[..., Server]) -> None:
@@ -194,7 +165,7 @@ def test_a_second_signal_ends_it_at_once(start: Callable[..., Server]) -> None:
         next(lines)
         server.process.send_signal(signal.SIGTERM)
         server.until(lambda: any("may go on for 60 s" in line for line in server.err))
-        assert server.end(signal.SIGINT, seconds=5) == 128 + signal.SIGINT
+        assert server.stop(signal.SIGINT, seconds=5) == 128 + signal.SIGINT
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -221,7 +192,7 @@ def test_a_stop_lets_open_streams_finish_and_takes_nothing_new(start: Callable[.
         rest = [line for line in lines if line]
     assert '"finish_reason":"length"' in rest[-2]
     assert rest[-1] == "data: [DONE]"
-    assert server.end() == 0
+    assert server.stop(None) == 0
     assert "Traceback" not in "".join(server.err)
 
 
@@ -235,7 +206,7 @@ def test_the_engines_end_while_it_drains_is_a_failure(start: Callable[..., Serve
         server.until(lambda: any("may go on for 60 s" in line for line in server.err))
         server.die()
         assert "rank 1 was killed" in [line for line in lines if line][-2]
-    assert server.end() == 1
+    assert server.stop(None) == 1
 
 
 def test_who_only_looks_on_holds_up_no_stop(start: Callable[..., Server]) -> None:
@@ -244,7 +215,7 @@ def test_who_only_looks_on_holds_up_no_stop(start: Callable[..., Server]) -> Non
     address = httpx.URL(server.ready())
     with socket.create_connection((address.host, address.port or 0)) as connection:
         connection.sendall(b"GET /livez HTTP/1.1\r\n")
-        assert server.end(signal.SIGTERM) == 0
+        assert server.stop(signal.SIGTERM) == 0
 
 
 def test_a_stream_that_outlasts_the_stop_is_told(start: Callable[..., Server]) -> None:
@@ -257,7 +228,7 @@ def test_a_stream_that_outlasts_the_stop_is_told(start: Callable[..., Server]) -
         rest = [line for line in lines if line]
     assert "the engine was closed" in rest[-2]
     assert rest[-1] == "data: [DONE]"
-    assert server.end() == 0
+    assert server.stop(None) == 0
 
 
 def test_a_fatal_error_ends_it_with_an_exit_code_and_one_line(start: Callable[..., Server]) -> None:
@@ -268,7 +239,7 @@ def test_a_fatal_error_ends_it_with_an_exit_code_and_one_line(start: Callable[..
         server.die()
         rest = [line for line in response.iter_lines() if line]
     assert "rank 1 was killed" in rest[-2]
-    assert server.end() == 1
+    assert server.stop(None) == 1
     assert server.errors() == ["nanoengine: error: rank 1 was killed\n"]
     assert "Traceback" not in "".join(server.err)
 
@@ -281,13 +252,13 @@ def test_a_server_that_is_to_survive_its_engine_says_503_until_it_is_stopped(sta
     time.sleep(1)  # in which it would end
     answer = httpx.get(f"{url}/readyz")
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_dead")
-    assert server.end(signal.SIGTERM) == 0
+    assert server.stop(signal.SIGTERM) == 0
     assert sum("rank 1 was killed" in line for line in server.err) == 1
 
 
 def test_a_failed_start_is_one_line(start: Callable[..., Server]) -> None:
     server = start(start_fails=True)
-    assert server.end(seconds=60) == 1
+    assert server.stop(None, seconds=60) == 1
     assert server.errors() == ["nanoengine: error: more memory is asked for than there is\n"]
     assert "Traceback" not in "".join(server.err)
     assert not server.out

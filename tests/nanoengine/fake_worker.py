@@ -14,7 +14,7 @@ import time
 from configs.engine import EngineConfig
 from configs.errors import CapacityError, ConfigError
 from nanoengine.channel import BlockCounts, RankPort
-from nanoengine.step import StepInput, StepOutput
+from nanoengine.step import GaveUp, StepInput, StepOutput
 
 MAX_BLOCKS = [BlockCounts(*each) for each in ((100, 6), (70, 9), (90, 8), (80, 7))]
 
@@ -51,8 +51,14 @@ def run_worker(port: RankPort) -> None:
     if what == "die-warming":
         os.kill(os.getpid(), signal.SIGKILL)
     port.report_ready()
-    for step in port.steps():
+    forgotten: list[bool] = []
+    for step in port.steps(lambda: forgotten.append(True)):
         match what:
+            case "give-up" if step.step_id == 2:
+                port.send_output(GaveUp(2, "no luck with memory"))
+                continue
+            case "give-up" if step.step_id > 2 and not forgotten:
+                continue
             case "raise" if step.step_id == 2:
                 raise ValueError("rank trouble")
             case "hang" if step.step_id == 2:

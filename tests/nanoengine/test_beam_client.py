@@ -15,15 +15,10 @@ from nanoengine import LLM, AsyncLLM, BeamSearchParams, RequestOutput
 from nanoengine.engine_client import EngineClient
 from nanoengine.messages import Abort, AddRequest, Deltas, Message, TokenDelta
 from nanoengine.prompts import Prompt
+from tests.nanoengine.engine_clients import make_client, ready, sent
 from tests.nanoengine.fake_engine import CHECKPOINT, FakeEngineProcess, write_model
-from tests.nanoengine.test_engine_client import make_client, ready, sent
 
 PARAMS = BeamSearchParams(beam_width=2, max_tokens=5, length_penalty=0.5, early_stopping="never")
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
-    return EngineConfig.create(model=str(write_model(tmp_path_factory.mktemp("model")))).resolve()
 
 
 @pytest.fixture

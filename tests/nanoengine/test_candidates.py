@@ -16,23 +16,8 @@ from nanoengine.journal import RequestJournal
 from nanoengine.messages import Abort, AddRequest, Deltas, TokenDelta
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.tokenizer import Tokenizer
-from tests.nanoengine.fake_engine import VOCAB_SIZE, FakeEngineProcess, write_model
-from tests.nanoengine.test_engine_client import add, make_client, ready, sent
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
-    return EngineConfig.create(model=str(write_model(tmp_path_factory.mktemp("model")))).resolve()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(config: EngineConfig) -> Tokenizer:
-    return Tokenizer(str(config.model_dir), expected_vocab_size=VOCAB_SIZE)
-
-
-@pytest.fixture
-def client(config: EngineConfig, tokenizer: Tokenizer) -> EngineClient:
-    return make_client(config, tokenizer)
+from tests.nanoengine.engine_clients import add, ready, sent
+from tests.nanoengine.fake_engine import FakeEngineProcess
 
 
 def tell(

@@ -13,7 +13,7 @@ import pytest
 import zmq
 
 from configs.engine import EngineConfig
-from configs.errors import CapacityError, WorkerError
+from configs.errors import CapacityError, StepError, WorkerError
 from nanoengine.engine import EngineCore
 from nanoengine.executor import Executor, ExecutorFacts
 from nanoengine.front_socket import FrontSocket, merge
@@ -49,7 +49,8 @@ class InventingExecutor(Executor):
     It fails of `failure`, until it is started again, before each step whose number is in `failing_steps` (counted
     over all groups), and of each step with the prompt token `poison`. As many starts fail as `failing_starts` says.
     `rows_at_failure` holds how many rows there were beside it. Steps from the number `held_at` on bring nothing until
-    that is None: no stream ends meanwhile, however fast they are.
+    that is None: no stream ends meanwhile, however fast they are. There is no memory for steps of more than `memory`
+    tokens, nor for any with the prompt token `hungry`.
     """
 
     def __init__(self) -> None:
@@ -65,6 +66,9 @@ class InventingExecutor(Executor):
         self.epochs: list[Epoch] = []
         self.rows_at_failure: list[int] = []
         self.poisoned: set[int] = set()
+        self.memory = 10**9
+        self.hungry: int | None = None
+        self.steps_given_up: list[int] = []  # how many tokens each had
 
     @property
     def num_in_flight(self) -> int:
@@ -96,7 +100,12 @@ class InventingExecutor(Executor):
             self.failure = WorkerError("rank 1 died", 1, "died")
             raise self.failure
         self.num_steps += 1
-        step = self.steps.pop(0)
+        step = self.steps[0]
+        num_tokens = sum(len(row.token_ids) for row in step.rows)
+        if num_tokens > self.memory or any(self.hungry in row.token_ids for row in step.rows):
+            self.steps_given_up.append(num_tokens)
+            raise StepError(f"rank 0 found no memory for step {step.step_id} (MemoryError: )", 0, step.step_id)
+        self.steps.pop(0)
         self.poisoned |= {row.seq_id for row in step.rows if self.poison in row.token_ids}
         if any(row.seq_id in self.poisoned for row in step.rows):
             self.rows_at_failure.append(step.num_rows)

@@ -17,8 +17,7 @@ from nanoengine.engine_stats import (
 )
 from nanoengine.messages import Stats, decode, encode
 from nanoengine.recovery import RecoveryStats
-from tests.nanoengine.scheduler_driver import EOS, Driver
-from tests.nanoengine.test_scheduler import prompt_of
+from tests.nanoengine.scheduler_driver import EOS, Driver, prompt_of
 
 both_modes = pytest.mark.parametrize("async_scheduling", [False, True])
 

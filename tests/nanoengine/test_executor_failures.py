@@ -11,7 +11,7 @@ from multiprocessing.connection import wait as wait_for_sentinels
 import psutil
 import pytest
 
-from configs.errors import WorkerError
+from configs.errors import StepError, WorkerError
 from nanoengine import executor as executor_module
 from nanoengine.executor import MultiprocessExecutor
 from nanoengine.rank_process import RankProcess
@@ -306,3 +306,24 @@ def test_spare_ranks_that_died_or_stopped_are_not_relied_on(make: Make, number: 
     assert not set(pids) & set(rank_pids(executor))
     assert alive(pids) == []
     executor.stop()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_finds_no_memory_stays_and_so_do_the_others(make: Make, rank: int) -> None:
+    executor = make(f"give-up@{rank}")
+    executor.start(EPOCH)
+    pids = rank_pids(executor)
+    executor.submit(step(1))
+    executor.submit(step(2))
+    assert executor.collect(20) == invented(step(1))
+    executor.submit(step(3))  # as it would be under async scheduling: void, too
+    expected = f"rank {rank} found no memory for step 2 .no luck with memory."
+    with pytest.raises(StepError, match=expected) as caught:
+        turn_for(executor, 20)  # rank 0 may have done its part of the step
+    assert (caught.value.rank, caught.value.step_id) == (rank, 2)
+    executor.forget_steps()
+    assert executor.num_in_flight == 0
+    executor.submit(step(4))
+    assert executor.collect(20) == invented(step(4)), "and no output of a step before"
+    executor.watch()
+    assert rank_pids(executor) == pids
