@@ -216,10 +216,11 @@ class EngineClient:
             request.grammar,
             request.beams,
         )
+        messages = journal.submission(self.client_id)
+        self._recorder.accepted(journal)  # what may fail comes before anybody knows of it
         self._queue.add(journal.wire_id, len(request.prompt_token_ids))
         self._live[journal.wire_id] = self._by_request_id[request_id] = journal
-        self.outbox.extend(journal.submission(self.client_id))
-        self._recorder.accepted(journal)
+        self.outbox.extend(messages)
         return journal
 
     def _draw_seed(self, params: SamplingParams) -> int:

@@ -47,7 +47,7 @@ class BeginInTurns:
     @vital
     def _next_turn(self) -> None:
         """The loop has looked at its sockets meanwhile."""
-        self._num_left = BEGIN_BATCH
+        self._num_left, self._is_turning = BEGIN_BATCH, False  # also should it break off: the next arrival goes on
         while self._waiting and self._num_left:
             turn = self._waiting.popleft()
             if not turn.done():  # its client has gone
