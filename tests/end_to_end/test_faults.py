@@ -176,14 +176,14 @@ def check_allocations(run_dir: Path, undisturbed: list[Any], modules: list[str],
     report(f"failed allocations at random ones of {total} lines", outcomes)
 
 
-@pytest.mark.parametrize(("modules", "number"), [(SCHEDULER, 12), (WORKERS, 8), (FRONT_END, 5)], ids=NAMES)
+@pytest.mark.parametrize(("modules", "number"), [(SCHEDULER, 8), (WORKERS, 5), (FRONT_END, 3)], ids=NAMES)
 def test_an_exception_fails_one_request_or_none(
     modules: list[str], number: int, run_dir: Path, undisturbed: list[Any]
 ) -> None:
     check_exceptions(run_dir, undisturbed, modules, number)
 
 
-@pytest.mark.parametrize(("modules", "number"), [(SCHEDULER, 5), (WORKERS, 10)], ids=NAMES[:2])
+@pytest.mark.parametrize(("modules", "number"), [(SCHEDULER, 3), (WORKERS, 5)], ids=NAMES[:2])
 def test_a_failed_allocation_ends_no_group(
     modules: list[str], number: int, run_dir: Path, undisturbed: list[Any]
 ) -> None:
