@@ -23,6 +23,7 @@ import pytest
 from launch.bench import processes
 from launch.client.connection import HttpClient
 from tests.launch.server_process import ServerProcess
+from tests.nanoengine.process_tools import leaked_memory, shared_memory
 
 ASKED = {"model": "demo", "prompt": "中国的首都是", "temperature": 0, "max_tokens": 1}
 LONG = ASKED | {"max_tokens": 3000, "ignore_eos": True, "stream": True}
@@ -59,11 +60,6 @@ def until(condition: Callable[[], object], what: str, seconds: float = 120.0) ->
 
 def members(base: Path) -> list[int]:
     return processes.with_variable("XDG_RUNTIME_DIR", str(base))
-
-
-def shared_memory() -> set[str]:
-    """Semaphores are of other programs: ours makes none."""
-    return {name for name in os.listdir("/dev/shm") if not name.startswith("sem.")}
 
 
 def named(server: ServerProcess, prefix: str) -> list[int]:
@@ -153,7 +149,7 @@ def killed(server: ServerProcess, base: Path, phase: Phase, pause: float = 0.0) 
         for client in clients:
             client.close()
     until(lambda: not list(base.iterdir()), f"an empty run directory ({phase.__name__})", PATIENCE)
-    assert shared_memory() <= memory
+    assert not leaked_memory(memory)
     return seconds
 
 
