@@ -155,13 +155,14 @@ def reconcile(text: str, record: Record) -> tuple[dict[str, float], list[str]]:
 
 
 def recoveries(text: str) -> dict[str, float]:
-    """What the server counted of its recoveries, each name with its labels' values behind it."""
+    """What the server counted of its recoveries, each name with its labels' values behind it, less what is 0."""
     found: dict[str, float] = {}
     for family in text_string_to_metric_families(text):
         name = family.name.removeprefix(PREFIX)
         for sample in family.samples if name in _RECOVERIES else ():
             labels = "".join(f" {value}" for label, value in sample.labels.items() if label != "model_name")
-            found[name + labels] = sample.value
+            if sample.value:
+                found[name + labels] = sample.value
     return found
 
 
@@ -192,12 +193,12 @@ def render(summary: Mapping[str, Any]) -> str:
         f"{summary['requests']} requests and {sum(summary['faults'].values())} faults in {summary['seconds']:g} s, "
         f"{summary['tokens_compared']} tokens compared: {_listed(results)}",
         f"wrong {results.get('wrong', 0)}, stuck {results.get('stuck', 0)}, failed {results.get('failed', 0)}",
-        f"told to come again: {_listed(summary['refusals']) or 'nobody'}",
+        f"told to come again: {_listed(summary['refusals'])}",
         f"faults: {_listed(summary['faults'])}",
         f"ready again after a fault that ended processes: {_seconds(summary['recovery_seconds'])}",
         f"longest silence of a stream that was open then: {_seconds(summary['stream_silence_seconds'])}",
         f"counted by the server: {_listed({name: int(value) for name, value in summary['metrics'].items()})}",
-        f"and of recoveries: {_listed({name: int(value) for name, value in summary['recoveries'].items() if value})}",
+        f"and of recoveries: {_listed({name: int(value) for name, value in summary['recoveries'].items()})}",
         "",
         _results_table("kind", summary["by_kind"]),
         "",
@@ -217,7 +218,7 @@ def render(summary: Mapping[str, Any]) -> str:
 
 
 def _listed(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {count}" for name, count in counts.items())
+    return ", ".join(f"{name} {count}" for name, count in counts.items()) or "none"
 
 
 def _seconds(told: Mapping[str, float]) -> str:
