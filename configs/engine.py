@@ -55,6 +55,9 @@ class ModelConfig(_Validated):
         False, "let huggingface_hub fetch a name with a slash that is not in the local cache"
     )
     attention_backend: str = setting("auto", "attention implementation", choices=("auto", "torch"))
+    native_kernels: bool = setting(
+        True, "compute bfloat16 on a CPU with AMX by C kernels, compiled at the first start; needs a C compiler"
+    )
     enforce_eager: bool = setting(False, "never capture CUDA graphs (nothing is captured yet: always so)")
 
     def __post_init__(self) -> None:

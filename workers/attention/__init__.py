@@ -8,6 +8,7 @@ import torch
 
 from configs.errors import ConfigError
 from workers.attention.base import AttentionBackend
+from workers.native import NativeKernels
 
 # name -> "module:class". An optional backend's import may fail where its library is not installed.
 _BACKENDS = {
@@ -15,12 +16,16 @@ _BACKENDS = {
 }
 
 
-def get_backend(name: str, device: torch.device) -> AttentionBackend:
-    """Make the backend called `name`, or with `auto` the best one for `device` (torch, until there are others).
+def get_backend(name: str, device: torch.device, native: NativeKernels | None = None) -> AttentionBackend:
+    """Make the backend called `name`, or with `auto` the best one for `device`: `native` if given, else torch.
 
     Raises:
         ConfigError: an unknown name, or a backend whose library is not installed.
     """
+    if name == "auto" and native is not None and device.type == "cpu":
+        from workers.attention.native_backend import NativeBackend
+
+        return NativeBackend(native)
     chosen = "torch" if name == "auto" else name
     if chosen not in _BACKENDS:
         known = ", ".join(["auto", *sorted(_BACKENDS)])

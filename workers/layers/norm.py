@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from workers.layers.parameter import Shard, ShardedParameter
+from workers.native import NativeKernels
 
 
 class RMSNorm(nn.Module):
@@ -18,9 +19,19 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = ShardedParameter((size,), {"": Shard((size,), size=size)}, dtype, device)
         self._eps = eps
+        self._native: NativeKernels | None = None
+
+    def finish_loading(self, native: NativeKernels | None = None) -> None:
+        """Take the native kernel where it is given and applies."""
+        self._native = native if self.weight.dtype is torch.bfloat16 else None
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Normalise x + residual, of any shape (..., size); returns that, and the sum as the next residual."""
+        """Normalise x + residual, of any shape (..., size); returns that, and the sum as the next residual.
+
+        May leave the sum in x.
+        """
+        if self._native is not None and x.dim() == 2:
+            return self._native.add_rms_norm(x, residual, self.weight, self._eps)
         if residual is not None:
             x = x + residual
         return rms_norm(x, self.weight, self._eps), x

@@ -20,6 +20,9 @@ from workers.layers.linear import LinearBase, MergedColumnParallelLinear, QKVPar
 from workers.layers.norm import RMSNorm, rms_norm
 from workers.layers.parameter import ShardedParameter
 from workers.layers.rotary import RotaryEmbedding, rotate
+from workers.native import NativeKernels, NativeLinear
+from workers.native.kernels import QUANTUM
+from workers.packed_linear import native_applies
 from workers.parallel import Communicator
 
 
@@ -34,6 +37,7 @@ class DecoderSpec:
         dtype: of weights and activations.
         device: where it lives.
         max_positions: how many positions a sequence can have.
+        native: kernels that compute what they apply to, on CPU.
     """
 
     config: CheckpointConfig
@@ -42,6 +46,7 @@ class DecoderSpec:
     dtype: torch.dtype
     device: torch.device
     max_positions: int
+    native: NativeKernels | None = None
 
 
 class DecoderAttention(nn.Module):
@@ -74,6 +79,8 @@ class DecoderAttention(nn.Module):
         self.q_norm = RMSNorm(head_dim, config.rms_norm_eps, dtype, device) if config.qk_norm else None
         self.k_norm = RMSNorm(head_dim, config.rms_norm_eps, dtype, device) if config.qk_norm else None
         self._head_norm: torch.Tensor | None = None
+        applies = dtype is torch.bfloat16 and head_dim % QUANTUM == 0
+        self._native = spec.native if applies else None
         self.attn = Attention(layer_index, self._heads, self._kv_heads, head_dim, head_dim**-0.5, spec.backend)
 
     def finish_loading(self) -> None:
@@ -87,15 +94,18 @@ class DecoderAttention(nn.Module):
         heads, kv_heads = self._heads, self._kv_heads
         qkv = self.qkv_proj(hidden).view(len(hidden), heads + 2 * kv_heads, self._head_dim)
         qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
-        if self._head_norm is not None:
-            qk = rms_norm(qk, self._head_norm, self._eps)
-        qk = rotate(qk, cos, sin)
+        if self._native is not None:
+            self._native.norm_rotate(qk, self._head_norm, self._eps, cos, sin)
+        else:
+            if self._head_norm is not None:
+                qk = rms_norm(qk, self._head_norm, self._eps)
+            qk = rotate(qk, cos, sin)
         out: torch.Tensor = self.attn(qk[:, :heads], qk[:, heads:], v)  # (num_tokens, heads, head_dim)
         return self.o_proj(out.reshape(len(hidden), heads * self._head_dim))  # type: ignore[no-any-return]
 
 
 class DecoderMLP(nn.Module):
-    """SwiGLU between two projections."""
+    """SwiGLU between two projections; the native kernel computes it with the first of them."""
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
@@ -118,8 +128,20 @@ class DecoderMLP(nn.Module):
             spec.device,
         )
 
+        self._native = spec.native
+        self._gated: NativeLinear | None = None
+
+    def finish_loading(self) -> None:
+        """Fuse the activation into the first projection where the native kernel can. Before the projections' own."""
+        weight = self.gate_up_proj.weight
+        if self._native is not None and weight is not None and native_applies(weight):
+            self._gated = NativeLinear(self._native, weight, "swiglu")
+            self.gate_up_proj.weight = None
+
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Map (num_tokens, hidden_size) to the same shape."""
+        if self._gated is not None:
+            return self.down_proj(self._gated(hidden, self.gate_up_proj.bias))  # type: ignore[no-any-return]
         return self.down_proj(silu_and_mul(self.gate_up_proj(hidden)))  # type: ignore[no-any-return]
 
 
@@ -157,6 +179,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
         self.lm_head = ParallelLMHead(*vocabulary, tied_to=self.embed_tokens if config.tie_word_embeddings else None)
         self._rotary = RotaryEmbedding(config.head_dim, spec.max_positions, config.rope, device)
+        self._native = spec.native
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Compute one step's tokens inside a forward context.
@@ -199,6 +222,8 @@ class Decoder(nn.Module):
 
     def finish_loading(self) -> None:
         """Bring the loaded weights into the form that is computed with. Call once."""
-        for module in self.modules():
-            if isinstance(module, LinearBase | DecoderAttention):
+        for module in self.modules():  # an MLP before its projections
+            if isinstance(module, DecoderAttention | DecoderMLP):
                 module.finish_loading()
+            elif isinstance(module, RMSNorm) or (isinstance(module, LinearBase) and module.weight is not None):
+                module.finish_loading(self._native)

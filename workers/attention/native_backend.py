@@ -1,0 +1,98 @@
+"""Paged attention with the compiled kernel on CPU; knows no model, scheduler or sampler.
+
+The cache is laid out as the plain twin's (torch_backend.py), which takes over where the kernel does not apply.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+
+from workers.attention.torch_backend import TorchBackend
+from workers.forward_context import AttentionMetadata
+from workers.native import NativeKernels
+from workers.native.kernels import LARGEST_HEAD, QUANTUM, ROWS_PER_ITEM
+
+
+@dataclasses.dataclass(slots=True)
+class _Plan:
+    """What every layer of a step repeats; made by the first.
+
+    Attributes:
+        items: (num_items, 3) int64: sequence, K/V head and first row of each query block.
+        lengths: (3, num_seqs) int64: first token, number of tokens, number of keys of each sequence.
+        scratch: bytes for the threads, which nobody else uses while a step is computed.
+    """
+
+    items: torch.Tensor
+    lengths: torch.Tensor
+    scratch: torch.Tensor
+
+
+class NativeBackend(TorchBackend):
+    """Bfloat16 attention in AMX tiles. Bits depend on a token's own query and keys alone, see native/attention.c."""
+
+    def __init__(self, kernels: NativeKernels) -> None:
+        super().__init__(torch.device("cpu"))
+        self._kernels = kernels
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+
+    def store(self, cache: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+        """See `AttentionBackend.store`."""
+        if not _applies(cache):
+            super().store(cache, k, v, slot_mapping)
+            return
+        self._kernels.store(cache, _tokens_dense(k), _tokens_dense(v), slot_mapping)
+
+    def forward(self, q: torch.Tensor, cache: torch.Tensor, metadata: AttentionMetadata, scale: float) -> torch.Tensor:
+        """See `AttentionBackend.forward`."""
+        if not _applies(cache):
+            return super().forward(q, cache, metadata, scale)
+        num_tokens, num_heads, head_dim = q.shape
+        block_size, _, num_kv_heads = cache.shape[1:4]
+        group, num_threads = num_heads // num_kv_heads, torch.get_num_threads()
+        if not isinstance(metadata.plan, _Plan):
+            metadata.plan = self._make_native_plan(metadata, num_kv_heads, group, head_dim, num_threads)
+        plan, q = metadata.plan, _tokens_dense(q)
+        out = torch.empty(num_tokens, num_heads, head_dim, dtype=q.dtype)
+        starts = plan.lengths.data_ptr()
+        row = plan.lengths.stride(0) * 8
+        self._kernels.library.nano_attention(
+            q.data_ptr(), cache.data_ptr(), out.data_ptr(), plan.items.data_ptr(), plan.items.shape[0],
+            metadata.block_tables.data_ptr(), metadata.block_tables.stride(0), starts, starts + row, starts + 2 * row,
+            block_size, group, num_kv_heads, head_dim, q.stride(0), scale, plan.scratch.data_ptr(), num_threads,
+        )  # fmt: skip
+        return out
+
+    def _make_native_plan(
+        self, metadata: AttentionMetadata, num_kv_heads: int, group: int, head_dim: int, num_threads: int
+    ) -> _Plan:
+        query_lens = np.array(metadata.query_lens, dtype=np.int64)  # (num_seqs,)
+        starts = query_lens.cumsum() - query_lens
+        blocks = -(-query_lens * group // ROWS_PER_ITEM)  # query blocks of each sequence and K/V head
+        seqs = np.repeat(np.arange(len(query_lens)), blocks)
+        number = np.arange(len(seqs)) - np.repeat(blocks.cumsum() - blocks, blocks)  # of a block in its sequence
+        items = np.empty((len(seqs), num_kv_heads, 3), dtype=np.int64)
+        items[:, :, 0], items[:, :, 2] = seqs[:, None], number[:, None] * ROWS_PER_ITEM
+        items[:, :, 1] = np.arange(num_kv_heads)
+        # The last blocks have the most keys: begun first, they do not keep the other threads waiting at the end.
+        lengths = np.stack((starts, query_lens, np.array(metadata.seq_lens, dtype=np.int64)))
+        size = num_threads * self._kernels.library.nano_attention_scratch(head_dim)
+        if self._scratch.numel() < size:
+            self._scratch = torch.empty(size, dtype=torch.uint8)
+        return _Plan(
+            torch.from_numpy(np.ascontiguousarray(items[::-1])).view(-1, 3), torch.from_numpy(lengths), self._scratch
+        )
+
+
+def _applies(cache: torch.Tensor) -> bool:
+    head_dim = cache.shape[-1]
+    return cache.dtype is torch.bfloat16 and head_dim % QUANTUM == 0 and head_dim <= LARGEST_HEAD
+
+
+def _tokens_dense(x: torch.Tensor) -> torch.Tensor:
+    """x (num_tokens, heads, head_dim), copied unless each token is contiguous."""
+    dense = x.stride(2) == 1 and x.stride(1) == x.shape[2]
+    return x if dense else x.contiguous()
