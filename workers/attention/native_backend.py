@@ -83,7 +83,7 @@ class NativeBackend(TorchBackend):
         if self._scratch.numel() < size:
             self._scratch = torch.empty(size, dtype=torch.uint8)
         return _Plan(
-            torch.from_numpy(np.ascontiguousarray(items[::-1])).view(-1, 3), torch.from_numpy(lengths), self._scratch
+            torch.from_numpy(items[::-1].copy()).view(-1, 3), torch.from_numpy(lengths), self._scratch
         )
 
 
