@@ -6,7 +6,17 @@ import argparse
 import sys
 
 from configs.errors import ConfigError, NanoEngineError, UnknownModelError
-from launch.bench import control_plane, decode_gap, front_end, lifecycle, sampling, serve, simulate, throughput
+from launch.bench import (
+    control_plane,
+    decode_gap,
+    front_end,
+    lifecycle,
+    peers,
+    sampling,
+    serve,
+    simulate,
+    throughput,
+)
 
 
 def main() -> int:
@@ -21,6 +31,7 @@ def main() -> int:
     sampling.add_parser(commands)
     decode_gap.add_parser(commands)
     front_end.add_parser(commands)
+    peers.add_parser(commands)
     arguments = parser.parse_args()
     try:
         return arguments.run(arguments) or 0

@@ -82,9 +82,7 @@ class NativeBackend(TorchBackend):
         size = num_threads * self._kernels.library.nano_attention_scratch(head_dim)
         if self._scratch.numel() < size:
             self._scratch = torch.empty(size, dtype=torch.uint8)
-        return _Plan(
-            torch.from_numpy(items[::-1].copy()).view(-1, 3), torch.from_numpy(lengths), self._scratch
-        )
+        return _Plan(torch.from_numpy(items[::-1].copy()).view(-1, 3), torch.from_numpy(lengths), self._scratch)
 
 
 def _applies(cache: torch.Tensor) -> bool:
