@@ -5,30 +5,14 @@ The cache is laid out as the plain twin's (torch_backend.py), which takes over w
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import torch
 
 from workers.attention.torch_backend import TorchBackend
 from workers.forward_context import AttentionMetadata
 from workers.native import NativeKernels
+from workers.native.decoder import AttentionPlan
 from workers.native.kernels import LARGEST_HEAD, QUANTUM, ROWS_PER_ITEM
-
-
-@dataclasses.dataclass(slots=True)
-class _Plan:
-    """What every layer of a step repeats; made by the first.
-
-    Attributes:
-        items: (num_items, 3) int64: sequence, K/V head and first row of each query block.
-        lengths: (3, num_seqs) int64: first token, number of tokens, number of keys of each sequence.
-        scratch: bytes for the threads, which nobody else uses while a step is computed.
-    """
-
-    items: torch.Tensor
-    lengths: torch.Tensor
-    scratch: torch.Tensor
 
 
 class NativeBackend(TorchBackend):
@@ -53,22 +37,26 @@ class NativeBackend(TorchBackend):
         num_tokens, num_heads, head_dim = q.shape
         block_size, _, num_kv_heads = cache.shape[1:4]
         group, num_threads = num_heads // num_kv_heads, torch.get_num_threads()
-        if not isinstance(metadata.plan, _Plan):
-            metadata.plan = self._make_native_plan(metadata, num_kv_heads, group, head_dim, num_threads)
-        plan, q = metadata.plan, _tokens_dense(q)
+        plan, q = self.plan(metadata, num_kv_heads, group, head_dim), _tokens_dense(q)
         out = torch.empty(num_tokens, num_heads, head_dim, dtype=q.dtype)
         starts = plan.lengths.data_ptr()
-        row = plan.lengths.stride(0) * 8
+        row = 8 * plan.lengths.shape[1]
         self._kernels.library.nano_attention(
             q.data_ptr(), cache.data_ptr(), out.data_ptr(), plan.items.data_ptr(), plan.items.shape[0],
-            metadata.block_tables.data_ptr(), metadata.block_tables.stride(0), starts, starts + row, starts + 2 * row,
+            plan.tables.data_ptr(), plan.tables.stride(0), starts, starts + row, starts + 2 * row,
             block_size, group, num_kv_heads, head_dim, q.stride(0), scale, plan.scratch.data_ptr(), num_threads,
         )  # fmt: skip
         return out
 
+    def plan(self, metadata: AttentionMetadata, num_kv_heads: int, group: int, head_dim: int) -> AttentionPlan:
+        """What every layer of a step repeats: made when it is first asked for."""
+        if not isinstance(metadata.plan, AttentionPlan):
+            metadata.plan = self._make_native_plan(metadata, num_kv_heads, group, head_dim)
+        return metadata.plan
+
     def _make_native_plan(
-        self, metadata: AttentionMetadata, num_kv_heads: int, group: int, head_dim: int, num_threads: int
-    ) -> _Plan:
+        self, metadata: AttentionMetadata, num_kv_heads: int, group: int, head_dim: int
+    ) -> AttentionPlan:
         query_lens = np.array(metadata.query_lens, dtype=np.int64)  # (num_seqs,)
         starts = query_lens.cumsum() - query_lens
         blocks = -(-query_lens * group // ROWS_PER_ITEM)  # query blocks of each sequence and K/V head
@@ -79,10 +67,17 @@ class NativeBackend(TorchBackend):
         items[:, :, 1] = np.arange(num_kv_heads)
         # The last blocks have the most keys: begun first, they do not keep the other threads waiting at the end.
         lengths = np.stack((starts, query_lens, np.array(metadata.seq_lens, dtype=np.int64)))
-        size = num_threads * self._kernels.library.nano_attention_scratch(head_dim)
+        size = torch.get_num_threads() * self._kernels.library.nano_attention_scratch(head_dim)
         if self._scratch.numel() < size:
             self._scratch = torch.empty(size, dtype=torch.uint8)
-        return _Plan(torch.from_numpy(items[::-1].copy()).view(-1, 3), torch.from_numpy(lengths), self._scratch)
+        return AttentionPlan(
+            items=torch.from_numpy(items[::-1].copy()).view(-1, 3),
+            lengths=torch.from_numpy(lengths),
+            tables=metadata.block_tables,
+            slots=metadata.slot_mapping,
+            block_size=metadata.block_size,
+            scratch=self._scratch,
+        )
 
 
 def _applies(cache: torch.Tensor) -> bool:

@@ -34,6 +34,11 @@ class LinearBase(nn.Module):
         self._kernel = make_kernel(self.weight.data, native)
         self.weight = None  # the kernel has it
 
+    @property
+    def kernel(self) -> LinearKernel | None:
+        """What computes, after `finish_loading`."""
+        return self._kernel
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (num_tokens, in_features) to (num_tokens, this rank's out_features)."""
         assert self._kernel is not None, "finish_loading() comes first"

@@ -34,6 +34,9 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
         [_POINTER] * 4 + [_INT64, _POINTER, _INT64] + [_POINTER] * 3 + [_INT64] * 5 + [_FLOAT, _POINTER, _INT],
         None,
     ),
+    "nano_attention_half": ([_POINTER, _POINTER, _INT64] + [_POINTER] * 3, None),
+    "nano_mlp_half": ([_POINTER, _POINTER, _INT64] + [_POINTER] * 3, None),
+    "nano_layers": ([_POINTER] * 4, None),
 }  # fmt: skip
 _KINDS = {"narrow": 0, "wide": 1, "swiglu": 2}
 QUANTUM = 32
@@ -51,6 +54,9 @@ class NativeLinear:
         weight: (out_features, in_features) bfloat16; in_features a multiple of QUANTUM.
         kind: the result: `narrow` bfloat16, `wide` the same sums unrounded in float32, `swiglu` silu(gate) * up of a
             weight that holds gate's rows and then up's: (…, out_features / 2) bfloat16, rounded once.
+
+    Attributes:
+        address: of the packed weight.
     """
 
     def __init__(
@@ -60,10 +66,10 @@ class NativeLinear:
         half = self._n // 2 if kind == "swiglu" else 0
         panels = -(-half // 16) if half else -(-self._n // 32)
         self._packed = torch.empty(panels * 32 * self._k, dtype=torch.bfloat16)
-        self._address = self._packed.data_ptr()
+        self.address = self._packed.data_ptr()
         library, weight = kernels.library, weight.contiguous()
-        library.nano_use_large_pages(self._address, self._packed.nbytes)
-        library.nano_pack(weight.data_ptr(), self._address, self._n, self._k, half, torch.get_num_threads())
+        library.nano_use_large_pages(self.address, self._packed.nbytes)
+        library.nano_pack(weight.data_ptr(), self.address, self._n, self._k, half, torch.get_num_threads())
         self._multiply, self._kind = library.nano_linear, _KINDS[kind]
         self._columns = half or self._n
         self._dtype = torch.float32 if kind == "wide" else torch.bfloat16
@@ -77,7 +83,7 @@ class NativeLinear:
         if x.stride(1) != 1:
             x = x.contiguous()
         self._multiply(
-            x.data_ptr(), self._address, None if bias is None else bias.data_ptr(), out.data_ptr(),
+            x.data_ptr(), self.address, None if bias is None else bias.data_ptr(), out.data_ptr(),
             num_rows, self._n, self._k, x.stride(0), self._columns, self._kind, torch.get_num_threads(),
         )  # fmt: skip
         return out

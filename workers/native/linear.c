@@ -8,7 +8,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-enum { AHEAD = 8 * TILE, BLOCK_BYTES = 1 << 20 };  // prefetched elements; what of x is gone through for each panel
+enum { BLOCK_BYTES = 1 << 20 };  // of x, that is gone through for each panel
 
 // Asks the kernel for the tiles' registers, once a process; 0 when they may be used.
 int nano_init(void) {
@@ -32,12 +32,14 @@ void nano_pack(const bf16 *weight, bf16 *packed, int64_t n, int64_t k, int64_t h
             int64_t start = half ? panel * 16 + tile * half : panel * 32 + tile * 16;
             int64_t rows = least(16, (half ? (tile + 1) * half : n) - start);
             for (int64_t kt = 0; kt < k_tiles; kt++) {
-                uint32_t *to = (uint32_t *)(packed + ((panel * k_tiles + kt) * 2 + tile) * TILE);
-                for (int64_t column = 0; column < 16; column++) {
-                    uint32_t pairs[16] = {0};
-                    if (column < rows) memcpy(pairs, weight + (start + column) * k + kt * TILE_K, sizeof pairs);
-                    for (int i = 0; i < 16; i++) to[i * 16 + column] = pairs[i];
+                bf16 *to = packed + ((panel * k_tiles + kt) * 2 + tile) * TILE;
+                __m512i columns[16];
+                for (int64_t i = 0; i < 16; i++) {
+                    const bf16 *row = weight + (start + i) * k + kt * TILE_K;
+                    columns[i] = i < rows ? _mm512_loadu_si512(row) : _mm512_setzero_si512();
                 }
+                transpose(columns);
+                for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + i * 32, columns[i]);
             }
         }
 }
@@ -48,8 +50,6 @@ typedef struct {
     int64_t m, n, k, x_stride, out_stride;
     int kind;
 } Job;
-
-enum { NARROW, WIDE, SWIGLU };  // what is written: bfloat16, float32, or silu(gate) * up in bfloat16
 
 static inline __m512 silu(__m512 x) {
     __m512 negative = _mm512_min_ps(_mm512_sub_ps(_mm512_setzero_ps(), x), _mm512_set1_ps(88.0f));
@@ -83,12 +83,8 @@ static void put(const Job *job, const float *left, const float *right, int64_t r
     }
 }
 
-static inline void prefetch(const bf16 *from) {  // two tiles
-    for (int line = 0; line < 2 * TILE; line += 32) _mm_prefetch((const char *)(from + line), _MM_HINT_T0);
-}
-
 // Up to 32 rows from `row` on of one panel.
-static void multiply(const Job *job, int64_t row, int64_t rows, int64_t panel, int far) {
+static void multiply(const Job *job, int64_t row, int64_t rows, int64_t panel) {
     float sums[4][256] __attribute__((aligned(64)));
     int64_t k_tiles = job->k / TILE_K, stride = job->x_stride * 2;
     const bf16 *x = job->x + row * job->x_stride, *w = job->packed + panel * k_tiles * 2 * TILE;
@@ -99,7 +95,6 @@ static void multiply(const Job *job, int64_t row, int64_t rows, int64_t panel, i
         _tile_zero(2);
         _tile_zero(3);
         for (int64_t kt = 0; kt < k_tiles; kt++, w += 2 * TILE) {
-            if (far) prefetch(w + AHEAD);
             _tile_loadd(6, w, 64);
             _tile_loadd(4, x + kt * TILE_K, stride);
             _tile_dpbf16ps(0, 4, 6);
@@ -113,7 +108,6 @@ static void multiply(const Job *job, int64_t row, int64_t rows, int64_t panel, i
         _tile_stored(3, sums[3], 64);
     } else {
         for (int64_t kt = 0; kt < k_tiles; kt++, w += 2 * TILE) {
-            if (far) prefetch(w + AHEAD);
             _tile_loadd(6, w, 64);
             _tile_loadd(4, x + kt * TILE_K, stride);
             _tile_dpbf16ps(0, 4, 6);
@@ -135,10 +129,10 @@ static void multiply_panels(const Job *job, int64_t first_panel, int64_t end_pan
         if (whole > block) shape_tiles(16, 16);
         for (int64_t panel = first_panel; panel < end_panel; panel++) {
             if (rest && whole > block) shape_tiles(16, 16);
-            for (int64_t row = block; row < whole; row += 32) multiply(job, row, 32, panel, row == block);
+            for (int64_t row = block; row < whole; row += 32) multiply(job, row, 32, panel);
             if (rest) {
                 shape_tiles((int)least(rest, 16), rest > 16 ? (int)rest - 16 : 0);
-                multiply(job, whole, rest, panel, whole == block);
+                multiply(job, whole, rest, panel);
             }
         }
     }
