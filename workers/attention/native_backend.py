@@ -6,6 +6,7 @@ The cache is laid out as the plain twin's (torch_backend.py), which takes over w
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from workers.attention.torch_backend import TorchBackend
@@ -22,6 +23,7 @@ class NativeBackend(TorchBackend):
         super().__init__(torch.device("cpu"))
         self._kernels = kernels
         self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._items_key, self._items = b"", torch.empty(0, 3, dtype=torch.int64)
 
     def store(self, cache: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
         """See `AttentionBackend.store`."""
@@ -60,24 +62,32 @@ class NativeBackend(TorchBackend):
         query_lens = np.array(metadata.query_lens, dtype=np.int64)  # (num_seqs,)
         starts = query_lens.cumsum() - query_lens
         blocks = -(-query_lens * group // ROWS_PER_ITEM)  # query blocks of each sequence and K/V head
-        seqs = np.repeat(np.arange(len(query_lens)), blocks)
-        number = np.arange(len(seqs)) - np.repeat(blocks.cumsum() - blocks, blocks)  # of a block in its sequence
-        items = np.empty((len(seqs), num_kv_heads, 3), dtype=np.int64)
-        items[:, :, 0], items[:, :, 2] = seqs[:, None], number[:, None] * ROWS_PER_ITEM
-        items[:, :, 1] = np.arange(num_kv_heads)
-        # The last blocks have the most keys: begun first, they do not keep the other threads waiting at the end.
+        key = blocks.tobytes()
+        if key != self._items_key:  # steady decodes need the same ones step after step
+            self._items_key, self._items = key, _items_of(blocks, num_kv_heads)
         lengths = np.stack((starts, query_lens, np.array(metadata.seq_lens, dtype=np.int64)))
         size = torch.get_num_threads() * self._kernels.library.nano_attention_scratch(head_dim)
         if self._scratch.numel() < size:
             self._scratch = torch.empty(size, dtype=torch.uint8)
         return AttentionPlan(
-            items=torch.from_numpy(items[::-1].copy()).view(-1, 3),
+            items=self._items,
             lengths=torch.from_numpy(lengths),
             tables=metadata.block_tables,
             slots=metadata.slot_mapping,
             block_size=metadata.block_size,
             scratch=self._scratch,
         )
+
+
+def _items_of(blocks: npt.NDArray[np.int64], num_kv_heads: int) -> torch.Tensor:
+    """`AttentionPlan.items` of sequences with so many query blocks each."""
+    seqs = np.repeat(np.arange(len(blocks)), blocks)
+    number = np.arange(len(seqs)) - np.repeat(blocks.cumsum() - blocks, blocks)  # of a block in its sequence
+    items = np.empty((len(seqs), num_kv_heads, 3), dtype=np.int64)
+    items[:, :, 0], items[:, :, 2] = seqs[:, None], number[:, None] * ROWS_PER_ITEM
+    items[:, :, 1] = np.arange(num_kv_heads)
+    # The last blocks have the most keys: begun first, they do not keep the other threads waiting at the end.
+    return torch.from_numpy(items[::-1].copy()).view(-1, 3)
 
 
 def _applies(cache: torch.Tensor) -> bool:
