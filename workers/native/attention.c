@@ -7,7 +7,7 @@
 // cut into chunks: keys after it have the weight 0, which adds nothing. Who computes a block makes no difference either.
 #include "common.h"
 
-enum { SPAN = 1024, BLOCK_TILES = 16 };
+enum { SPAN = 1024, BLOCK_TILES = 16, AHEAD = 16 };
 
 typedef struct {
     const bf16 *q, *cache;
@@ -47,13 +47,33 @@ static inline __m512i pairs(__m256i low, __m256i high) {
     return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
 }
 
+// Where the key of a position lies; its value lies kv_heads * dim behind.
+static inline const bf16 *slot_of(const Batch *b, int64_t seq, int64_t head, int64_t position) {
+    uint32_t block_size = (uint32_t)b->block_size, at = (uint32_t)position;
+    int64_t slot = b->tables[seq * b->table_stride + at / block_size] * b->block_size + at % block_size;
+    return b->cache + (slot * 2 * b->kv_heads + head) * b->dim;
+}
+
+// A head's keys lie too far apart for the processor to see them coming.
+static inline void fetch(const Batch *b, int64_t seq, int64_t head, int64_t position) {
+    const bf16 *slot = slot_of(b, seq, head, position), *value = slot + b->kv_heads * b->dim;
+    for (int64_t d = 0; d < b->dim; d += 32) {
+        _mm_prefetch((const char *)(slot + d), _MM_HINT_T0);
+        _mm_prefetch((const char *)(value + d), _MM_HINT_T0);
+    }
+}
+
 // Copy the keys and values of positions start .. end - 1 of one head, zeros up to a multiple of 32: nobody knows what
 // the slots after them hold.
 static void gather(const Batch *b, const Scratch *s, int64_t seq, int64_t head, int64_t start, int64_t end) {
-    int64_t dim = b->dim, slot_size = 2 * b->kv_heads * dim, dim_tiles = dim / 16;
-    const int64_t *table = b->tables + seq * b->table_stride;
+    int64_t dim = b->dim, dim_tiles = dim / 16;
     static const bf16 zeros[1024];
+    for (int64_t position = start; position < start + AHEAD && position < end; position++) fetch(b, seq, head, position);
     for (int64_t position = start; position < end; position += 2) {
+        if (position + AHEAD + 1 < end) {
+            fetch(b, seq, head, position + AHEAD);
+            fetch(b, seq, head, position + AHEAD + 1);
+        }
         const bf16 *v[2] = {zeros, zeros};
         for (int64_t i = 0; i < 2; i++) {
             bf16 *key = s->keys + (position + i - start) * dim;
@@ -61,9 +81,7 @@ static void gather(const Batch *b, const Scratch *s, int64_t seq, int64_t head, 
                 memset(key, 0, (size_t)dim * sizeof(bf16));
                 continue;
             }
-            int64_t at = position + i;
-            const bf16 *slot =
-                b->cache + (table[at / b->block_size] * b->block_size + at % b->block_size) * slot_size + head * dim;
+            const bf16 *slot = slot_of(b, seq, head, position + i);
             for (int64_t d = 0; d < dim; d += 32) _mm512_storeu_si512(key + d, _mm512_loadu_si512(slot + d));
             v[i] = slot + b->kv_heads * dim;
         }

@@ -4,6 +4,8 @@
 
 enum { WORTH_THREADS = 1 << 15 };  // numbers; fewer are done before another thread has woken up
 
+static inline float root(float x) { return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(x))); }
+
 // x (rows, size) += residual, if there is one; out = x / sqrt(mean(x * x) + eps) * weight.
 void nano_add_rms_norm(bf16 *x, const bf16 *residual, const bf16 *weight, bf16 *out, int64_t rows, int64_t size,
                        float eps, int threads) {
@@ -21,7 +23,7 @@ void nano_add_rms_norm(bf16 *x, const bf16 *residual, const bf16 *weight, bf16 *
             squares = _mm512_fmadd_ps(value, value, squares);
         }
         float mean = _mm512_reduce_add_ps(squares) / (float)size;
-        __m512 scale = _mm512_set1_ps(1.0f / __builtin_sqrtf(mean + eps));
+        __m512 scale = _mm512_set1_ps(1.0f / root(mean + eps));
         for (int64_t i = 0; i < size; i += 16) {
             __mmask16 some = first(size - i);
             __m512 value = rounded(_mm512_mul_ps(load_wide_some(own + i, some), scale));
@@ -47,7 +49,7 @@ void nano_norm_rotate(bf16 *x, const bf16 *weight, const float *cos, const float
                     __m512 value = load_wide(own + i);
                     squares = _mm512_fmadd_ps(value, value, squares);
                 }
-                scale = _mm512_set1_ps(1.0f / __builtin_sqrtf(_mm512_reduce_add_ps(squares) / (float)dim + eps));
+                scale = _mm512_set1_ps(1.0f / root(_mm512_reduce_add_ps(squares) / (float)dim + eps));
             }
             for (int64_t i = 0; i < half; i += 16) {
                 __m512 a = load_wide(own + i), b = load_wide(own + half + i);
