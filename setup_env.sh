@@ -23,7 +23,7 @@ usage: ./setup_env.sh [options]
 
 Makes .venv with nanoengine and the tested versions of what it needs, and checks it.
 
-  --dev               also the test tools, ruff, mypy and (on Linux) Triton
+  --dev               also the test tools, ruff, mypy, lm-eval and (on Linux) Triton
   --python PATH       the Python to make .venv with (3.$MIN_MINOR to 3.$MAX_MINOR; default: the first one found)
   --torch cpu|cuda    the build of PyTorch; default: CUDA where there is an NVIDIA device, else CPU
   --torch-index URL   take PyTorch from this package index, even when .venv has one
@@ -307,6 +307,14 @@ install_rest() {
         die_of_pip "the packages could not be installed"
 }
 
+install_harness() { # for one test, which is skipped without it: so that it is missing is no reason to stop
+    [ $dev -eq 1 ] || return 0
+    step "installing lm-eval, which one test runs"
+    [ $dry_run -eq 0 ] || return 0
+    run_pip install -c "$constraints" 'lm-eval[api]' ||
+        warn "lm-eval could not be installed, so tests/launch/test_lm_eval.py will be skipped; see $log"
+}
+
 verify() {
     step "checking"
     [ $dry_run -eq 0 ] || return 0
@@ -357,6 +365,7 @@ main() {
     [ $dry_run -eq 1 ] || : >"$log"
     settle_torch
     install_rest
+    install_harness
     verify
 }
 

@@ -54,11 +54,16 @@ class ModelConfig(_Validated):
     allow_download: bool = setting(
         False, "let huggingface_hub fetch a name with a slash that is not in the local cache"
     )
-    attention_backend: str = setting("auto", "attention implementation", choices=("auto", "torch"))
+    attention_backend: str = setting(
+        "auto",
+        "kernels of attention and the layers around it: triton = compiled for the GPU; torch = plain; auto = triton on "
+        "a GPU where it is installed, else torch",
+        choices=("auto", "torch", "triton"),
+    )
     native_kernels: bool = setting(
         True, "compute bfloat16 on a CPU with AMX by C kernels, compiled at the first start; needs a C compiler"
     )
-    enforce_eager: bool = setting(False, "never capture CUDA graphs (nothing is captured yet: always so)")
+    enforce_eager: bool = setting(False, "never capture CUDA graphs: each step launches its kernels one by one")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -139,6 +144,9 @@ class ParallelConfig(_Validated):
         "where the ranks run; auto = cuda where there are enough GPUs",
         choices=("auto", "cpu", "cuda"),
     )
+    share_gpus: bool = setting(
+        False, "let several ranks use one GPU where there are fewer GPUs than ranks (slow; to try a tp on one GPU)"
+    )
     executor: str = setting(
         "multiprocess", "multiprocess: one process a rank; inprocess: threads of the scheduler, for debugging",
         choices=("multiprocess", "inprocess"),
@@ -154,8 +162,8 @@ class ParallelConfig(_Validated):
 
     max_restarts: int = setting(
         5,
-        "restarts of failed ranks within restart_window, of which none brought a single step, before the engine gives "
-        "up; 0 = it gives up at the first failure",
+        "restarts of failed ranks, or of the scheduler, within restart_window, of which none brought a single step, "
+        "before the engine gives up; 0 = it gives up at the first failure",
         minimum=0,
     )
     warm_spare: bool = setting(

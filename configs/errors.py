@@ -75,6 +75,14 @@ class EngineError(NanoEngineError, RuntimeError):
 class EngineDeadError(EngineError):
     """The scheduler process is gone and no request can be served any more."""
 
+    @classmethod
+    def because_of(cls, cause: NanoEngineError) -> EngineDeadError:
+        """A new one that says why; of one of its own kind, a copy."""
+        is_own = isinstance(cause, EngineDeadError)
+        error = cls(cause.message if is_own else f"the engine died: {cause.message}")
+        error.__cause__ = cause.__cause__ if is_own else cause
+        return error
+
 
 class WorkerError(EngineError):
     """A rank died, stalled or raised; `rank` says which (None: not known).
@@ -87,6 +95,17 @@ class WorkerError(EngineError):
     def __init__(self, message: str, rank: int | None = None, reason: str = "failed") -> None:
         super().__init__(message)
         self.rank, self.reason = rank, reason
+
+
+class StepError(EngineError):
+    """A step found no memory and was given up; the ranks live, and go on once they are told to begin anew.
+
+    `rank` says whose memory it was, `step_id` which step; both stay in the process.
+    """
+
+    def __init__(self, message: str, rank: int | None = None, step_id: int = 0) -> None:
+        super().__init__(message)
+        self.rank, self.step_id = rank, step_id
 
 
 class ChannelError(EngineError):
@@ -113,6 +132,7 @@ _TREE: dict[str, type[NanoEngineError]] = {
         EngineError,
         EngineDeadError,
         WorkerError,
+        StepError,
         ChannelError,
         DeadlineError,
     )

@@ -12,22 +12,16 @@ import sys
 import types
 import typing
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from configs.engine import LAYERS, EngineConfig, setting_owners
 from configs.errors import ConfigError, NanoEngineError, UnknownModelError
 from configs.fields import allowed
+from launch.options import OneLineParser
 from nanoengine.version import __version__
 
 PROGRAM = "nanoengine"
 _DESCRIPTION = "Serve a language model over OpenAI's HTTP API."
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line: a page of usage in front of it hides it."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,7 +66,7 @@ def _unknown(argument: str, parser: argparse.ArgumentParser) -> str:
 
 def make_parser() -> argparse.ArgumentParser:
     """One option for each declared setting, grouped by layer; those not given are absent from the result."""
-    parser = _Parser(
+    parser = OneLineParser(
         prog=PROGRAM,
         description=_DESCRIPTION,
         argument_default=argparse.SUPPRESS,

@@ -7,21 +7,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import resource
 import socket
 from collections.abc import Callable, Coroutine, Iterator
-from pathlib import Path
 from typing import Any, TypeVar
 
 import uvicorn
 
 from configs.errors import EngineError, NanoEngineError
+from launch.front_dir import FrontDir
 from launch.keys import ApiKeys
 from launch.server.app import create_app
 from launch.server.lifecycle import Lifecycle
 from launch.server.protocol import BoundedProtocol
 from nanoengine import AsyncLLM
+from nanoengine.watched import watch
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +53,7 @@ class FrontEnd:
     Args:
         stop: becomes done when the server shall stop.
         on_ready: called once the engine serves.
-        metrics_dir: see `create_app`.
+        front_dir: see `create_app`; it is listened there as well.
     """
 
     def __init__(
@@ -61,13 +63,14 @@ class FrontEnd:
         keys: ApiKeys,
         stop: asyncio.Future[None],
         on_ready: Callable[[], None],
-        metrics_dir: Path | None = None,
+        front_dir: FrontDir | None = None,
     ) -> None:
-        self._engine, self._listener, self._stop, self._on_ready = engine, listener, stop, on_ready
+        self._engine, self._stop, self._on_ready = engine, stop, on_ready
+        self._listeners = [listener] if front_dir is None else [listener, front_dir.listen()]
         self._lifecycle = Lifecycle()
         self._server = _Server(
             uvicorn.Config(
-                create_app(engine, keys, self._lifecycle, metrics_dir=metrics_dir),
+                create_app(engine, keys, self._lifecycle, front_dir=front_dir),
                 http=BoundedProtocol,
                 ws="none",
                 log_config=None,
@@ -85,12 +88,13 @@ class FrontEnd:
 
         Raises whatever keeps the engine from starting.
         """
-        serving = asyncio.create_task(self._server.serve(sockets=[self._listener]))
+        serving = asyncio.create_task(self._server.serve(sockets=self._listeners))
+        watch(serving, "the HTTP server")
         try:
             await self._load(serving)
             failure = await self._watch(serving)
             if failure is None:
-                failure = await self._drain()
+                failure = await self._drain(serving)
             return failure
         finally:
             self._lifecycle.draining = True
@@ -119,12 +123,10 @@ class FrontEnd:
                     logger.error("nothing can be served any more: %s", self._engine.failure.message)
                 is_told = True
             await asyncio.wait([self._stop, serving], timeout=_WATCH_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-            if serving.done():
-                serving.result()
-                raise EngineError("the HTTP server ended by itself")
+            _check_serving(serving)
         return None
 
-    async def _drain(self) -> NanoEngineError | None:
+    async def _drain(self, serving: asyncio.Task[None]) -> NanoEngineError | None:
         """Take nothing new, and let what is open go on for a while; returns the engine's failure, if it fails now."""
         self._lifecycle.draining = True
         if not self._engine.is_ready and self._engine.recovering_from is None:
@@ -138,12 +140,20 @@ class FrontEnd:
                 logger.warning("%d requests are still open after %g s and end with an error", self._num_open, seconds)
                 break
             await asyncio.sleep(_DRAIN_POLL_SECONDS)
+            _check_serving(serving)
         return self._engine.failure
 
     @property
     def _num_open(self) -> int:
         # The engine's own count has those whose client may come back for the rest.
         return max(self._lifecycle.num_open, self._engine.num_unfinished)
+
+
+def _check_serving(serving: asyncio.Task[None]) -> None:
+    """Raise what ended the HTTP server before it was told to end."""
+    if serving.done():
+        serving.result()
+        raise EngineError("the HTTP server ended by itself")
 
 
 def run_loop(main: Coroutine[Any, Any, T]) -> T:
@@ -154,6 +164,15 @@ def run_loop(main: Coroutine[Any, Any, T]) -> T:
         return asyncio.run(main)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(main)
+
+
+def keep_what_is_loaded() -> None:
+    """Tell the garbage collector that what this process holds now, it holds to its end.
+
+    A collection that looks at all of it, as one does in a crowd of requests, holds up every stream for some 50 ms.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def max_connections() -> int:

@@ -1,6 +1,7 @@
 """The entry of a front-end process (`python -m launch.front_end_process`): one of several, started by `front_group`.
 
-It knows its listening socket, the engine's address and the pipes to its owner, and nothing of the other front ends.
+It knows its listening socket, the engine's address, the pipes to its owner, and the directory that it shares with the
+other front ends.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from typing import Any
 
 from configs.engine import EngineConfig
 from configs.errors import EngineError, NanoEngineError, to_wire
-from launch.front_end import FrontEnd, run_loop
+from launch.front_dir import FrontDir
+from launch.front_end import FrontEnd, keep_what_is_loaded, run_loop
 from launch.keys import ApiKeys
 from launch.supervisor import configure_server_logging
 from nanoengine import AsyncLLM, processes
 from nanoengine.engine_status import AttachedEngine
 from nanoengine.spawning import read_message
+from nanoengine.watched import guard_threads
 
 
 def main() -> None:
@@ -37,6 +40,7 @@ def main() -> None:
         os._exit(1)
     config = EngineConfig.from_dict(message["config"])
     configure_server_logging(config, message["name"])
+    guard_threads(processes.end_process)
     try:
         failure = run_loop(_run(config, message))
     except NanoEngineError as error:
@@ -58,12 +62,17 @@ async def _run(config: EngineConfig, message: dict[str, Any]) -> NanoEngineError
             stop.set_result(None)
 
     loop.add_signal_handler(signal.SIGTERM, ask_to_stop)
-    run_dir = Path(message["run_dir"])
-    engine = AsyncLLM(config=config, engine=AttachedEngine(run_dir, message["status_fd"]))
+    report = functools.partial(_report, message)
+    engine = AsyncLLM(config=config, engine=AttachedEngine(Path(message["run_dir"]), message["status_fd"], report))
+    front_dir = FrontDir(Path(message["front_dir"]), message["front_name"])
     keys = ApiKeys(bytes.fromhex(digest) for digest in message["key_digests"])
     with socket.socket(fileno=message["listener_fd"]) as listener:
-        on_ready = functools.partial(_report, message, {"ready": True})
-        return await FrontEnd(engine, listener, keys, stop, on_ready, run_dir / "metrics").run()
+
+        def on_ready() -> None:
+            keep_what_is_loaded()
+            _report(message, {"ready": True})
+
+        return await FrontEnd(engine, listener, keys, stop, on_ready, front_dir).run()
 
 
 def _report(message: dict[str, Any], report: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 Each front end has a listening socket of its own, which stays open here, so that connections wait for one that is
 started again. One that dies takes its own requests with it and is replaced; one that cannot even start, or dies again
-and again, ends the server.
+and again, ends the server. A scheduler that is gone is replaced by the engine's keeper, and the front ends are told.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -21,14 +22,16 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from configs.engine import EngineConfig
-from configs.errors import EngineError, NanoEngineError, from_wire, to_wire
+from configs.errors import EngineError, NanoEngineError, from_wire
+from launch.front_dir import FrontDir
 from launch.keys import ApiKeys
-from nanoengine.engine_process import EngineProcess
+from launch.server.shared_numbers import OwnerNumbers
+from nanoengine.engine_status import EngineCondition, EngineStatus
 from nanoengine.llm_engine import GREETING_TIMEOUT
 from nanoengine.processes import describe_exit, forget_child, register_child
+from nanoengine.scheduler_keeper import SchedulerKeeper
 from nanoengine.spawning import spawn_module
 
 logger = logging.getLogger(__name__)
@@ -45,18 +48,22 @@ class FrontEndProcess:
     """One front end as a child: the pipes to and from it."""
 
     def __init__(
-        self, config: EngineConfig, listener: socket.socket, keys: ApiKeys, run_dir: Path, name: str = "front end"
+        self, config: EngineConfig, listener: socket.socket, keys: ApiKeys, run_dir: Path, front_dir: Path, number: int
     ) -> None:
+        self.name = str(number)
         self._process: subprocess.Popen[bytes] | None = None
         self.is_ready = False
         self.failure: NanoEngineError | None = None
+        self.hung: tuple[int, NanoEngineError] | None = None  # the incarnation that it takes for dead, and why
         status_read, self._status_fd = os.pipe()
         death_read, self._death_fd = os.pipe()
         self._report_fd, report_write = os.pipe()
         os.set_blocking(self._report_fd, False)
         self._report = b""
         message = {
-            "name": name,
+            "name": f"front end {number}",
+            "front_name": self.name,
+            "front_dir": str(front_dir),
             "config": config.to_dict(),
             "key_digests": [digest.hex() for digest in keys.digests],
             "run_dir": str(run_dir),
@@ -90,20 +97,26 @@ class FrontEndProcess:
         assert self._process is not None
         return self._process.poll()
 
-    def tell(self, report: dict[str, Any]) -> None:
-        """Pass on what became of the engine, as the scheduler itself reports it."""
+    def tell(self, condition: EngineCondition) -> None:
+        """Pass on what became of the engine."""
         with contextlib.suppress(OSError):  # it is gone, which `exit_code` says
-            os.write(self._status_fd, json.dumps(report).encode() + b"\n")
+            os.write(self._status_fd, json.dumps(condition.to_dict()).encode() + b"\n")
 
     def read(self) -> None:
-        """Take in what it says of itself: that it serves, or why it ends."""
+        """Take in what it says: that it serves, why it ends, or that the scheduler hangs."""
         with contextlib.suppress(BlockingIOError):
             while chunk := os.read(self._report_fd, 65536):
                 *lines, self._report = (self._report + chunk).split(b"\n")
                 for report in map(json.loads, lines):
                     self.is_ready = self.is_ready or bool(report.get("ready"))
-                    if "error" in report:
+                    if "replace" in report:
+                        self.hung = (report["replace"], from_wire(report["error"]))
+                    elif "error" in report:
                         self.failure = from_wire(report["error"])
+
+    def wait(self, timeout: float) -> None:
+        """Block until it says something or ends, for at most `timeout` seconds; then `read`."""
+        select.select([self._report_fd], [], [], timeout)
 
     def ask_to_stop(self) -> None:
         """Pass a stop on."""
@@ -141,10 +154,12 @@ class FrontGroup:
     ) -> None:
         self._config, self._listeners, self._keys = config, listeners, keys
         self._stop, self._on_ready = stop, on_ready
-        self._engine = EngineProcess(config)
+        self._engine: EngineStatus = SchedulerKeeper(config)
+        self._told: EngineCondition | None = None  # what the front ends know of it
         self._fronts: list[FrontEndProcess] = []
         self._num_started = 0
         self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
+        self._numbers = OwnerNumbers(config.max_model_len)
 
     async def run(self) -> NanoEngineError | None:
         """Load and serve until the stop; returns why the server failed, None after a stop that was asked for.
@@ -168,10 +183,13 @@ class FrontGroup:
     def _start_front(self, listener: socket.socket) -> FrontEndProcess:
         config = front_config(self._config, self._num_started)
         self._num_started += 1
-        name = f"front end {self._num_started}"
-        front = FrontEndProcess(config, listener, self._keys, self._engine.run_dir, name)
-        logger.info("%s has pid %d", name, front.pid)
+        front = FrontEndProcess(config, listener, self._keys, self._engine.run_dir, self._front_dir, self._num_started)
+        logger.info("front end %d has pid %d", self._num_started, front.pid)
         return front
+
+    @property
+    def _front_dir(self) -> Path:
+        return self._engine.run_dir / "fronts"
 
     async def _load(self) -> None:
         """Wait for engine and front ends; returns early when a stop is asked for."""
@@ -184,7 +202,7 @@ class FrontGroup:
             loading.add_done_callback(_retrieve)
             return
         loading.result()
-        self._tell_all({"ready": True})
+        self._tell_all()
         while not (self._stop.done() or all(front.is_ready for front in self._fronts)):
             self._check_fronts()
             await asyncio.wait([self._stop], timeout=_WATCH_SECONDS)
@@ -203,18 +221,22 @@ class FrontGroup:
     async def _watch(self) -> NanoEngineError | None:
         """Wait for the stop (None) or for a failure; meanwhile front ends that die are replaced."""
         while not self._stop.done():
-            failure = self._engine.failure()
+            failure = self._tell_all()
             if failure is not None and self._config.server.exit_on_failure:
                 return failure
             for number, front in enumerate(self._fronts):
-                front.read()
+                self._listen(front)
                 if front.exit_code is None:
                     continue
                 if (failure := self._note_death(front)) is not None:
                     return failure
                 front.end()
+                shared = FrontDir(self._front_dir, front.name)
+                shared.clear()
                 self._fronts[number] = self._start_front(self._listeners[number])
-                self._fronts[number].tell({"ready": True})
+                if self._told is not None:
+                    self._fronts[number].tell(self._told)
+                self._numbers.note_restart(shared.metrics, front.pid)
             await asyncio.wait([self._stop], timeout=_WATCH_SECONDS)
         return None
 
@@ -239,18 +261,33 @@ class FrontGroup:
             for listener in self._listeners:
                 listener.close()  # the last copy is the front end's, which answers 503 until it closes it
         else:
-            self._tell_all({"error": to_wire(failure)})
+            self._tell_all(failure)
         for front in self._fronts:
             front.ask_to_stop()
         while any(front.exit_code is None for front in self._fronts) and time.monotonic() < deadline:
-            if failure is None and (failure := self._engine.failure()) is not None:
-                self._tell_all({"error": to_wire(failure)})
+            failure = self._tell_all(failure)
+            for front in self._fronts:
+                self._listen(front)
             await asyncio.sleep(_WATCH_SECONDS)
         return failure
 
-    def _tell_all(self, report: dict[str, Any]) -> None:
-        for front in self._fronts:
-            front.tell(report)
+    def _listen(self, front: FrontEndProcess) -> None:
+        """Take in what it says, and have a scheduler replaced that it takes for dead."""
+        front.read()
+        if front.hung is not None:
+            self._engine.replace(*front.hung)
+            front.hung = None
+
+    def _tell_all(self, failure: NanoEngineError | None = None) -> NanoEngineError | None:
+        """Have the front ends know what became of the engine, or the server's own failure; returns why it ends."""
+        if self._told is not None and self._told.is_final:
+            return self._told.cause
+        condition = self._engine.look() if failure is None else EngineCondition(cause=failure, is_final=True)
+        if condition is not self._told:
+            self._told = condition
+            for front in self._fronts:
+                front.tell(condition)
+        return condition.cause if condition.is_final else None
 
 
 def front_config(config: EngineConfig, number: int) -> EngineConfig:

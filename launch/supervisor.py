@@ -18,12 +18,13 @@ from types import FrameType
 
 from configs.engine import EngineConfig
 from configs.errors import NanoEngineError
-from launch.front_end import FrontEnd, run_loop
+from launch.front_end import FrontEnd, keep_what_is_loaded, run_loop
 from launch.front_group import FrontGroup
 from launch.keys import ApiKeys, load_keys
 from launch.listener import listening, url_of
 from nanoengine import AsyncLLM
-from nanoengine.processes import configure_logging
+from nanoengine.processes import configure_logging, end_process
+from nanoengine.watched import guard_threads, watch
 
 logger = logging.getLogger(__name__)
 
@@ -100,19 +101,24 @@ class Signals:
 
 
 async def _serve(config: EngineConfig, listeners: list[socket.socket], keys: ApiKeys, signals: Signals) -> int:
+    guard_threads(end_process)
     url, tp = url_of(config.server, listeners[0]), config.parallel.tensor_parallel_size
     logger.info("listening on %s; loading model %s from %s, tp=%d", url, config.model.model, config.model_dir, tp)
 
     def say_ready() -> None:
+        keep_what_is_loaded()
         with contextlib.suppress(BrokenPipeError):  # a closed stdout is no reason to stop serving
             print(f"nanoengine ready: {url} (model={config.served_model_name}, tp={tp})", flush=True)
 
     stop = asyncio.create_task(signals.wait())
+    watch(stop, "the task that waits for signals")
     try:
         if len(listeners) == 1:
             failure = await FrontEnd(AsyncLLM(config=config), listeners[0], keys, stop, say_ready).run()
         else:
             failure = await FrontGroup(config, listeners, keys, stop, say_ready).run()
+        if stop.done():
+            stop.result()  # raises what ended it, unless it was a signal
     finally:
         stop.cancel()
     if failure is None:

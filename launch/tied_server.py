@@ -11,8 +11,9 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
+from typing import IO
 
 from configs.errors import EngineError
 from launch.keys import KEY_VARIABLE
@@ -29,28 +30,45 @@ class TiedServer:
     Its log goes to this program's standard error, warnings and worse unless the options say otherwise. To be started
     from the main thread: the kernel ties the server to the thread that starts it.
 
+    Args:
+        options: of `python -m launch`.
+        variables: put into its environment.
+        log: where its log goes instead.
+
+    Attributes:
+        url: its address, once it is ready.
+        pid: of its first process, once it is started.
+        exit_code: once it has ended.
+
     Raises:
         EngineError: it ended before it was ready; it has said why.
     """
 
-    def __init__(self, options: Sequence[str]) -> None:
+    def __init__(
+        self, options: Sequence[str], variables: Mapping[str, str] | None = None, log: IO[bytes] | None = None
+    ) -> None:
+        self._variables, self._log = dict(variables or {}), log
         self._command = [sys.executable, "-m", "launch.tied_server", str(os.getpid())]
         self._command += ["--host", "127.0.0.1", "--port", "0", "--log-level", "warning", *options]
         self._process: subprocess.Popen[str] | None = None
         self.url = ""
+        self.pid = 0
+        self.exit_code: int | None = None
 
     def __enter__(self) -> TiedServer:
-        environment = child_environment()
+        environment = child_environment() | self._variables
         environment.pop(KEY_VARIABLE, None)  # it listens to this machine alone, and this program has no key to show
         # A session of its own: Ctrl-C at the terminal goes to the whole group of the program in front.
         self._process = subprocess.Popen(
             self._command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
+            stderr=self._log,
             text=True,
             env=environment,
             start_new_session=True,
         )
+        self.pid = self._process.pid
         try:
             assert self._process.stdout is not None
             for line in self._process.stdout:
@@ -84,7 +102,7 @@ class TiedServer:
             pass
         finally:
             process.kill()
-            process.wait()
+            self.exit_code = process.wait()
             assert process.stdout is not None
             process.stdout.close()
 

@@ -18,11 +18,10 @@ from typing import Any
 
 from configs.engine import EngineConfig
 from configs.errors import ConfigError, DeadlineError, EngineDeadError, EngineError, NanoEngineError
+from nanoengine.async_link import AsyncLink
 from nanoengine.beam_params import BeamSearchParams
-from nanoengine.connection import SchedulerConnection
 from nanoengine.engine_client import EngineClient
-from nanoengine.engine_process import EngineProcess
-from nanoengine.engine_status import EngineStatus
+from nanoengine.engine_status import EngineStatus, SchedulerRestartStats
 from nanoengine.engine_view import EngineView
 from nanoengine.grammar_compiler import GrammarCompiler
 from nanoengine.journal import RequestJournal
@@ -32,8 +31,10 @@ from nanoengine.outputs import RequestOutput
 from nanoengine.prompts import Prompt, PromptInput, check_beam_params, check_params, parse_prompt
 from nanoengine.recorder import RequestRecorder
 from nanoengine.sampling_params import SamplingParams
+from nanoengine.scheduler_keeper import SchedulerKeeper
 from nanoengine.structured_outputs import StructuredOutputsParams
 from nanoengine.tokenizer import Tokenizer
+from nanoengine.watched import vital, watch
 
 # Longer texts are encoded in a thread: this much takes about a millisecond.
 LONG_TEXT_CHARS = 4096
@@ -55,7 +56,7 @@ class AsyncLLM:
     Args:
         model: a name in the registry, or a model directory.
         config: all settings at once, instead of `model` and `settings`; resolved if it is not.
-        engine: a scheduler that another process owns (one of several front ends has it so); by default its own.
+        engine: one that another process owns (one of several front ends has it so); by default its own.
         settings: the options of the command line with underscores.
 
     Raises:
@@ -75,18 +76,17 @@ class AsyncLLM:
         if config is None:
             config = EngineConfig.create(**({} if model is None else {"model": model}), **settings)
         self._config = config if config.checkpoint is not None else config.resolve()
-        self._process = EngineProcess(self._config) if engine is None else engine
+        self._engine = SchedulerKeeper(self._config) if engine is None else engine
         self._is_shared = engine is not None
         self._grammars = GrammarCompiler(self._config)
-        # Ends the process also when nobody closes: on the interpreter's end, or when this object is forgotten.
-        self._finalizer = weakref.finalize(self, self._process.stop)
+        # Ends the engine also when nobody closes: on the interpreter's end, or when this object is forgotten.
+        self._finalizer = weakref.finalize(self, self._engine.stop)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._starting: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
         self._tokenizer: Tokenizer | None = None
         self._client: EngineClient | None = None
-        self._connection: SchedulerConnection | None = None
-        self._process_fd = -1
+        self._link: AsyncLink | None = None
         self._start_failure: NanoEngineError | None = None
         self._news: dict[RequestJournal, asyncio.Event] = {}  # of each request that somebody reads
         self._to_wake: dict[RequestJournal, None] = {}  # those whose news were not told of yet, in order
@@ -124,7 +124,7 @@ class AsyncLLM:
 
     @property
     def recovering_from(self) -> NanoEngineError | None:
-        """Why streams pause while failed ranks are replaced; None otherwise. Requests that come now just wait."""
+        """Why streams pause while ranks, or the scheduler, are replaced; else None. Requests that come now wait."""
         return None if self._client is None else self._client.recovering_from
 
     @property
@@ -133,6 +133,11 @@ class AsyncLLM:
         if self._start_failure is not None:
             return self._start_failure
         return None if self._client is None else self._client.failure
+
+    @property
+    def restart_stats(self) -> SchedulerRestartStats:
+        """How often the scheduler was replaced, and how long that took."""
+        return SchedulerRestartStats() if self._client is None else self._client.restart_stats
 
     @property
     def num_unfinished(self) -> int:
@@ -147,7 +152,7 @@ class AsyncLLM:
     @property
     def run_dir(self) -> Path:
         """The engine's private directory, which all of its front ends share; known once it is starting."""
-        return self._process.run_dir
+        return self._engine.run_dir
 
     # -- start and end ------------------------------------------------------------------------------------------
 
@@ -173,19 +178,14 @@ class AsyncLLM:
 
     async def _start(self, loop: asyncio.AbstractEventLoop) -> None:
         try:
-            # In this thread, not in a pool's: the child dies with the thread that started it.
-            self._process.start()
+            self._engine.start()
             timeout = self._config.parallel.start_timeout + GREETING_TIMEOUT
-            ready = asyncio.to_thread(self._process.wait_ready, timeout)
+            ready = asyncio.to_thread(self._engine.wait_ready, timeout)
             tokenizer = asyncio.to_thread(load_tokenizer, self._config)  # while the workers load the model
             self._tokenizer, _ = await asyncio.gather(tokenizer, ready)
             self._client = EngineClient(self._config, self._tokenizer, recorder=self.recorder)
-            self._connection = SchedulerConnection(self._process.address, self._client)
-            weakref.finalize(self, self._connection.close)
-            loop.add_reader(self._connection.fileno(), self._on_socket)
-            self._process_fd = self._process.fileno()
-            loop.add_reader(self._process_fd, self._on_process)
-            await self._greet()
+            self._link = AsyncLink(self._engine, self._client, self._on_news, self.break_down)
+            await self._link.greet(GREETING_TIMEOUT)
         except BaseException as error:
             if not isinstance(error, NanoEngineError):
                 self._start_failure = EngineDeadError(f"the start was broken off: {error!r}")
@@ -193,18 +193,6 @@ class AsyncLLM:
                 self._start_failure = error
             await self._release()
             raise
-
-    async def _greet(self) -> None:
-        assert self._client is not None
-        self._client.hello()
-        self._on_socket()
-        self._on_process()
-        for _ in range(int(GREETING_TIMEOUT / 0.02)):
-            self._client.check_alive()
-            if self._client.facts is not None:
-                return
-            await asyncio.sleep(0.02)
-        raise DeadlineError(f"the scheduler did not answer a greeting within {GREETING_TIMEOUT:g} s")
 
     async def close(self) -> None:
         """End the engine; open streams end with an error. Harmless twice, and while it is still starting."""
@@ -214,6 +202,7 @@ class AsyncLLM:
             raise EngineError("an AsyncLLM is closed on the event loop that started it, and this is another one")
         if self._closing is None:
             self._closing = asyncio.create_task(self._close())
+            watch(self._closing, "the end of the engine")
         await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
@@ -228,16 +217,13 @@ class AsyncLLM:
 
     async def _release(self) -> None:
         """Give back the socket and the process, without blocking the event loop."""
-        connection, self._connection = self._connection, None
         if self._watchdog is not None:
             self._watchdog.cancel()
-        if connection is not None:
-            if self._loop is not None:
-                self._loop.remove_reader(connection.fileno())
-                self._loop.remove_reader(self._process_fd)
-            connection.close()
+        link, self._link = self._link, None
+        if link is not None:
+            link.close()
         await asyncio.to_thread(self._grammars.close)
-        await asyncio.to_thread(self._process.stop)
+        await asyncio.to_thread(self._engine.stop)
         self._finalizer.detach()
 
     async def __aenter__(self) -> AsyncLLM:
@@ -312,7 +298,7 @@ class AsyncLLM:
         journal = self._client.add(checked, request_id, priority, timeout)
         news = self._news[journal] = asyncio.Event()
         self._start_watchdog()
-        self._on_socket()
+        self._send()
         is_first = True
         try:
             while True:
@@ -331,14 +317,14 @@ class AsyncLLM:
             del self._news[journal]
             if not journal.finished:
                 self._client.abort(journal.request_id)
-                self._on_socket()
+                self._send()
 
     async def abort(self, request_id: str) -> None:
         """End a request; its stream ends with finish_reason "abort". Harmless when there is no such request."""
         journal = None if self._client is None else self._client.abort(request_id)
         if journal is not None:
             self._wake([journal])
-            self._on_socket()
+            self._send()
 
     async def abort_named(self, names: list[str] | None) -> list[str]:
         """End the requests of these ids, or of HTTP requests of these ids; None: all. Unknown ones are no error.
@@ -352,7 +338,7 @@ class AsyncLLM:
         if self._is_shared and self._client.failure is None:
             self._client.outbox.append(message)
         self._wake(journals)
-        self._on_socket()
+        self._send()
         return [journal.request_id for journal in journals]
 
     def check_queue(self, num_requests: int = 1) -> None:
@@ -365,7 +351,7 @@ class AsyncLLM:
         await self.start()
         assert self._client is not None
         self._client.reset_prefix_cache()
-        self._on_socket()
+        self._send()
 
     # -- a look at the engine -----------------------------------------------------------------------------------
 
@@ -395,7 +381,7 @@ class AsyncLLM:
         observer.state = None
         self._state_news.clear()
         self._client.outbox.append(StateRequest())
-        self._on_socket()
+        self._send()
         try:
             async with asyncio.timeout(STATE_TIMEOUT):
                 while observer.state is None:
@@ -421,23 +407,15 @@ class AsyncLLM:
 
     # -- what wakes up the event loop ---------------------------------------------------------------------------
 
-    def _on_socket(self) -> None:
-        """Messages arrived, or some may be sent."""
-        if self._connection is None or self._loop is None:
-            return
-        updated, has_more = self._connection.pump()
-        self._wake(updated)
-        if has_more:
-            self._loop.call_soon(self._on_socket)
+    def _send(self) -> None:
+        """Something may be in the client's outbox."""
+        if self._link is not None:
+            self._link.pump()
 
-    def _on_process(self) -> None:
-        """Something happened to the scheduler process: if it is gone, take its last words, then end what is open."""
-        failure = self._process.failure()
-        if failure is None or self._client is None or self._loop is None:
-            return
-        self._loop.remove_reader(self._process_fd)  # it stays readable
-        self._on_socket()
-        self._wake(self._client.fail(failure))
+    def _on_news(self, journals: list[RequestJournal]) -> None:
+        self._wake(journals)
+        if self._client is not None and self._client.is_waiting:
+            self._start_watchdog()
 
     def _wake(self, journals: list[RequestJournal]) -> None:
         """Let whoever reads these requests see their news, soon.
@@ -451,6 +429,7 @@ class AsyncLLM:
         if not is_waking:
             self._wake_some()
 
+    @vital
     def _wake_some(self) -> None:
         for journal in list(itertools.islice(self._to_wake, WAKE_BATCH)):
             del self._to_wake[journal]
@@ -464,16 +443,23 @@ class AsyncLLM:
         if self._watchdog is None and self._loop is not None:
             self._watchdog = self._loop.call_later(_WATCH_INTERVAL, self._watch)
 
+    @vital
     def _watch(self) -> None:
-        """Runs while requests are open; an idle engine keeps no timer."""
+        """Runs while something is due from the scheduler; an idle engine keeps no timer."""
         self._watchdog = None
-        if self._client is None or self._connection is None:
-            return
-        self._on_process()
-        self._wake(self._client.watch())
-        self._on_socket()
-        if self._client.num_unfinished:
-            self._start_watchdog()
+        if self._link is not None:
+            self._link.watch()
+
+    def break_down(self, error: BaseException) -> None:
+        """Something failed that no stream goes on without: all of them end with an error, as if the engine died."""
+        try:
+            if self._client is not None:
+                self._client.fail(EngineError(f"the front end failed: {type(error).__name__}: {error}"))
+        finally:
+            if self._link is not None:
+                self._link.close()  # or it would be called again and again; the scheduler ends what is open
+            for news in (self._state_news, *self._news.values()):
+                news.set()
 
 
 def _retrieve(task: asyncio.Task[Any]) -> None:

@@ -61,6 +61,15 @@ class BlockManager(BlockPool):
         # Sequences that may be about to write into a block that is not theirs alone; looked up, never iterated over.
         self.tail_sharers: set[Sequence] = set()
 
+    def count_on(self, before: BlockManager) -> None:
+        """Let the counters go on where those of `before` are."""
+        self.num_query_tokens, self.num_hit_tokens = before.num_query_tokens, before.num_hit_tokens
+        self.num_host_hit_tokens = before.num_host_hit_tokens
+        self.num_blocks_swapped_out, self.num_blocks_swapped_in = (
+            before.num_blocks_swapped_out,
+            before.num_blocks_swapped_in,
+        )
+
     def take_copies(self) -> list[BlockCopy]:
         """The copies that every rank has to perform before it computes the next step, in order."""
         copies, self._copies = self._copies, []

@@ -8,11 +8,14 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
+import faulthandler
 import json
 import os
 import shutil
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -21,6 +24,9 @@ from configs.engine import EngineConfig
 from configs.errors import to_wire
 from nanoengine import processes
 from nanoengine.spawning import read_message
+from nanoengine.watched import guard_threads
+
+_OWNER_SECONDS = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +43,18 @@ class Bootstrap:
         """Tell the owner that the engine serves."""
         self._report({"ready": True})
 
-    def report_failure(self, error: BaseException) -> None:
-        """Tell the owner why the engine ends; the process should exit with a code other than 0 afterwards."""
-        self._report({"error": to_wire(error)})
+    def report_progress(self) -> None:
+        """Tell the owner that this scheduler has brought a token: another one in its place would not be in vain."""
+        self._report({"progress": True})
+
+    def report_failure(self, error: BaseException, *, is_final: bool = False) -> None:
+        """Tell the owner why this process ends, with a code other than 0 afterwards.
+
+        `is_final` says that another scheduler would fare no better. From here on SIGTERM is ignored: the owner, who may
+        send it now, must not disturb the exit that is under way.
+        """
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self._report({"error": to_wire(error), "is_final": is_final})
 
     def _report(self, report: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):  # the owner is gone: the watchdog deals with that
@@ -51,7 +66,8 @@ def receive_bootstrap() -> Bootstrap:
 
     It ignores SIGINT (the owner decides what Ctrl-C means), makes SIGTERM raise SystemExit in the main thread
     (install another handler afterwards if you like), asks for SIGTERM when the owner dies, and starts the thread
-    that, when the owner is gone, kills the workers, removes the run directory and ends the process.
+    that, when the owner is gone, kills the workers, removes the engine's directory and ends the process. SIGUSR1 has
+    it write where its threads stand.
 
     Raises:
         SystemExit: not started by `EngineProcess`.
@@ -60,22 +76,34 @@ def receive_bootstrap() -> Bootstrap:
     signal.signal(signal.SIGTERM, _terminate)
     processes.name_process("nano-scheduler")
     message = read_message("The scheduler")
-    run_dir = Path(message["run_dir"])
+    run_dir, engine_dir = Path(message["run_dir"]), Path(message["engine_dir"])
+    owner_pid = message["owner_pid"]
     for name in ("death_fd", "status_fd", "lock_fd"):
         os.set_inheritable(message[name], False)  # none of them is for the ranks
 
+    asked_to_end = threading.Event()  # by the owner, who lives then and tidies up behind us
+
     def abandon() -> None:
         processes.kill_children()
-        shutil.rmtree(run_dir, ignore_errors=True)
+        shutil.rmtree(run_dir if asked_to_end.is_set() else engine_dir, ignore_errors=True)
         os._exit(1)
 
-    processes.on_end_of(message["death_fd"], abandon, "death pipe")
-    # Also when the exit was orderly: nobody serves at these sockets any more.
-    atexit.register(shutil.rmtree, run_dir, ignore_errors=True)
-    if not processes.set_death_signal(signal.SIGTERM, message["owner_pid"]):
+    def tidy() -> None:
+        # SIGTERM may have come of the owner's death, which is seen a moment later: its threads end one by one.
+        deadline = time.monotonic() + _OWNER_SECONDS
+        while os.getppid() == owner_pid and time.monotonic() < deadline and not asked_to_end.wait(0.01):
+            pass
+        shutil.rmtree(run_dir if os.getppid() == owner_pid else engine_dir, ignore_errors=True)
+
+    processes.on_end_of(message["death_fd"], abandon, "death pipe", asked_to_end.set)
+    atexit.register(tidy)
+    if not processes.set_death_signal(signal.SIGTERM, owner_pid):
         abandon()
     config = EngineConfig.from_dict(message["config"])
     processes.configure_logging(config.server.log_level, "scheduler", config.server.log_format)
+    guard_threads(processes.end_process)
+    if sys.stderr is not None:
+        faulthandler.register(processes.STACK_SIGNAL, all_threads=True)
     return Bootstrap(
         config=config,
         run_dir=run_dir,

@@ -33,7 +33,7 @@ from configs.errors import ChannelError, DeadlineError
 from nanoengine.control_block import ControlBlock, Phase, RankWords
 from nanoengine.limited_log import LimitedLog
 from nanoengine.listener import Listener
-from nanoengine.step import Epoch, StepInput, StepOutput
+from nanoengine.step import Epoch, Forget, GaveUp, StepInput, StepOutput
 
 logger = logging.getLogger(__name__)
 
@@ -132,10 +132,12 @@ class Failed:
     traceback: str
 
 
-Control = Hello | Begin | Loaded | Allocate | Ready | Stop | Failed
+Control = Hello | Begin | Loaded | Allocate | Ready | Stop | Failed | GaveUp | Forget
 Message = Control | StepInput | StepOutput
 
-_TAGS: dict[int, type[Any]] = {1: Hello, 2: Loaded, 3: Allocate, 4: Ready, 5: Stop, 6: Failed, 7: Begin}
+_TAGS: dict[int, type[Any]] = dict(
+    enumerate((Hello, Loaded, Allocate, Ready, Stop, Failed, Begin, GaveUp, Forget), start=1)
+)
 _TAG_OF = {kind: tag for tag, kind in _TAGS.items()}
 
 
@@ -439,10 +441,16 @@ class RankPort:
         self.set_phase(Phase.READY)
         self._link.send(Ready())
 
-    def steps(self) -> Iterator[StepInput]:
-        """The steps to compute, until the scheduler asks to leave. Each ends with the next request for one."""
+    def steps(self, forget: Callable[[], None] = lambda: None) -> Iterator[StepInput]:
+        """The steps to compute, until the scheduler asks to leave. Each ends with the next request for one.
+
+        `forget` is called where all steps before are void; who keeps nothing of them needs none.
+        """
         while True:
             command = self._next_command()
+            if isinstance(command, Forget):
+                forget()
+                continue
             if not isinstance(command, StepInput):
                 self._expect_stop(command)
                 return
@@ -450,8 +458,12 @@ class RankPort:
             yield command
             self._words.end(command.step_id)
 
-    def send_output(self, output: StepOutput) -> None:
-        """Send a step's output; rank 0 alone does."""
+    def is_command_waiting(self) -> bool:
+        """Whether the next step, or another command, is there already."""
+        return self._link.is_readable()
+
+    def send_output(self, output: StepOutput | GaveUp) -> None:
+        """Send what came of a step: its output, which rank 0 alone does, or that there was no memory for it."""
         self._link.send(output)
 
     def report_failure(self, error: dict[str, Any], traceback: str) -> None:

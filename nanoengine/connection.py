@@ -5,20 +5,25 @@ Sends wait in the client's outbox while the socket takes no more, so a slow sche
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 
 import zmq
 
-from configs.errors import ChannelError
+from configs.errors import ChannelError, EngineError
 from nanoengine.engine_client import EngineClient
 from nanoengine.journal import RequestJournal
 from nanoengine.messages import MAX_MESSAGE_BYTES, Message, decode, encode
+
+logger = logging.getLogger(__name__)
 
 HIGH_WATER_MARK = 1000  # messages queued in either direction before the sender has to wait
 # What one call of `pump` takes at most, so that an event loop gets its turn: messages, and seconds for them.
 MAX_BATCH = 100
 MAX_SECONDS = 0.004
+# After so many messages in a row that could not be taken in, nothing is hoped for any more.
+MAX_LOST = 20
 
 
 class SchedulerConnection:
@@ -27,6 +32,7 @@ class SchedulerConnection:
     def __init__(self, address: str, client: EngineClient) -> None:
         self._client = client
         self._failed: list[RequestJournal] = []  # what could not be sent, until `pump` tells of it
+        self._num_lost = 0  # messages in a row
         # Context.instance() is the one Context of this process, and a new one after a fork.
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, client.client_id.encode())
@@ -52,10 +58,10 @@ class SchedulerConnection:
         for number in range(MAX_BATCH):
             if number and time.perf_counter() > deadline:
                 break
-            self.flush()
-            updated |= dict.fromkeys(self._failed)
-            self._failed.clear()
             try:
+                self.flush()
+                updated |= dict.fromkeys(self._failed)
+                self._failed.clear()
                 message = self._receive()
                 if message is None:
                     # Looking at one direction swallows the wake-up of the other, so ask before going to sleep.
@@ -63,9 +69,22 @@ class SchedulerConnection:
                         continue
                     return list(updated), False
                 updated |= dict.fromkeys(self._client.handle(message))
+                self._num_lost = 0
             except ChannelError as error:
                 updated |= dict.fromkeys(self._client.fail(error))
+            except Exception as error:
+                updated |= dict.fromkeys(self._ask_again(error))
         return list(updated), True
+
+    def _ask_again(self, error: Exception) -> list[RequestJournal]:
+        """A message was lost on this side, whatever it said: the scheduler is to say it again."""
+        logger.exception("a message of the scheduler was lost")
+        self._num_lost += 1
+        if self._num_lost > MAX_LOST:
+            return self._client.fail(EngineError(f"the front end failed: {type(error).__name__}: {error}"))
+        self._client.hello()
+        self._client.outbox.extend(self._client.resubmit_all())
+        return []
 
     def flush(self) -> None:
         """Send what the socket takes; the rest stays in the outbox for `pump`."""

@@ -134,6 +134,16 @@ class StepInFlight:
         return len(self.steady) + sum(record.is_decode for record in self.records)
 
     @property
+    def num_rows(self) -> int:
+        """How many sequences it computes."""
+        return len(self.steady) + len(self.records)
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens it computes."""
+        return len(self.steady) + sum(record.num_tokens for record in self.records)
+
+    @property
     def num_prefill_tokens(self) -> int:
         """How many tokens the others compute."""
         return sum(record.num_tokens for record in self.records if not record.is_decode)

@@ -84,10 +84,8 @@ class TokenPieces(dict[int, "bytes | str"]):
 
 def _byte_level_piece(token: str) -> bytes:
     # A token with any character outside the table (an added token with a space, say) stands for itself.
-    try:
-        return bytes([_BYTE_OF_CHAR[char] for char in token])
-    except KeyError:
-        return token.encode()
+    values = [_BYTE_OF_CHAR.get(char, -1) for char in token]
+    return token.encode() if -1 in values else bytes(values)
 
 
 def _byte_fallback(replaced: list[tuple[str, str]]) -> Callable[[str], bytes | str]:

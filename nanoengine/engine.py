@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterator
 import zmq
 
 from configs.engine import EngineConfig
-from configs.errors import EngineError, NanoEngineError, to_wire
+from configs.errors import EngineError, NanoEngineError, StepError, to_wire
 from nanoengine.engine_process import Bootstrap, receive_bootstrap
 from nanoengine.engine_state import engine_state
-from nanoengine.engine_stats import SETTLE_SECONDS, ReportTimes, StatusLine, engine_stats
+from nanoengine.engine_stats import SETTLE_SECONDS, PastTotals, ReportTimes, StatusLine, engine_stats
 from nanoengine.executor import MAX_IN_FLIGHT, Executor, ExecutorFacts, create_executor
 from nanoengine.front_socket import FrontSocket
 from nanoengine.messages import (
@@ -31,11 +31,14 @@ from nanoengine.messages import (
     AddRequest,
     EngineFailure,
     Hello,
+    Message,
     Ready,
     Recovering,
     ResetPrefixCache,
     StateRequest,
+    Stats,
 )
+from nanoengine.outbox import Outbox
 from nanoengine.processes import name_process
 from nanoengine.recovery import Recovery
 from nanoengine.scheduler import Scheduler, SchedulerLimits
@@ -65,11 +68,14 @@ class EngineCore:
         self.scheduler = Scheduler(limits_of(config, facts), epoch)
         self.recovery = Recovery(self.scheduler, config.parallel.max_restarts, config.parallel.restart_window)
         self.clients: set[str] = set()
+        self.on_progress: Callable[[], None] | None = None  # called once, when front ends were sent a first token
+        self._past = PastTotals()
         self._report_times = ReportTimes()
         self._status_line = StatusLine(config.server.log_stats_interval or 0.0)
         self._stopping = False
         self._next_watch = 0.0
         self._num_steps = 0  # committed in this epoch
+        self._num_rejected = 0  # frames, when somebody looked last
         self._is_starting = False  # a group that is to replace a failed one
         self._untold: set[str] = set()  # clients that do not know yet whether the engine recovers
         self._wake_fds: list[int] = []
@@ -94,12 +100,13 @@ class EngineCore:
         """Run until `stop`; a group of ranks that fails is replaced, and open requests go on with the next one.
 
         Raises the WorkerError, or whatever else keeps a group from starting, once that is hopeless, after telling
-        every front end.
+        every front end. Any other exception is a fault of this process that came too often, and front ends are told
+        nothing: with another process they go on.
         """
         try:
             self._park_spare()
             while not self._stopping:
-                self._poller.poll(self._timeout_ms())
+                self._survive(self._wait)
                 self._turn()
         except NanoEngineError as error:
             self._fail(error)
@@ -107,32 +114,51 @@ class EngineCore:
 
     def _turn(self) -> None:
         """One pass: what came back, what came in, the next step, and then the answers, while that step runs."""
+        self._survive(self._compute)
+        self._survive(self._take_messages)
+        self._survive(self._schedule)
+        if self.config.scheduler.check_invariants:
+            self.scheduler.check_invariants()
+        self._survive(self._tell)
+
+    def _wait(self) -> None:
+        self._poller.poll(self._timeout_ms())
+
+    def _compute(self) -> None:
         self._attempt(self._advance_start if self.recovery.error else self._take_outputs)
-        self._take_messages()
+
+    def _schedule(self) -> None:
         self.scheduler.expire()
         if self.recovery.error is None:
             self.recovery.review()
             self._attempt(self._submit_steps)
-        if self.config.scheduler.check_invariants:
-            self.scheduler.check_invariants()
+
+    def _tell(self) -> None:
+        """Let the front ends know what happened, as far as they listen."""
         if self._untold:
             self._untold = {client_id for client_id in self._untold if not self.front.offer(client_id, self._state())}
         self.front.post(self.scheduler.take_deltas())
         now = time.monotonic()
         if self._report_times.is_due(now, self.scheduler.has_work):
-            stats = engine_stats(self.scheduler, self.front.incarnation)
+            stats = self._stats()
             self._status_line.update(stats, now)
-            self.front.post_stats(sorted(self.clients), stats)
+            self.front.post_stats(sorted(self.clients), self._past.under(stats))
         for client_id in self.front.flush():
             logger.info("front end %s is gone; its requests are aborted", client_id)
             self.scheduler.abort_client(client_id)
             self.scheduler.take_deltas()
             self.clients.discard(client_id)
+        if self.on_progress is not None and self.scheduler.totals.num_generated_tokens:
+            self.on_progress()
+            self.on_progress = None
 
     @property
     def frames_rejected(self) -> int:
         """Frames of ranks and messages of front ends that were refused."""
         return self.executor.frames_rejected + self.front.rejected.total()
+
+    def _stats(self) -> Stats:
+        return engine_stats(self.scheduler, self.front.incarnation, self.recovery.stats, self.frames_rejected)
 
     def _take_outputs(self) -> None:
         while (output := self.executor.collect(0)) is not None:
@@ -142,6 +168,9 @@ class EngineCore:
         if now >= self._next_watch:
             self.executor.watch()
             self._next_watch = now + WATCH_SECONDS
+            if self.frames_rejected != self._num_rejected:
+                self._num_rejected = self.frames_rejected
+                self._report_times.touch()
 
     def _submit_steps(self) -> None:
         """Keep the workers busy: under async scheduling the next step waits for them while they compute one."""
@@ -154,10 +183,46 @@ class EngineCore:
 
     # -- recovery -----------------------------------------------------------------------------------------------
 
-    def _attempt(self, call: Callable[[], None]) -> None:
-        """Do something with the ranks. When they fail, they are ended, and others are to start; else raises."""
+    def _survive(self, call: Callable[[], None]) -> None:
+        """Do a part of a turn. Should it raise what it may not, another scheduler takes the place of this one.
+
+        Wherever this one broke off, its books cannot be trusted; the journals of the front ends can. So it is told to
+        nobody, and front ends hand their requests in again, as to a process that was started anew; but the ranks and
+        what they have loaded stay. Where that has happened too often, raises what it was given.
+        """
         try:
             call()
+        except NanoEngineError:
+            raise
+        except Exception:
+            logger.exception("the scheduler failed, and starts over")
+            old, made = self.scheduler, self.recovery.replace_scheduler()
+            if made is None:
+                raise
+            self.front.post(old.take_deltas())  # each was true when it was made
+            self.front.post_resubmit(self.clients | {client_id for client_id, _ in old.requests})
+            self.scheduler = made
+            self._report_times.touch()
+            if self.recovery.error is None:
+                self._attempt(self.executor.forget_steps)
+            else:  # half way through a start, perhaps: again from the beginning
+                self.executor.end_group()
+                self._is_starting = False
+                self._listen()
+
+    def _attempt(self, call: Callable[[], None]) -> None:
+        """Do something with the ranks. When they fail, they are ended, and others are to start; else raises.
+
+        Where they only gave up a step they begin anew, and so does what they computed.
+        """
+        try:
+            try:
+                call()
+            except StepError as error:
+                logger.warning("a step is given up, and computed again: %s", error)
+                self._report_times.touch()
+                self.recovery.step_given_up(error)
+                self.executor.forget_steps()
         except NanoEngineError as error:
             logger.error("the ranks of epoch %d.%d failed: %s", *self.epoch, error)
             self.executor.end_group()
@@ -167,6 +232,7 @@ class EngineCore:
                 raise
             self._num_steps = 0
             self._untold = set(self.clients)
+            self._report_times.touch()
 
     def _advance_start(self) -> None:
         """Start a group in place of the failed one and, when it is ready, go on; never waits for it."""
@@ -188,6 +254,7 @@ class EngineCore:
         seconds = self.recovery.resumed()
         logger.info("serving again after %.1f s; %d open request(s) go on", seconds, len(self.scheduler.requests))
         self._untold = set(self.clients)
+        self._report_times.touch()
         self._park_spare()
 
     def _park_spare(self) -> None:
@@ -221,24 +288,39 @@ class EngineCore:
     def _take_messages(self) -> None:
         for client_id, message in self.front.receive():
             self._report_times.touch()
-            if isinstance(message, AddRequest) and message.client_id == client_id:
-                self.scheduler.add(message)
-            elif isinstance(message, Abort):
-                named = {"request_id": message.request_id}
-                logger.debug("a request is aborted: %s", message.reason, extra=named)
-                self.scheduler.abort(client_id, message.request_id, message.index)
-            elif isinstance(message, AbortNamed):
-                for other in sorted(self.clients - {client_id}):
-                    self.front.send(other, message)
-            elif isinstance(message, ResetPrefixCache):
-                self.scheduler.blocks.reset_prefix_cache()
-            elif isinstance(message, StateRequest):
-                self.front.send(client_id, engine_state(self.scheduler, self.front.incarnation, time.time()))
-            elif isinstance(message, Hello):
-                self.clients.add(client_id)
-                self.front.send(client_id, self._state())
-            else:
-                self.front.reject("unexpected", f"front end {client_id!r:.100} sent a {type(message).__name__}")
+            self._take_message(client_id, message)
+
+    def _take_message(self, client_id: str, message: Message) -> None:
+        if isinstance(message, AddRequest) and message.client_id == client_id:
+            self._add(message)
+        elif isinstance(message, Abort):
+            named = {"request_id": message.request_id}
+            logger.debug("a request is aborted: %s", message.reason, extra=named)
+            self.scheduler.abort(client_id, message.request_id, message.index)
+        elif isinstance(message, AbortNamed):
+            for other in sorted(self.clients - {client_id}):
+                self.front.send(other, message)
+        elif isinstance(message, ResetPrefixCache):
+            self.scheduler.blocks.reset_prefix_cache()
+        elif isinstance(message, StateRequest):
+            self.front.send(client_id, engine_state(self.scheduler, self.front.incarnation, time.time()))
+        elif isinstance(message, Hello):
+            self.clients.add(client_id)
+            self._untold.add(client_id)
+            self._past.hear(message.totals or {})
+            self.front.post_stats([client_id], self._past.under(self._stats()))  # or it would show totals of 0
+        else:
+            self.front.reject("unexpected", f"front end {client_id!r:.100} sent a {type(message).__name__}")
+
+    def _add(self, message: AddRequest) -> None:
+        try:
+            self.scheduler.add(message)
+        except Exception as error:
+            # It is to blame, and must not come again; what is left of it goes with this scheduler.
+            refusal = Outbox(self.scheduler.clock)
+            refusal.refuse(message, EngineError(f"the scheduler failed: {type(error).__name__}: {error}"))
+            self.front.post(refusal.take())
+            raise
 
     def _ready(self) -> Ready:
         return Ready(
@@ -254,9 +336,12 @@ class EngineCore:
     def _fail(self, error: NanoEngineError) -> None:
         """Tell everybody, as far as they listen: open requests end with the error, and nothing follows."""
         logger.error("the engine ends: %s", error)
-        self.scheduler.fail_all(error)
-        self.front.post(self.scheduler.take_deltas())
-        self.front.flush()
+        try:
+            self.scheduler.fail_all(error)
+            self.front.post(self.scheduler.take_deltas())
+            self.front.flush()
+        except Exception:  # its books may be what failed; the last word says enough
+            logger.exception("open requests cannot be told one by one")
         for client_id in sorted(self.clients):
             self.front.send(client_id, EngineFailure(self.front.incarnation, to_wire(error)))
         self.front.close(LAST_WORDS_MS)
@@ -308,6 +393,7 @@ def run(bootstrap: Bootstrap) -> None:
         epoch = Epoch(bootstrap.incarnation, 1)
         facts = executor.start(epoch)
         core = EngineCore(config, executor, front, facts, epoch)
+        core.on_progress = bootstrap.report_progress
         logger.info(
             "serving %s with %d K/V blocks of %d tokens (%s on %s) and %d on the host",
             config.served_model_name, facts.num_kv_blocks, config.cache.block_size, facts.dtype, facts.device,
@@ -325,7 +411,10 @@ def run(bootstrap: Bootstrap) -> None:
 
 
 def main() -> None:
-    """Process entry; exits with 0 after SIGTERM and with 1 when the engine failed."""
+    """Process entry; exits with 0 after SIGTERM and with 1 when the engine failed.
+
+    What was found to be hopeless (an error of our tree) is final; after anything else its owner starts another one.
+    """
     bootstrap = receive_bootstrap()
     name_process("nano-scheduler")
     try:
@@ -333,7 +422,7 @@ def main() -> None:
     except Exception as error:
         if not isinstance(error, NanoEngineError):
             logger.exception("the scheduler failed")
-        bootstrap.report_failure(error)
+        bootstrap.report_failure(error, is_final=isinstance(error, NanoEngineError))
         sys.exit(1)
 
 

@@ -1,7 +1,9 @@
 """The front end's side of the engine: checks requests, journals them and follows their tokens; knows no socket.
 
 Whoever owns the transport hands in what arrived (`handle`), sends what stands in `outbox`, in order, and calls
-`watch` about once a second while requests are open. One `EngineClient` belongs to one thread (`encode` excepted).
+`watch` about once a second while `is_waiting`. When the scheduler is gone it says so (`detach`), and when there is
+another one too (`attach`): that one gets every open request with the tokens that are journalled. One `EngineClient`
+belongs to one thread (`encode` excepted).
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from configs.engine import EngineConfig
 from configs.errors import (
@@ -23,12 +25,13 @@ from configs.errors import (
     EngineDeadError,
     EngineError,
     NanoEngineError,
-    QueueFullError,
     RequestError,
+    RequestTimeoutError,
     from_wire,
 )
 from nanoengine.beam_params import BeamSearchParams
-from nanoengine.beam_search import beams_of
+from nanoengine.engine_stats import totals_of
+from nanoengine.engine_status import EngineCondition, SchedulerRestartStats
 from nanoengine.engine_view import Observer
 from nanoengine.journal import CheckedRequest, RequestJournal, SequenceJournal
 from nanoengine.messages import (
@@ -43,31 +46,27 @@ from nanoengine.messages import (
     Ready,
     Recovering,
     ResetPrefixCache,
+    Resubmit,
+    StateRequest,
     Stats,
     TokenDelta,
     spelt_out,
 )
-from nanoengine.prompts import Prompt, check_params
+from nanoengine.prompt_queue import PromptQueue
+from nanoengine.prompts import Prompt
 from nanoengine.recorder import RequestRecorder
-from nanoengine.request_checks import check_against_model, check_prompt, tokenise_bad_words
+from nanoengine.request_checks import check_priority, check_request_id, checked_request, checked_timeout
 from nanoengine.sampling_params import SamplingParams
+from nanoengine.silence import Silence
 
 if TYPE_CHECKING:
     from nanoengine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-MAX_REQUEST_ID_CHARS = 256
-MAX_TIMEOUT = 10**9
 # Missing tokens are asked for at most this often, and this many times without a single token in between.
 REPLAY_INTERVAL = 0.5
 MAX_REPLAYS = 20
-# A scheduler that is silent this long while requests are open is asked for a sign of life (Hello, answered by
-# Ready); it may take as long as the longest step and this much more.
-PING_INTERVAL = 5.0
-SILENCE_GRACE = 30.0
-# Between two calls of `watch` no more than this counts as silence: this process may have been suspended itself.
-_LONGEST_WATCH_GAP = 2.0
 
 
 class EngineClient:
@@ -98,18 +97,23 @@ class EngineClient:
         self.outbox: deque[Message] = deque()
         self.facts: Ready | None = None  # what the scheduler told of itself; None until it is ready
         self.stats: Stats | None = None  # the latest that the scheduler told
+        self._past_totals: dict[str, Any] | None = None  # of the schedulers before the one that is attached
         self.failure: EngineDeadError | None = None  # why no request can be served any more
         self.recovering_from: NanoEngineError | None = None  # why open requests pause for a moment
+        self.restart_stats = SchedulerRestartStats()
         self._recorder = recorder or RequestRecorder()
         self._live: dict[str, RequestJournal] = {}  # by wire id
         self.observer = Observer(self._live.values())
         self._by_request_id: dict[str, RequestJournal] = {}
-        self._queued: dict[str, int] = {}  # prompt tokens of what waits for its first token, by wire id
+        self._queue = PromptQueue(config.server)  # by wire id
         self._serial = itertools.count()
         self._seeds = random.Random(config.model.seed)
         self._incarnation = 0
         self._clock = clock
-        self._silence = self._next_ping = self._last_watch = 0.0
+        # Ranks that are threads of the scheduler keep it from answering for as long as a step.
+        is_blocked = config.parallel.executor == "inprocess"
+        self._silence = Silence(config.parallel.step_timeout if is_blocked else 0.0)
+        self._is_attached = True
 
     # -- requests -----------------------------------------------------------------------------------------------
 
@@ -121,7 +125,12 @@ class EngineClient:
     @property
     def num_queued(self) -> int:
         """Those of them that wait for their first token."""
-        return len(self._queued)
+        return len(self._queue)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether something is due from the scheduler, so that `watch` must be called."""
+        return self.failure is None and (bool(self._live) or self.recovering_from is not None)
 
     def open_request_ids(self) -> list[str]:
         """Ids of the requests that will still get tokens, oldest first."""
@@ -155,33 +164,11 @@ class EngineClient:
         Raises:
             RequestError: it cannot be served as it stands; `param` names the field at fault.
         """
-        beams = beams_of(params, self.config.resolved_checkpoint)
-        asked = params if beams is None else beams.sampling_params()
-        params = check_params(asked) or SamplingParams(**self.config.default_sampling)
-        assert bool(grammar) == (params.structured_outputs is not None), "compile structured_outputs first"
-        encoded = self.encode(prompt)
-        token_ids = encoded.token_ids or []
-        check_prompt(token_ids, self.config)
-        check_against_model(params, self.config, self.tokenizer)
-        if params.bad_words:
-            params = tokenise_bad_words(params, self.tokenizer)
-        room = self.config.max_model_len - len(token_ids)
-        max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
-        return CheckedRequest(encoded.text, token_ids, params, max_tokens, encoded.cache_salt, grammar, beams)
+        return checked_request(self.encode(prompt), params, grammar, self.config, self.tokenizer)
 
     def check_queue(self, num_requests: int = 1) -> None:
         """Raise QueueFullError unless so many more requests may wait for their first token. Costs no tokenising."""
-        server, queued = self.config.server, len(self._queued)
-        if queued + num_requests > server.max_queued_requests:
-            raise QueueFullError(
-                f"{queued} requests are queued and {num_requests} more would exceed max_queued_requests "
-                f"({server.max_queued_requests}); try again later"
-            )
-        limit, num_tokens = server.max_queued_tokens, sum(self._queued.values())
-        if limit is not None and num_tokens >= limit:
-            raise QueueFullError(
-                f"prompts of {num_tokens} tokens are queued, and max_queued_tokens is {limit}; try again later"
-            )
+        self._queue.check(num_requests)
 
     def add(
         self,
@@ -207,11 +194,12 @@ class EngineClient:
             request_id = str(serial)
             while request_id in self._by_request_id:
                 request_id += "'"  # somebody chose a number as an id
-        self._check_request_id(request_id)
-        if type(priority) is not int or not -(2**31) <= priority < 2**31:
-            raise RequestError(f"priority must be an integer of 32 bits, got {priority!r:.100}", "priority")
-        if not self._live:
-            self._heard(self._clock())  # an idle scheduler was not silent, it had nothing to say
+        check_request_id(request_id)
+        if request_id in self._by_request_id:
+            raise RequestError(f"request_id {request_id!r} belongs to a request that still runs", "request_id")
+        check_priority(priority)
+        if not self.is_waiting:
+            self._silence.heard(self._clock())  # an idle scheduler was not silent, it had nothing to say
         journal = RequestJournal(
             request_id,
             f"{request_id}.{serial}",
@@ -224,36 +212,16 @@ class EngineClient:
             time.time(),
             self.tokenizer,
             request.cache_salt,
-            self._timeout(timeout),
+            checked_timeout(timeout, self.config.server.request_timeout),
             request.grammar,
             request.beams,
         )
-        self._queued[journal.wire_id] = len(request.prompt_token_ids)
+        messages = journal.submission(self.client_id)
+        self._recorder.accepted(journal)  # what may fail comes before anybody knows of it
+        self._queue.add(journal.wire_id, len(request.prompt_token_ids))
         self._live[journal.wire_id] = self._by_request_id[request_id] = journal
-        self.outbox.extend(journal.submission(self.client_id))
-        self._recorder.accepted(journal)
+        self.outbox.extend(messages)
         return journal
-
-    def _timeout(self, asked: object) -> float | None:
-        limit = self.config.server.request_timeout
-        if asked is None:
-            return limit
-        if isinstance(asked, bool) or not isinstance(asked, int | float) or not 0 < asked <= MAX_TIMEOUT:
-            raise RequestError(
-                f"timeout must be a positive number of seconds, at most {MAX_TIMEOUT}, got {asked!r:.99}", "timeout"
-            )
-        return asked if limit is None else min(asked, limit)
-
-    def _check_request_id(self, request_id: object) -> None:
-        if not isinstance(request_id, str) or not 0 < len(request_id) <= MAX_REQUEST_ID_CHARS:
-            raise RequestError(
-                f"request_id must be a string of 1 to {MAX_REQUEST_ID_CHARS} characters, got {request_id!r:.100}",
-                "request_id",
-            )
-        if any("\ud800" <= char <= "\udfff" for char in request_id):
-            raise RequestError("request_id holds a lone surrogate", "request_id")
-        if request_id in self._by_request_id:
-            raise RequestError(f"request_id {request_id!r} belongs to a request that still runs", "request_id")
 
     def _draw_seed(self, params: SamplingParams) -> int:
         drawn = self._seeds.getrandbits(63)  # drawn even when not needed: a seed on one request moves no other
@@ -291,29 +259,63 @@ class EngineClient:
         self.outbox.append(ResetPrefixCache())
 
     def _forget_if_finished(self, journal: RequestJournal) -> None:
-        if journal.finished:
-            journal.metrics.finished_time = time.time()
+        if not journal.finished:
+            return
+        journal.metrics.finished_time = time.time()
+        self._queue.leave(journal.wire_id)
+        self._by_request_id.pop(journal.request_id, None)
+        self._live.pop(journal.wire_id, None)
+        try:
             self.observer.ended(journal)
-            self._queued.pop(journal.wire_id, None)
-            del self._live[journal.wire_id]
-            del self._by_request_id[journal.request_id]
             self._recorder.ended(journal)
+        except Exception:  # who counts must not be the end of who is counted
+            logger.exception("the end of a request was not recorded", extra={"request_id": journal.request_id})
+
+    # -- one scheduler after the other --------------------------------------------------------------------------
+
+    def attach(self, condition: EngineCondition) -> None:
+        """There is a new connection, to the scheduler that serves by `condition`: greet it, and hand it what is open.
+
+        It answers with Ready. What an earlier scheduler still says is dropped.
+        """
+        self.restart_stats = dataclasses.replace(
+            condition.restarts, requests_resumed=self.restart_stats.requests_resumed
+        )
+        if self.stats is not None:
+            self._past_totals = totals_of(self.stats)
+        others = [message for message in self.outbox if isinstance(message, AbortNamed | StateRequest)]
+        self.outbox.clear()  # of this front end's requests the journals know better
+        self.hello()
+        if self._incarnation:
+            self.restart_stats.requests_resumed += len(self._live)
+            self._recorder.resumed(len(self._live))
+        self.outbox.extend(self.resubmit_all())
+        self.outbox.extend(others)
+        self._incarnation, self._is_attached = condition.incarnation, True
+        self._silence.heard(self._clock())
+
+    def detach(self, condition: EngineCondition) -> None:
+        """The connection is gone, and so is the scheduler: requests pause until there is another one."""
+        self._is_attached = False
+        if self.failure is None:  # it may have said so itself
+            self.recovering_from = condition.cause
+        self._silence.heard(self._clock())
 
     # -- what the scheduler says --------------------------------------------------------------------------------
 
     def hello(self) -> None:
         """Queue a greeting; the scheduler answers with Ready."""
-        self.outbox.append(Hello(self.client_id))
+        self.outbox.append(Hello(self.client_id, self._past_totals))
 
     def handle(self, message: Message) -> list[RequestJournal]:
         """Take a message of the scheduler; returns the requests that have news, each once.
 
         Raises ChannelError for a message that no scheduler sends.
         """
-        self._heard(self._clock())
+        self._silence.heard(self._clock())
         if isinstance(message, AbortNamed):
             return self.abort_named(message)
-        if not isinstance(message, Ready | Recovering | Deltas | EngineState | Stats | EngineFailure):
+        if not isinstance(message, Ready | Recovering | Resubmit | Deltas | EngineState | Stats | EngineFailure):
             raise ChannelError(f"a scheduler does not send {type(message).__name__}")
         if message.incarnation < self._incarnation:
             return []  # last words of a scheduler that was replaced
@@ -321,39 +323,48 @@ class EngineClient:
             replaced, self._incarnation = self._incarnation > 0, message.incarnation
             if replaced:
                 self.outbox.extend(self.resubmit_all())
-        if isinstance(message, Ready):
-            self.facts, self.recovering_from = message, None
-            return []
-        if isinstance(message, Recovering):
-            self.recovering_from = from_wire(message.error)
-            return []
-        if isinstance(message, EngineState):
-            self.observer.state = message
-            return []
-        if isinstance(message, Stats):
-            self.stats = message
-            return []
-        if isinstance(message, EngineFailure):
-            return self.fail(from_wire(message.error))
-        updated = [journal for delta in spelt_out(message.deltas) if (journal := self._take(delta)) is not None]
-        return list(dict.fromkeys(updated))
+        match message:
+            case Ready():
+                self.facts, self.recovering_from = message, None
+            case Recovering():
+                self.recovering_from = from_wire(message.error)
+            case Resubmit():
+                self.outbox.extend(self.resubmit_all())
+            case EngineState():
+                self.observer.state = message
+            case Stats():
+                self.stats = message
+            case EngineFailure():
+                return self.fail(from_wire(message.error))
+            case Deltas():
+                deltas = [*spelt_out(message.deltas)]  # first of all: a message is taken, or can be sent again
+                updated = [journal for delta in deltas if (journal := self._take(delta)) is not None]
+                return list(dict.fromkeys(updated))
+        return []
 
     def _take(self, delta: TokenDelta) -> RequestJournal | None:
+        try:
+            return self._accept(delta)
+        except Exception as error:  # whatever a tokenizer may raise: a request that fails, fails alone
+            logger.exception("a request failed in the front end", extra={"request_id": delta.request_id})
+            journal = self._live.get(delta.request_id)
+            if journal is not None:
+                if not journal.finished:
+                    self._fail_request(journal, EngineError(f"the front end failed: {type(error).__name__}: {error}"))
+                    self.outbox.append(Abort(journal.wire_id, None, "error"))
+                self._forget_if_finished(journal)
+            return journal
+
+    def _accept(self, delta: TokenDelta) -> RequestJournal | None:
         journal = self._live.get(delta.request_id)
         if journal is None or not 0 <= delta.index < len(journal.sequences):
             return None  # finished or aborted meanwhile
         sequence = journal.sequences[delta.index]
         if sequence.is_finished:
             return None
-        try:
-            if delta.metrics is not None:
-                journal.add_metrics(delta.metrics)
-            changed = self._apply(journal, sequence, delta)
-        except Exception as error:  # whatever a tokenizer may raise: a request that fails, fails alone
-            logger.exception("a request failed in the front end", extra={"request_id": journal.request_id})
-            self._fail_request(journal, EngineError(f"the front end failed: {type(error).__name__}: {error}"))
-            self.outbox.append(Abort(journal.wire_id, None, "error"))
-            changed = True
+        if delta.metrics is not None:
+            journal.add_metrics(delta.metrics)
+        changed = self._apply(journal, sequence, delta)
         self._forget_if_finished(journal)
         return journal if changed else None
 
@@ -374,7 +385,7 @@ class EngineClient:
         matched = sequence.append(new, hide_last=delta.finish_reason == "stop", logprobs=logprobs)
         if new:
             self._note_tokens(journal, sequence, len(sequence.token_ids) - length)
-            self._queued.pop(journal.wire_id, None)
+            self._queue.leave(journal.wire_id)
         if matched is not None:
             sequence.finish("stop", matched)
             if delta.finish_reason is None:
@@ -428,11 +439,12 @@ class EngineClient:
     def fail(self, cause: NanoEngineError) -> list[RequestJournal]:
         """The engine is gone: every open request ends with an error and no new one is taken. Harmless twice."""
         if self.failure is None:
-            self.failure, self.recovering_from = _dead(cause), None
+            self.failure, self.recovering_from = EngineDeadError.because_of(cause), None
         self.outbox.clear()
         failed = list(self._live.values())
-        for journal in failed:
+        for journal in failed:  # first of all: nobody must wait in vain if what follows fails
             self._fail_request(journal, self.failure)
+        for journal in failed:
             self._forget_if_finished(journal)
         return failed
 
@@ -449,25 +461,35 @@ class EngineClient:
     def check_alive(self) -> None:
         """Raise EngineDeadError, with the cause, when the engine is gone."""
         if self.failure is not None:
-            raise _dead(self.failure)  # a new one: a raised exception collects the traceback of each raise
+            raise EngineDeadError.because_of(
+                self.failure
+            )  # a new one: a raised exception collects the traceback of each raise
 
     def watch(self) -> list[RequestJournal]:
-        """Notice a scheduler that hangs; returns the requests that failed of it, usually none."""
+        """Ask a silent scheduler for a sign of life; returns the requests whose time is over while there is none."""
         now = self._clock()
-        self._silence += min(max(0.0, now - self._last_watch), _LONGEST_WATCH_GAP)
-        self._last_watch = now
-        if not self._live or self.failure is not None:
-            return []
-        deadline = self.config.parallel.step_timeout + SILENCE_GRACE
-        if self._silence > deadline:
-            return self.fail(DeadlineError(f"the scheduler has not said anything for {self._silence:.0f} s"))
-        if self._silence > self._next_ping:
-            self._next_ping = self._silence + PING_INTERVAL
+        if not self._is_attached:
+            self._silence.heard(now)
+            return self._expire(time.time())
+        if self._silence.look(now) and self.is_waiting:
             self.hello()
         return []
 
-    def _heard(self, now: float) -> None:
-        self._silence, self._next_ping, self._last_watch = 0.0, PING_INTERVAL, now
+    @property
+    def hung(self) -> DeadlineError | None:
+        """Why the scheduler must be taken for dead although its process lives: it was silent for too long."""
+        if not self.is_waiting or not self._silence.is_too_long:
+            return None
+        return DeadlineError(f"the scheduler has not said anything for {self._silence.seconds:.0f} s")
+
+    def _expire(self, now: float) -> list[RequestJournal]:
+        """End the requests whose deadlines have passed, as a scheduler would."""
+        due = [journal for journal in self._live.values() if journal.is_overdue(now)]
+        for journal in due:
+            error = RequestTimeoutError(f"the request was not complete within {journal.timeout:g} s")
+            self._fail_request(journal, error)
+            self._forget_if_finished(journal)
+        return due
 
     @staticmethod
     def _fail_request(journal: RequestJournal, error: NanoEngineError) -> None:
@@ -475,10 +497,3 @@ class EngineClient:
         for sequence in journal.sequences:
             if not sequence.is_finished:
                 sequence.fail(error.message)
-
-
-def _dead(cause: NanoEngineError) -> EngineDeadError:
-    message = cause.message
-    error = EngineDeadError(message if isinstance(cause, EngineDeadError) else f"the engine died: {message}")
-    error.__cause__ = cause.__cause__ if isinstance(cause, EngineDeadError) else cause
-    return error

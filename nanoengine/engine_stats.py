@@ -6,15 +6,20 @@ scheduler and changes nothing in it, and knows no socket.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import operator
 from bisect import bisect_left
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from itertools import starmap, zip_longest
+from typing import TYPE_CHECKING, Any
 
-from nanoengine.messages import Stats
+from nanoengine.messages import TOTALS, Stats
 from nanoengine.sequence import SequenceStatus
 
 if TYPE_CHECKING:
     from nanoengine.decode_set import StepInFlight
+    from nanoengine.recovery import RecoveryStats
     from nanoengine.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
@@ -24,6 +29,10 @@ STEP_TOKEN_BOUNDS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16
 # Front ends are told so often while there is work, and soon when it begins and when it is done.
 REPORT_SECONDS = 1.0
 SETTLE_SECONDS = 0.25
+# Why ranks are started again: `WorkerError.reason`, or "start" for ranks that failed while they started.
+RESTART_REASONS = ("died", "raised", "silent", "overdue", "broken", "failed", "start")
+# The same of the scheduler; see `engine_status.SchedulerRestartStats`.
+SCHEDULER_RESTART_REASONS = ("died", "raised", "silent", "stopped", "start")
 
 
 class StepTotals:
@@ -51,7 +60,7 @@ class StepTotals:
         return num_decodes, num_prefill_tokens
 
 
-def engine_stats(scheduler: Scheduler, incarnation: int) -> Stats:
+def engine_stats(scheduler: Scheduler, incarnation: int, recovery: RecoveryStats, num_frames_rejected: int) -> Stats:
     """The state between two steps, and the totals so far."""
     blocks, host, totals = scheduler.blocks, scheduler.blocks.host, scheduler.totals
     num_swapped = sum(seq.status is SequenceStatus.SWAPPED for seq in scheduler.waiting)
@@ -76,7 +85,51 @@ def engine_stats(scheduler: Scheduler, incarnation: int) -> Stats:
         num_generated_tokens=totals.num_generated_tokens,
         num_step_tokens=totals.num_step_tokens,
         steps_by_tokens=totals.steps_by_tokens[:],
+        restarts=dict(recovery.restarts),
+        recovery_seconds=recovery.seconds,
+        num_requests_resumed=recovery.requests_resumed,
+        num_tokens_recomputed=recovery.tokens_recomputed,
+        num_requests_condemned=recovery.requests_condemned,
+        num_steps_given_up=recovery.steps_given_up,
+        num_scheduler_faults=recovery.scheduler_faults,
+        num_frames_rejected=num_frames_rejected,
     )
+
+
+def totals_of(stats: Stats) -> dict[str, Any]:
+    """What the next scheduler is told, should this one end: it counts from 0, and its totals must not go back.
+
+    What was counted behind these statistics, at most a second's work, is lost.
+    """
+    return {name: getattr(stats, name) for name in TOTALS}
+
+
+class PastTotals:
+    """What the schedulers before this one have counted, as the front ends tell it that heard of them."""
+
+    def __init__(self) -> None:
+        self._totals: dict[str, Any] = {}
+
+    def hear(self, totals: dict[str, Any]) -> None:
+        """A front end tells; it may have heard less than others, and tells the same again."""
+        self._totals |= {name: _merged(max, total, self._totals.get(name)) for name, total in totals.items()}
+
+    def under(self, stats: Stats) -> Stats:
+        """The statistics with these totals added."""
+        added = {name: _merged(operator.add, getattr(stats, name), past) for name, past in self._totals.items()}
+        return dataclasses.replace(stats, **added)
+
+
+def _merged(operation: Callable[[Any, Any], Any], total: Any, other: Any) -> Any:
+    """Two totals as one: of numbers, of lists place by place, of dictionaries key by key."""
+    if other is None:
+        return total
+    if isinstance(total, list):
+        return list(starmap(operation, zip_longest(total, other, fillvalue=0)))
+    if isinstance(total, dict):
+        keys = [*total, *(key for key in other if key not in total)]
+        return {key: operation(total.get(key, 0), other.get(key, 0)) for key in keys}
+    return operation(total, other)
 
 
 class ReportTimes:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 import collections
+import contextlib
 import dataclasses
 import logging
 import math
@@ -17,9 +18,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configs.engine import EngineConfig
-from configs.errors import ChannelError, DeadlineError, NanoEngineError, WorkerError
+from configs.errors import ChannelError, DeadlineError, NanoEngineError, StepError, WorkerError
 from nanoengine.channel import Allocate, BlockCounts
-from nanoengine.step import Epoch, StepInput, StepOutput
+from nanoengine.step import Epoch, Forget, StepInput, StepOutput
 from nanoengine.step_deadline import StepDeadline
 from nanoengine.worker_group import WATCH_SECONDS, WorkerGroup
 
@@ -29,6 +30,8 @@ RANK_ENTRY = "workers.worker:run_worker"
 MAX_IN_FLIGHT = 2
 SILENCE_SECONDS = 10.0
 """A rank whose heartbeat is older than this counts as stopped (six times this while it loads)."""
+SPARE_SECONDS = 10.0
+"""Spare ranks that die before they are so old are not replaced: others would fare no better."""
 FIRST_STEPS = 3
 """So many steps of an epoch may take as long as a start: a prefill, a decode and a mixed one may each compile."""
 
@@ -56,6 +59,9 @@ class Executor(abc.ABC):
     A failure of any rank is the failure of the group: the ranks are killed and reaped before the error is
     raised, and every later `submit`, `collect` and `watch` raises it again. `stop`, and then `start` or `begin_start`
     with a higher epoch, begin a new group afterwards.
+
+    A step that finds no memory is no such failure where the ranks can go on: `collect` and `watch` raise StepError,
+    and `forget_steps` lets the same ranks begin anew.
     """
 
     _started: ExecutorFacts | None = None  # of a `begin_start` that did it all
@@ -109,12 +115,22 @@ class Executor(abc.ABC):
         """The output of the oldest step in flight, or None when it does not come within `timeout` seconds.
 
         None waits for as long as the step's own deadline allows. Raises WorkerError when a rank died, stalled
-        or raised.
+        or raised, and StepError when the ranks gave up a step.
         """
 
     @abc.abstractmethod
     def watch(self) -> None:
-        """Raise WorkerError when a rank died, raised, is silent or is overdue; call it at least every 0.5 s."""
+        """Raise WorkerError when a rank died, raised, is silent or is overdue; call it at least every 0.5 s.
+
+        Raises StepError as `collect` does.
+        """
+
+    @abc.abstractmethod
+    def forget_steps(self) -> None:
+        """Make every step so far void: no output of theirs follows, and the ranks forget all rows.
+
+        Whatever they are doing; nothing is waited for. Steps go on with a higher number. Raises WorkerError.
+        """
 
     @abc.abstractmethod
     def wait_fds(self) -> list[object]:
@@ -154,6 +170,7 @@ class MultiprocessExecutor(Executor):
         self._entry, self._silence_limit, self._first_steps = entry, silence_limit, first_steps
         self._group: WorkerGroup | None = None
         self._spare: WorkerGroup | None = None  # parked, for the next epoch
+        self._parked_at = 0.0
         self._epoch: Epoch | None = None
         self._failure: NanoEngineError | None = None
         self._began = 0.0  # when the start of the group began
@@ -162,6 +179,7 @@ class MultiprocessExecutor(Executor):
         self._in_flight: collections.deque[_InFlight] = collections.deque()  # oldest first
         self._oldest_since = 0.0  # when the oldest step in flight became the one being computed
         self._num_collected = 0
+        self._newest_step = self._void_step = 0  # the last one submitted; all up to the other one are void
         self._frames_rejected = 0  # in the groups that have ended
 
     @property
@@ -192,6 +210,7 @@ class MultiprocessExecutor(Executor):
         assert self._epoch is None or epoch > self._epoch, "an epoch is never used twice"
         self._began = time.monotonic()
         self._epoch, self._failure, self._num_collected, self._allocated = epoch, None, 0, None
+        self._newest_step = self._void_step = 0
         self._in_flight.clear()
         spare, self._spare = self._spare, None
         if spare is not None and spare.epoch == epoch and spare.begin():
@@ -207,7 +226,20 @@ class MultiprocessExecutor(Executor):
         """See `Executor.park_spare`: processes with their imports done."""
         if self._spare is None or self._spare.epoch != epoch:
             self._drop_spare()
-            self._spare = self._spawn(epoch, parked=True)
+            self._spare, self._parked_at = self._spawn(epoch, parked=True), time.monotonic()
+
+    def _look_after_spare(self) -> None:
+        """Replace spare ranks that died: when they are wanted, there is no time to wait for others."""
+        spare = self._spare
+        if spare is None or not spare.has_ended:
+            return
+        self._drop_spare()
+        if time.monotonic() - self._parked_at < SPARE_SECONDS:
+            logger.warning("the spare ranks died soon after their start; there are none until the next recovery")
+            return
+        logger.warning("the spare ranks died; others are started")
+        with contextlib.suppress(OSError):  # no more processes or descriptors: without spare ones it takes longer
+            self.park_spare(spare.epoch)
 
     def _spawn(self, epoch: Epoch, *, parked: bool) -> WorkerGroup:
         group = WorkerGroup(self._config, self._run_dir, epoch, self._entry, self._silence_limit, parked=parked)
@@ -256,15 +288,26 @@ class MultiprocessExecutor(Executor):
         group = self._running()
         assert len(self._in_flight) < MAX_IN_FLIGHT, "collect() comes before a third submit()"
         assert step.epoch == self._epoch, "a step of another epoch"
-        try:
-            group.broadcast(step)
-        except DeadlineError as error:
-            self._guard(group.check)  # most likely it died
-            raise self._fail(WorkerError(f"step {step.step_id} cannot be sent: {error.message}")) from error
+        self._newest_step = step.step_id  # whomever it reaches
+        self._broadcast(group, step, f"step {step.step_id}")
         if not self._in_flight:
             self._oldest_since = time.monotonic()
         self._in_flight.append(_InFlight(step.step_id, sum(len(row.token_ids) for row in step.states)))
         group.control.submitted = step.step_id
+
+    def _broadcast(self, group: WorkerGroup, message: StepInput | Forget, name: str) -> None:
+        try:
+            group.broadcast(message)
+        except DeadlineError as error:
+            self._guard(group.check)  # most likely it died
+            raise self._fail(WorkerError(f"{name} cannot be sent: {error.message}")) from error
+
+    def forget_steps(self) -> None:
+        """See `Executor.forget_steps`."""
+        group = self._running()
+        self._void_step = self._newest_step
+        self._in_flight.clear()
+        self._broadcast(group, Forget(), "the word to begin anew")
 
     def collect(self, timeout: float | None = 0) -> StepOutput | None:
         """See `Executor.collect`."""
@@ -275,8 +318,11 @@ class MultiprocessExecutor(Executor):
                 self._guard(group.receive_outputs)  # whoever has answered lives
             if not group.outputs and group.wants_check():
                 self.watch()
-            if group.outputs:
-                return self._take(group.outputs.popleft())
+            while group.outputs:
+                output = group.outputs.popleft()
+                if output.step_id > self._void_step:
+                    return self._take(output)
+            self._look_for_given_up(group)
             left = deadline - time.monotonic()
             if left <= 0 or not self._in_flight:
                 return None
@@ -286,7 +332,11 @@ class MultiprocessExecutor(Executor):
         """See `Executor.watch`."""
         group = self._running()
         self._guard(group.check)
-        if not self._in_flight or group.outputs:
+        self._look_after_spare()
+        if group.outputs:
+            return
+        self._look_for_given_up(group)
+        if not self._in_flight:
             return
         # The first steps may compile; and a process that was suspended was not computing.
         parallel = self._config.parallel
@@ -325,6 +375,17 @@ class MultiprocessExecutor(Executor):
         message = f"step {step_id} has not returned within {limit:g} s, waiting for {names}"
         group.log_stacks(late)
         return WorkerError(message, behind.rank, "overdue")
+
+    def _look_for_given_up(self, group: WorkerGroup) -> None:
+        """Raise StepError when a rank has given up, once the steps before that one are collected."""
+        for rank in group.ranks:
+            given_up = rank.given_up
+            if given_up is None or given_up.step_id <= self._void_step:
+                continue
+            if not self._in_flight or given_up.step_id <= self._in_flight[0].step_id:
+                step_id, reason = given_up.step_id, given_up.reason
+                message = f"rank {rank.rank} found no memory for step {step_id} ({reason})"
+                raise StepError(message, rank.rank, step_id)
 
     def _take(self, output: StepOutput) -> StepOutput:
         expected = self._in_flight[0].step_id if self._in_flight else 0

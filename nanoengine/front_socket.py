@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import errno
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import zmq
 
@@ -19,6 +19,7 @@ from nanoengine.messages import (
     MAX_MESSAGE_BYTES,
     Deltas,
     Message,
+    Resubmit,
     Stats,
     TokenColumns,
     TokenDelta,
@@ -47,6 +48,7 @@ class FrontSocket:
         self._log = LimitedLog(logger)
         self._pending: dict[str, list[TokenDelta | TokenColumns]] = {}
         self._stats: dict[str, Stats] = {}
+        self._to_ask: set[str] = set()  # to resubmit, once they have taken what waits for them
         self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -57,9 +59,11 @@ class FrontSocket:
         self.socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         self.socket.bind(address)
 
-    def receive(self) -> list[tuple[str, Message]]:
-        """Everything that has arrived, as (client id, message); never waits. What is malformed is counted."""
-        received = []
+    def receive(self) -> Iterator[tuple[str, Message]]:
+        """What has arrived, one (client id, message) after the other; never waits. What is malformed is counted.
+
+        What is not asked for any more, is there the next time.
+        """
         for _ in range(HIGH_WATER_MARK):
             try:
                 identity, frame = self.socket.recv_multipart(zmq.NOBLOCK)
@@ -70,10 +74,11 @@ class FrontSocket:
                 continue
             client_id = identity.decode(errors="replace")
             try:
-                received.append((client_id, decode_from_front(frame)))
+                message = decode_from_front(frame)
             except ChannelError as error:
                 self.reject("malformed", f"front end {client_id!r:.100}: {error.message:.300}")
-        return received
+                continue
+            yield client_id, message
 
     def reject(self, reason: str, text: str) -> None:
         """Count a message that is refused, and log it, within bounds."""
@@ -97,13 +102,17 @@ class FrontSocket:
         """Queue statistics for `flush`; who has not taken the last ones yet gets these alone."""
         self._stats |= dict.fromkeys(client_ids, stats)
 
+    def post_resubmit(self, client_ids: Iterable[str]) -> None:
+        """Queue the word to resubmit for `flush`, behind the deltas that were posted."""
+        self._to_ask.update(client_ids)
+
     @property
     def has_pending(self) -> bool:
         """Whether a front end has yet to take something."""
-        return bool(self._pending or self._stats)
+        return bool(self._pending or self._stats or self._to_ask)
 
     def flush(self) -> list[str]:
-        """Send each front end its deltas in one message, then statistics; returns the ids of those that vanished."""
+        """Send each front end its deltas in one message, then the rest; returns the ids of those that vanished."""
         vanished = []
         for client_id, deltas in list(self._pending.items()):
             sent = self._send(client_id, Deltas(self.incarnation, deltas))
@@ -113,6 +122,12 @@ class FrontSocket:
                 del self._pending[client_id]
             else:
                 self._pending[client_id] = [*merge(deltas)]
+        for client_id in sorted(self._to_ask - self._pending.keys()):
+            sent = None if client_id in vanished else self._send(client_id, Resubmit(self.incarnation))
+            if sent is not False:
+                self._to_ask.remove(client_id)
+            if sent is None and client_id not in vanished:
+                vanished.append(client_id)
         for client_id, stats in list(self._stats.items()):
             sent = None if client_id in vanished else self._send(client_id, stats)
             if sent is not False:
@@ -122,13 +137,15 @@ class FrontSocket:
         return vanished
 
     def _send(self, client_id: str, message: Message) -> bool | None:
-        """True: sent; False: its queue is full; None: it has vanished."""
+        """True: sent; False: its queue is full, or there is no memory just now; None: it has vanished."""
         try:
             self.socket.send_multipart([client_id.encode(), encode(message)], zmq.NOBLOCK)
             return True
-        except zmq.Again:
+        except (zmq.Again, MemoryError):
             return False
         except zmq.ZMQError as error:
+            if error.errno == errno.ENOMEM:
+                return False
             if error.errno != errno.EHOSTUNREACH:
                 raise
             return None

@@ -29,6 +29,7 @@ from configs.errors import EngineDeadError, EngineError, NanoEngineError, QueueF
 from nanoengine._packages import child_environment
 from nanoengine.processes import describe_exit, in_lasting_thread
 from nanoengine.structured_outputs import FIELD, StructuredOutputsParams
+from nanoengine.watched import watch
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +111,8 @@ class GrammarCompiler:
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "grammar")
         try:
-            self._thread.submit(self._work, key, line, params.form, time.monotonic())
+            work = self._thread.submit(self._work, key, line, params.form, time.monotonic())
+            watch(work, "compiling a grammar", lambda error: self._lose(key, future, error))
         except RuntimeError:  # closed a moment ago, in another thread
             self._resolve_pending()
         return future
@@ -146,6 +148,13 @@ class GrammarCompiler:
         for future in pending:
             _Answer(error=_closed()).resolve(future)
 
+    def _lose(self, key: bytes, future: Future[str], error: BaseException) -> None:
+        """The work broke off somewhere; whoever waits for it hears of it."""
+        with self._lock:
+            self._pending.pop(key, None)
+        if not future.done():
+            _failed(error).resolve(future)
+
     # -- in the thread ------------------------------------------------------------------------------------------
 
     def _work(self, key: bytes, line: bytes, form: str, since: float) -> None:
@@ -158,7 +167,7 @@ class GrammarCompiler:
             answer = _Answer(error=error)
         except Exception as error:
             logger.exception("compiling a grammar failed")
-            answer = _Answer(error=EngineError(f"compiling {FIELD} failed: {type(error).__name__}: {error}"))
+            answer = _failed(error)
         with self._lock:
             future = self._pending.pop(key, None)
             if kept:
@@ -216,6 +225,10 @@ class GrammarCompiler:
         while len(self._answers) > MAX_CACHED or self._num_chars > MAX_CACHED_CHARS:
             _, oldest = self._answers.popitem(last=False)
             self._num_chars -= len(oldest.grammar)
+
+
+def _failed(error: BaseException) -> _Answer:
+    return _Answer(error=EngineError(f"compiling {FIELD} failed: {type(error).__name__}: {error}"))
 
 
 def _closed() -> EngineDeadError:

@@ -27,6 +27,7 @@ from configs.errors import RequestError, to_wire
 from nanoengine import processes
 from nanoengine.grammar import error_of, load_tokenizer, new_matcher
 from nanoengine.structured_outputs import FIELD, StructuredOutputsParams
+from nanoengine.watched import start_thread
 
 # What compiling may take of memory, beside what the process has with its tokenizer. A worker has more.
 MEMORY_BYTES = 2**30
@@ -120,9 +121,8 @@ def main() -> None:
         return
     connection = socket.socket(fileno=args.socket_fd)
     threading.stack_size(STACK_BYTES)
-    thread = threading.Thread(target=_serve, args=(connection, args.tokenizer, tuple(args.eos)), daemon=True)
-    thread.start()
-    thread.join()
+    eos = tuple(args.eos)
+    start_thread(lambda: _serve(connection, args.tokenizer, eos), "compiler", processes.end_process).join()
     os._exit(0)  # nothing to put away, and nobody waits
 
 

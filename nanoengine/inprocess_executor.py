@@ -11,18 +11,19 @@ import contextlib
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 
 from configs.engine import EngineConfig
-from configs.errors import DeadlineError, EngineError, NanoEngineError, WorkerError
+from configs.errors import DeadlineError, EngineError, NanoEngineError, StepError, WorkerError
 from nanoengine.channel import BlockCounts
 from nanoengine.executor import MAX_IN_FLIGHT, Executor, ExecutorFacts
 from nanoengine.rank_process import resolve
-from nanoengine.step import Epoch, StepInput, StepOutput
+from nanoengine.step import Epoch, GaveUp, StepInput, StepOutput
 
 RANKS_ENTRY = "workers.worker:create_ranks"
 
 T = TypeVar("T")
+Outcome: TypeAlias = "StepOutput | GaveUp | None"
 
 _CAUSE_SECONDS = 1.0
 
@@ -39,8 +40,11 @@ class Rank(Protocol):
     def allocate(self, num_blocks: BlockCounts) -> None:
         """Make the K/V cache and warm up."""
 
-    def execute(self, step: StepInput) -> StepOutput | None:
-        """Compute a step; rank 0 returns its output."""
+    def execute(self, step: StepInput) -> Outcome:
+        """Compute a step; rank 0 returns its output, and any rank GaveUp instead when it found no memory."""
+
+    def forget(self) -> None:
+        """Every step so far is void."""
 
     def close(self) -> None:
         """Leave the group, together with the other ranks."""
@@ -57,7 +61,7 @@ class InProcessExecutor(Executor):
         self._config, self._entry = config, entry
         self._ranks: list[Rank] = []
         self._threads: list[ThreadPoolExecutor] = []
-        self._queue: collections.deque[tuple[StepInput, list[Future[StepOutput | None]]]] = collections.deque()
+        self._queue: collections.deque[tuple[StepInput, list[Future[Outcome]]]] = collections.deque()
         self._failure: NanoEngineError | None = None
         self._wake: tuple[int, int] | None = None  # a pipe holding a byte for each step that can be collected
 
@@ -92,7 +96,7 @@ class InProcessExecutor(Executor):
         """See `Executor.submit`."""
         self._raise_failure()
         assert len(self._queue) < MAX_IN_FLIGHT, "collect() comes before a third submit()"
-        futures: list[Future[StepOutput | None]] = []
+        futures: list[Future[Outcome]] = []
         if self._threads:
             futures = [self._call(number, rank.execute, step) for number, rank in enumerate(self._ranks)]
             futures[0].add_done_callback(lambda _: self._ring())
@@ -112,15 +116,35 @@ class InProcessExecutor(Executor):
         if timeout is not None and not concurrent.futures.wait(futures[:1], patience).done:
             return None
         try:
-            output = self._results(futures, self._config.parallel.step_timeout)[0]
+            outcomes = self._results(futures, self._config.parallel.step_timeout)
         except NanoEngineError as error:
             self._failure = error if isinstance(error, WorkerError) else WorkerError(error.message)
             self._queue.clear()
             raise self._failure from error
+        for rank, outcome in enumerate(outcomes):
+            if isinstance(outcome, GaveUp):
+                message = f"rank {rank} found no memory for step {outcome.step_id} ({outcome.reason})"
+                raise StepError(message, rank, outcome.step_id)
+        assert isinstance(outcomes[0], StepOutput), "rank 0 has no output"
+        self._leave_queue()
+        return outcomes[0]
+
+    def forget_steps(self) -> None:
+        """See `Executor.forget_steps`. Ranks that are threads leave the steps that they are in first."""
+        self._raise_failure()
+        try:
+            while self._queue:
+                self._results(self._queue[0][1], self._config.parallel.step_timeout)
+                self._leave_queue()
+            self._results([self._call(number, rank.forget) for number, rank in enumerate(self._ranks)], _CAUSE_SECONDS)
+        except NanoEngineError as error:
+            self._failure = error if isinstance(error, WorkerError) else WorkerError(error.message)
+            raise self._failure from error
+
+    def _leave_queue(self) -> None:
         self._queue.popleft()
         if self._wake is not None:
             os.read(self._wake[0], 1)
-        return output
 
     def watch(self) -> None:
         """See `Executor.watch`."""

@@ -286,6 +286,10 @@ class RequestJournal:
         told = delta.prompt_logprobs
         return bool(delta.token_ids or delta.finish_reason or (told and told.start > self.num_prompt_logprobs))
 
+    def is_overdue(self, now: float) -> bool:
+        """Whether its time is over, at `now` of time.time()."""
+        return self.timeout is not None and self.metrics.arrival_time + self.timeout <= now
+
     def touch(self, now: float) -> None:
         """Tokens were recorded: note the time, and forget that some were missing."""
         self.num_replays, self.next_replay = 0, 0.0

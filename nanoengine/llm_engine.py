@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import select
 import time
 import weakref
 from collections.abc import Mapping
@@ -13,11 +15,11 @@ from configs.errors import DeadlineError, EngineDeadError, RequestError
 from nanoengine.beam_params import BeamSearchParams
 from nanoengine.connection import SchedulerConnection
 from nanoengine.engine_client import EngineClient
-from nanoengine.engine_process import EngineProcess
 from nanoengine.grammar_compiler import GrammarCompiler
 from nanoengine.journal import CheckedRequest, RequestJournal
 from nanoengine.prompts import Message, Prompt
 from nanoengine.sampling_params import SamplingParams
+from nanoengine.scheduler_keeper import SchedulerKeeper
 from nanoengine.structured_outputs import StructuredOutputsParams
 from nanoengine.tokenizer import Tokenizer
 
@@ -41,26 +43,27 @@ def load_tokenizer(config: EngineConfig) -> Tokenizer | None:
 class LLMEngine:
     """A scheduler process, the connection to it and the journals of the requests it serves.
 
-    Belongs to one thread at a time. Does nothing between calls: tokens that arrive meanwhile wait in the socket.
+    Belongs to one thread at a time. Does nothing between calls: tokens that arrive meanwhile wait in the socket, and
+    so do the requests of a scheduler that was replaced.
 
     Raises whatever keeps the engine from starting: CheckpointError, TokenizerError, CapacityError, EngineDeadError …
     """
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
-        self._process = EngineProcess(config)
+        self._keeper = SchedulerKeeper(config)
         self._grammars = GrammarCompiler(config)
         # Ends the process also when the engine is forgotten or the interpreter ends; `stop` is harmless twice.
-        self._finalizer = weakref.finalize(self, self._process.stop)
+        self._finalizer = weakref.finalize(self, self._keeper.stop)
         self._connection: SchedulerConnection | None = None
+        self._incarnation = 0  # of the scheduler at its other end
+        self._is_closed = False
         self._news: dict[RequestJournal, None] = {}  # an ordered set, until `wait` is asked for it
         try:
-            self._process.start()
+            self._keeper.start()
             self.tokenizer = load_tokenizer(config)  # while the workers load the model
-            self._process.wait_ready(config.parallel.start_timeout + GREETING_TIMEOUT)
+            self._keeper.wait_ready(config.parallel.start_timeout + GREETING_TIMEOUT)
             self.client = EngineClient(config, self.tokenizer)
-            self._connection = SchedulerConnection(self._process.address, self.client)
-            self._connection_finalizer = weakref.finalize(self, self._connection.close)
             self._greet(GREETING_TIMEOUT)
         except BaseException:  # Ctrl-C while loading included
             self.close()
@@ -84,7 +87,7 @@ class LLMEngine:
         timeout: float | None = None,
     ) -> RequestJournal:
         """Hand a checked request to the engine. Raises RequestError for anything but the prompt, EngineDeadError."""
-        self._notice_death()
+        self._look()
         journal = self.client.add(request, request_id, priority, timeout)
         if self._connection is not None:
             self._connection.flush()
@@ -110,12 +113,11 @@ class LLMEngine:
         while True:
             self._pump()
             left = _WATCH_INTERVAL if deadline is None else deadline - time.monotonic()
-            if self._news or left <= 0 or not self.client.num_unfinished or self._connection is None:
+            if self._news or left <= 0 or not self.client.num_unfinished or self._is_closed:
                 news, self._news = list(self._news), {}
                 return news
-            self._connection.wait(min(left, _WATCH_INTERVAL), self._process.fileno())
-            self._notice_death()
-            self._tell(self.client.watch())
+            self._await_something(min(left, _WATCH_INTERVAL))
+            self._watch()
 
     def abort(self, request_id: str) -> None:
         """End a request, which is news. One that is not open is left alone."""
@@ -136,12 +138,12 @@ class LLMEngine:
 
     def close(self) -> None:
         """End the engine and what it serves. Harmless twice."""
-        connection, self._connection = self._connection, None
-        if connection is not None:
+        if self._connection is not None or self._incarnation:
             self._tell(self.client.fail(EngineDeadError("the engine was closed")))
-            self._connection_finalizer()
+        self._is_closed = True
+        self._disconnect()
         self._grammars.close()
-        self._process.stop()
+        self._keeper.stop()
         self._finalizer.detach()
 
     def _pump(self) -> None:
@@ -151,25 +153,52 @@ class LLMEngine:
     def _tell(self, journals: list[RequestJournal]) -> None:
         self._news |= dict.fromkeys(journal for journal in journals if journal.has_output)
 
-    def _notice_death(self) -> None:
-        """When the process is gone, take its last words first, then end what is open."""
-        failure = None if self.client.failure else self._process.failure()
-        if failure is not None:
-            self._pump()
-            self._tell(self.client.fail(failure))
+    def _look(self) -> None:
+        """Leave a scheduler that is gone, connect to the next, or end what is open when there will be none."""
+        condition = self._keeper.look()
+        if self._connection is not None and (not condition.serves or condition.incarnation != self._incarnation):
+            self._pump()  # its last words
+            self._disconnect()
+            self.client.detach(condition)
+        if condition.is_final and condition.cause is not None and self.client.failure is None:
+            self._tell(self.client.fail(condition.cause))
+        elif condition.serves and self._connection is None:
+            self.client.attach(condition)
+            self._connection = SchedulerConnection(condition.address, self.client)
+            self._connection_finalizer = weakref.finalize(self, self._connection.close)
+            self._incarnation = condition.incarnation
+            self._connection.flush()
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            self._connection_finalizer()
+        self._connection = None
+
+    def _watch(self) -> None:
+        self._look()
+        self._tell(self.client.watch())
+        if (error := self.client.hung) is not None:
+            self._keeper.replace(self._incarnation, error)
+
+    def _await_something(self, timeout: float) -> None:
+        """Block for up to `timeout` seconds until something happened to the engine, or to its messages."""
+        if self._connection is not None:
+            self._connection.wait(timeout, self._keeper.fileno())
+            return
+        poller = select.poll()
+        poller.register(self._keeper.fileno(), select.POLLIN)
+        poller.poll(math.ceil(timeout * 1000))
 
     def _greet(self, timeout: float) -> None:
-        """Say hello, and wait until the scheduler answers with what it learnt while starting."""
-        assert self._connection is not None
-        self.client.hello()
+        """Wait until the scheduler has told what it learnt while starting."""
         deadline = time.monotonic() + timeout
         while True:
+            self._look()
             self._pump()
             if self.client.facts is not None:
                 return
-            self._notice_death()
             self.client.check_alive()
             left = deadline - time.monotonic()
             if left <= 0:
                 raise DeadlineError(f"the scheduler did not answer a greeting within {timeout:g} s")
-            self._connection.wait(min(left, _WATCH_INTERVAL), self._process.fileno())
+            self._await_something(min(left, _WATCH_INTERVAL))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from configs.errors import RequestError, to_wire
+from configs.errors import NanoEngineError, to_wire
 from nanoengine.decode_set import SteadyRows
 from nanoengine.messages import AddRequest, TokenColumns, TokenDelta, spelt_out
 from nanoengine.sequence import Sequence
@@ -45,7 +45,7 @@ class Outbox:
         self._clock = clock
         self._entries: list[tuple[str, TokenDelta | TokenColumns]] = []
 
-    def refuse(self, message: AddRequest, error: RequestError) -> None:
+    def refuse(self, message: AddRequest, error: NanoEngineError) -> None:
         """Queue the answer to a request that will not be served, to each of the sequences that its client expects."""
         for index in range(max(1, len(message.journal))):
             delta = TokenDelta(message.request_id, index, 0, [], finish_reason="error", error=to_wire(error))

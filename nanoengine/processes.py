@@ -19,12 +19,15 @@ import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import wait as wait_for_sentinels
-from typing import TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from nanoengine.logs import formatter
+from nanoengine.watched import start_thread
 
 T = TypeVar("T")
 
+STACK_SIGNAL = signal.SIGUSR1
+"""Our processes write where their threads stand when they get it, before they are killed for hanging."""
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -64,16 +67,30 @@ def ignore_interrupts() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # `in_lasting_thread` spawned us with it blocked
 
 
-def on_end_of(fd: int, call: Callable[[], None], name: str) -> None:
-    """Start a daemon thread that waits for the end of pipe `fd` and then calls `call`."""
+def on_end_of(fd: int, call: Callable[[], None], name: str, on_word: Callable[[], None] | None = None) -> None:
+    """Start a daemon thread that waits for the end of pipe `fd` and then calls `call`.
+
+    Should the other side write anything into it, `on_word` is called. A process that can no longer see the end of its
+    owner ends itself.
+    """
 
     def wait() -> None:
         with contextlib.suppress(OSError):
             while os.read(fd, 1):
-                pass
+                if on_word is not None:
+                    on_word()
         call()
 
-    threading.Thread(target=wait, name=name, daemon=True).start()
+    start_thread(wait, name, end_process)
+
+
+def end_process(error: BaseException) -> NoReturn:
+    """End this process and its children at once, with code 1: what must not die in it has died, as the log says.
+
+    Whoever owns it notices that, and has a way to go on.
+    """
+    kill_children()
+    os._exit(1)
 
 
 def describe_exit(code: int | None) -> str:
@@ -88,31 +105,48 @@ def describe_exit(code: int | None) -> str:
 
 
 class _LastingThread:
-    """A daemon thread that runs calls one at a time until the process ends."""
+    """A daemon thread that runs calls one at a time until the process ends.
+
+    Should it die all the same, what was to run in it raises, and `in_lasting_thread` starts another one. The kernel
+    ends the children that it has spawned, and whoever owns those notices that.
+    """
 
     def __init__(self) -> None:
-        self.pid = os.getpid()
-        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        threading.Thread(target=self._run, name="spawner", daemon=True).start()
+        self.pid, self.is_dead = os.getpid(), False
+        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], concurrent.futures.Future[Any]]] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # nothing is queued behind the thread's end
+        self._running: concurrent.futures.Future[Any] | None = None
+        start_thread(self._run, "spawner", self._die)
 
     def _run(self) -> None:
         while True:
-            call = self._calls.get()
+            call, self._running = self._calls.get()
             # Inherited by what is spawned here: a Ctrl-C must not hit a child before it has chosen to ignore it.
             # Each time, because multiprocessing unblocks it when it has started its resource tracker.
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            call()
+            try:
+                result = call()
+            except BaseException as error:
+                self._running.set_exception(error)
+            else:
+                self._running.set_result(result)
+            self._running = None
+
+    def _die(self, error: BaseException) -> None:
+        with self._lock:
+            self.is_dead = True
+            futures = [self._running] if self._running is not None else []
+            while not self._calls.empty():
+                futures.append(self._calls.get()[1])
+        for future in futures:
+            future.set_exception(OSError(f"the thread that starts processes died: {error}"))
 
     def run(self, call: Callable[[], T]) -> T:
         future: concurrent.futures.Future[T] = concurrent.futures.Future()
-
-        def resolve() -> None:
-            try:
-                future.set_result(call())
-            except BaseException as error:
-                future.set_exception(error)
-
-        self._calls.put(resolve)
+        with self._lock:
+            if self.is_dead:
+                raise OSError("the thread that starts processes died")
+            self._calls.put((call, future))
         try:
             concurrent.futures.wait([future])
         except BaseException:  # Ctrl-C, SIGTERM: let the spawn finish, or nobody would know of the child
@@ -132,7 +166,8 @@ def in_lasting_thread(call: Callable[[], T]) -> T:
     """
     global _lasting_thread
     with _lasting_thread_lock:
-        if _lasting_thread is None or _lasting_thread.pid != os.getpid():  # a fork does not copy threads
+        # A fork does not copy threads.
+        if _lasting_thread is None or _lasting_thread.is_dead or _lasting_thread.pid != os.getpid():
             _lasting_thread = _LastingThread()
         thread = _lasting_thread
     return thread.run(call)

@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 import types
@@ -31,19 +30,21 @@ import zmq
 from configs.engine import EngineConfig
 from configs.errors import to_wire
 from nanoengine import processes
-from nanoengine.channel import Direction, Failed, Hello, Link, Loaded, RankPort, Ready
+from nanoengine.channel import Begin, Direction, Failed, Hello, Link, Loaded, RankPort, Ready
 from nanoengine.control_block import ControlBlock, Phase, RankWords
 from nanoengine.listener import await_listener
-from nanoengine.step import Epoch, StepOutput
+from nanoengine.step import Epoch, GaveUp, StepOutput
+from nanoengine.watched import guard_threads, start_thread
 
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 0.5
-STACK_SIGNAL = signal.SIGUSR1
 _MAX_STACK_BYTES = 2**16
 _REAP_SECONDS = 5.0
 _LISTEN_SECONDS = 30.0
-_LAST_WORDS_SECONDS = 0.2
+# What a rank said last may still be on its way through ZeroMQ's threads when it has ended: one that left by itself has
+# sent it (`_leave`), one that was killed most likely has nothing to say.
+_LAST_WORDS_SECONDS, _KILLED_WORDS_SECONDS = 2.0, 0.2
 
 
 class InheritedFd:
@@ -93,13 +94,14 @@ def run_rank(arguments: RankArguments) -> None:
         os._exit(1)
     processes.name_process(f"nano-{'spare' if arguments.parked else 'worker'}-{rank}")
     processes.configure_logging(config.server.log_level, f"worker rank {rank}", config.server.log_format)
+    guard_threads(processes.end_process)
     num_threads = processes.limit_threads(config.parallel.world_size)
     # In C, at once, whatever Python is doing: asked for before a group that hangs is killed (`ask_for_stacks`).
-    faulthandler.register(STACK_SIGNAL, arguments.stacks.fd, all_threads=True)
+    faulthandler.register(processes.STACK_SIGNAL, arguments.stacks.fd, all_threads=True)
 
     control = ControlBlock(arguments.control.fd, config.parallel.world_size)
     os.close(arguments.control.fd)
-    threading.Thread(target=_beat, args=(control.ranks[rank],), name="heartbeat", daemon=True).start()
+    start_thread(lambda: _beat(control.ranks[rank]), "heartbeat", processes.end_process)
 
     link = Link(arguments.key, arguments.epoch, rank, end=Direction.TO_RANK)
     await_listener(arguments.socket_path, _LISTEN_SECONDS)
@@ -170,6 +172,8 @@ class RankProcess:
         self.loaded: Loaded | None = None
         self.ready = False
         self.failed: Failed | None = None
+        self.given_up: GaveUp | None = None  # the last step that it had no memory for
+        self._is_connected = self._shall_begin = False
         self._arguments = arguments
         self._stacks_fd = arguments.stacks.fd
         self._process: BaseProcess | None = None
@@ -220,7 +224,7 @@ class RankProcess:
         if self.exit_code is not None or self._process is None or self.words.phase < Phase.LOADING:
             return False
         assert self._process.pid is not None
-        os.kill(self._process.pid, STACK_SIGNAL)
+        os.kill(self._process.pid, processes.STACK_SIGNAL)
         os.kill(self._process.pid, signal.SIGCONT)
         return True
 
@@ -228,14 +232,24 @@ class RankProcess:
         """What the process has written by now."""
         return os.pread(self._stacks_fd, _MAX_STACK_BYTES, 0).decode(errors="replace").rstrip()
 
+    def begin(self) -> None:
+        """Let a parked rank load the model; one that is still on its way to us is told as soon as it is here.
+
+        Raises DeadlineError when it takes no message.
+        """
+        self._shall_begin = True
+        if self._is_connected:
+            self.link.send(Begin())
+
     def receive(self, ended: bool = False) -> list[StepOutput]:
         """Take in what the rank has said, and return the step outputs. Raises ChannelError on a broken link.
 
-        What one that has `ended` said last may still be on its way through ZeroMQ's thread.
+        The last words of one that has `ended` are waited for.
         """
         outputs: list[StepOutput] = []
+        patience = 0.0 if not ended else _LAST_WORDS_SECONDS if (self.exit_code or 0) >= 0 else _KILLED_WORDS_SECONDS
         while True:
-            message = self.link.receive(_LAST_WORDS_SECONDS if ended and not self.failed else 0)
+            message = self.link.receive(0 if self.failed else patience)
             match message:
                 case None:
                     return outputs
@@ -243,6 +257,9 @@ class RankProcess:
                     outputs.append(message)
                 case Hello():
                     self.link.unlink()
+                    self._is_connected = True
+                    if self._shall_begin:
+                        self.link.send(Begin())
                 case Loaded():
                     self.loaded = message
                     logger.info(
@@ -253,6 +270,8 @@ class RankProcess:
                     self.ready = True
                 case Failed():
                     self.failed = message
+                case GaveUp():
+                    self.given_up = message
                 case _:
                     logger.warning("rank %d sent %s, which is not for it to send", self.rank, type(message).__name__)
 

@@ -3,11 +3,11 @@
 It decides over the scheduler's requests and keeps the counts; `engine.EngineCore` ends and starts the groups. It knows
 no process and no socket.
 
-A request that crashes its ranks each time must not take the others with it. Whoever was in a step in flight when a
-group failed gets a strike, unless it has come on by some tokens since the last one. From two strikes on, requests
-begin to run one at a time, those with the most strikes first, and each new one must come on by some tokens before the
-next follows; only the one on trial is struck for a failure meanwhile. Whose fourth strike comes while it runs alone,
-as the first of an epoch does, ends with an error.
+A request that crashes its ranks each time, or for which there is never enough memory, must not take the others with
+it. Whoever was in a step in flight when a group failed, or gave up the step, gets a strike, unless it has come on by
+some tokens since the last one. From two strikes on, requests begin to run one at a time, those with the most strikes
+first, and each new one must come on by some tokens before the next follows; only the one on trial is struck for a
+failure meanwhile. Whose fourth strike comes while it runs alone, as the first of an epoch does, ends with an error.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ import logging
 import time
 from collections.abc import Callable
 
-from configs.errors import EngineError, NanoEngineError, WorkerError
+from configs.errors import EngineError, NanoEngineError, StepError, WorkerError
+from nanoengine.circuit_breaker import CircuitBreaker, pause_before
 from nanoengine.scheduler import Scheduler
 from nanoengine.sequence import Request
+from nanoengine.starting_over import successor
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +31,6 @@ logger = logging.getLogger(__name__)
 INNOCENT_TOKENS = 4
 SUSPECT_STRIKES = 2
 GUILTY_STRIKES = 4
-# Pauses before the starts that follow one which failed, in seconds.
-FIRST_PAUSE, LONGEST_PAUSE = 0.25, 5.0
 
 
 @dataclasses.dataclass
@@ -44,6 +44,8 @@ class RecoveryStats:
         requests_resumed: open requests that went on with a new group, once for each group.
         tokens_recomputed: tokens whose keys and values were lost with a group.
         requests_condemned: requests that ended with an error because they crash every group.
+        steps_given_up: steps for which the ranks found no memory; every open sequence was computed again.
+        scheduler_faults: times when the scheduler itself raised, and another one took its place.
     """
 
     restarts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
@@ -52,29 +54,8 @@ class RecoveryStats:
     requests_resumed: int = 0
     tokens_recomputed: int = 0
     requests_condemned: int = 0
-
-
-class CircuitBreaker:
-    """Opens when restarts follow each other without bringing a step; `max_restarts` of them within `window` seconds."""
-
-    def __init__(self, max_restarts: int, window: float, clock: Callable[[], float]) -> None:
-        self._max_restarts, self._window, self._clock = max_restarts, window, clock
-        self._futile: collections.deque[float] = collections.deque()
-
-    def allows(self, *, futile: bool) -> bool:
-        """Whether a failed group may be replaced; `futile` says that it has not brought a single step."""
-        if futile and self._max_restarts:
-            now = self._clock()
-            while self._futile and self._futile[0] < now - self._window:
-                self._futile.popleft()
-            if len(self._futile) < self._max_restarts:
-                self._futile.append(now)
-                return True
-        return not futile and self._max_restarts > 0
-
-    def reset(self) -> None:
-        """Forget the restarts: their cause was found."""
-        self._futile.clear()
+    steps_given_up: int = 0
+    scheduler_faults: int = 0
 
 
 @dataclasses.dataclass
@@ -99,6 +80,7 @@ class Recovery:
         """By `clock`: when the next group is to start."""
         self._scheduler, self._clock = scheduler, clock
         self._breaker = CircuitBreaker(max_restarts, window, clock)
+        self._fault_breaker = CircuitBreaker(max_restarts, window, clock)
         self._since = 0.0
         self._num_failed_starts = 0
         self._suspicions: dict[Request, _Suspicion] = {}
@@ -110,10 +92,7 @@ class Recovery:
         if self.error is None:
             self._since, self._num_failed_starts = now, 0
             reason = error.reason if isinstance(error, WorkerError) else "failed"
-            self.stats.tokens_recomputed += sum(
-                min(seq.num_computed_tokens, seq.num_tokens)
-                for seq in (*self._scheduler.running, *self._scheduler.waiting)
-            )
+            self._count_lost()
             if self._accuse(error):
                 self._breaker.reset()
         else:
@@ -123,8 +102,7 @@ class Recovery:
         if not self._breaker.allows(futile=num_steps == 0):
             return False
         self.stats.restarts[reason] += 1
-        pause = min(FIRST_PAUSE * 2 ** (self._num_failed_starts - 1), LONGEST_PAUSE) if self._num_failed_starts else 0
-        self.next_start = now + pause
+        self.next_start = now + pause_before(self._num_failed_starts)
         return True
 
     def resumed(self) -> float:
@@ -133,11 +111,43 @@ class Recovery:
         self.stats.seconds += self.stats.last_seconds
         self.stats.requests_resumed += len(self._scheduler.requests)
         self.error = None
+        self._line_up()
+        return self.stats.last_seconds
+
+    def step_given_up(self, error: StepError) -> None:
+        """The ranks found no memory for a step and forget everything: let the scheduler start over."""
+        self.stats.steps_given_up += 1
+        self._count_lost()
+        self._accuse(error)
+        self.stats.requests_resumed += len(self._scheduler.requests)
+        self._scheduler.give_up_steps(error.step_id)
+        self._line_up()
+
+    def replace_scheduler(self) -> Scheduler | None:
+        """Another scheduler in place of this one, which raised; None when that has happened too often of late.
+
+        It knows no request: what the old one made of them is not to be trusted. Each time counts as futile, for there
+        is no telling whose fault it was.
+        """
+        if not self._fault_breaker.allows(futile=True):
+            return None
+        self.stats.scheduler_faults += 1
+        self._scheduler = successor(self._scheduler)
+        self._suspicions.clear()
+        self._to_try.clear()
+        return self._scheduler
+
+    def _count_lost(self) -> None:
+        self.stats.tokens_recomputed += sum(
+            min(seq.num_computed_tokens, seq.num_tokens) for seq in (*self._scheduler.running, *self._scheduler.waiting)
+        )
+
+    def _line_up(self) -> None:
+        """Who is suspected begins alone, one after the other."""
         suspects = [request for request, each in self._suspicions.items() if each.strikes >= SUSPECT_STRIKES]
         suspects.sort(key=lambda request: (-self._suspicions[request].strikes, _num_tokens(request)))
         self._to_try = collections.deque(suspects)
         self._try_next()
-        return self.stats.last_seconds
 
     def review(self) -> None:
         """Let the next request begin when the one on trial has come on, or ended. Costs nothing without a trial."""

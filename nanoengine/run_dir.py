@@ -1,7 +1,8 @@
 """The private directory of one engine: made, locked, removed, and swept when whoever held it is gone.
 
-It knows nothing of the sockets and stores inside. `flock` tells the living from the dead: the lock belongs to an
-open file that owner and scheduler share, so it falls when both are gone, whichever way they went.
+Each of the engine's schedulers has a part of its own in it. It knows nothing of the sockets and stores inside. `flock`
+tells the living from the dead: the lock belongs to an open file that owner and scheduler share, so it falls when both
+are gone, whichever way they went.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from nanoengine.listener import MAX_SOCKET_PATH, UNFINISHED
 logger = logging.getLogger(__name__)
 
 LOCK_NAME = "lock"
-_LONGEST_SOCKET_NAME = len("g99999r63" + UNFINISHED)
+_LONGEST_SOCKET_NAME = len("99999/g99999r63" + UNFINISHED)
 _UNFINISHED = ".new"
 _UNFINISHED_SECONDS = 60
 
@@ -66,6 +67,12 @@ class RunDir:
         fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         unfinished.rename(base / name)
         return cls(base / name, lock_fd)
+
+    def make_part(self, incarnation: int) -> Path:
+        """Make the directory of a scheduler. Raises OSError."""
+        path = self.path / str(incarnation)
+        path.mkdir(mode=0o700)
+        return path
 
     def remove(self) -> None:
         """Remove the directory and give up the lock. Harmless twice."""

@@ -38,8 +38,10 @@ from nanoengine.outbox import ClientDeltas, Outbox
 from nanoengine.row_params import row_extras, row_params
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.sequence import Request, ScheduledRow, Sequence, SequenceStatus
+from nanoengine.starting_over import forget_computation
 from nanoengine.step import PREVIOUS_SAMPLE, DecodeRows, Epoch, SequenceState, StepInput, StepOutput, TokenLogprobs
 from nanoengine.step_batch import StepBatch
+from nanoengine.step_cap import StepCap
 from nanoengine.step_costs import StepCosts
 
 __all__ = ["Scheduler", "SchedulerLimits"]
@@ -56,7 +58,7 @@ class Scheduler:
     def __init__(self, limits: SchedulerLimits, epoch: Epoch, clock: Callable[[], float] = time.time) -> None:
         """`clock` gives seconds on the scale of `AddRequest.arrival_time`."""
         self.limits = limits
-        self._clock = clock
+        self.clock = clock
         self.epoch = epoch
         self.blocks = BlockManager(
             limits.num_kv_blocks, limits.block_size, limits.enable_prefix_caching, limits.num_host_blocks
@@ -70,14 +72,15 @@ class Scheduler:
         self.totals = StepTotals()
         self.num_searches = 0  # beam searches among them
         self.seq_ids = itertools.count(1)
-        self._step_id = 0
+        self.step_id = 0
         self.in_flight: deque[StepInFlight] = deque()
         self.steady = DecodeSet(limits.block_size, limits.max_model_len, self._order)  # part of `running`
         # Members take every step together, so there must be budget for all of them, always.
         self._may_be_steady = limits.max_num_batched_tokens >= limits.max_num_seqs
         self._costs = StepCosts(limits.max_decode_gap if limits.enable_chunked_prefill else 0)
+        self.cap = StepCap(limits)
         self._deadlines: list[tuple[float, tuple[str, str]]] = []  # a heap of (time, request key)
-        self._dropped: list[int] = []  # seq_ids that the workers need not keep any longer
+        self.dropped: list[int] = []  # seq_ids that the workers need not keep any longer
         self.outbox = Outbox(clock)
 
     # -- requests -----------------------------------------------------------------------------------------------
@@ -149,7 +152,7 @@ class Scheduler:
 
     def expire(self) -> None:
         """End each request whose deadline has passed with an error; call it between steps."""
-        while self._deadlines and self._deadlines[0][0] <= self._clock():
+        while self._deadlines and self._deadlines[0][0] <= self.clock():
             deadline, key = heapq.heappop(self._deadlines)
             request = self.requests.get(key)
             if request is not None:
@@ -189,10 +192,10 @@ class Scheduler:
         if not batch.preempted:
             self._schedule_waiting(batch)
         copies = self.blocks.take_copies()
-        if not batch.rows and not self.steady and not self._dropped and not copies:
+        if not batch.rows and not self.steady and not self.dropped and not copies:
             return None
-        self._step_id += 1
-        flight = StepInFlight(self._step_id, self.steady.age, self.steady.num_left)
+        self.step_id += 1
+        flight = StepInFlight(self.step_id, self.steady.age, self.steady.num_left)
         decodes = DecodeRows()
         if self.steady:
             previous = self.in_flight[-1].steady if self.in_flight else None
@@ -207,8 +210,8 @@ class Scheduler:
             if row.sample and self._may_be_steady:
                 self.steady.join(seq)
         self.in_flight.append(flight)
-        finished, self._dropped = self._dropped, []
-        return StepInput(self.epoch, self._step_id, copies, states, finished, decodes)
+        finished, self.dropped = self.dropped, []
+        return StepInput(self.epoch, self.step_id, copies, states, finished, decodes)
 
     def _grow_steady(self, batch: StepBatch) -> list[Sequence]:
         """Give each steady decode that comes to a block's boundary a new block; returns who got one."""
@@ -290,7 +293,7 @@ class Scheduler:
         self.running.remove(seq)
         seq.num_preemptions += 1
         self.num_preemptions += 1
-        self._dropped.append(seq.seq_id)
+        self.dropped.append(seq.seq_id)
         if self.limits.preemption_mode == "swap" and self.blocks.swap_out(seq):
             self.num_swaps += 1
         else:
@@ -345,7 +348,7 @@ class Scheduler:
         self.blocks.announce(seq)
         request = seq.request
         if request.first_scheduled_time is None:
-            request.first_scheduled_time, request.num_cached_tokens = self._clock(), seq.num_computed_tokens
+            request.first_scheduled_time, request.num_cached_tokens = self.clock(), seq.num_computed_tokens
         self.run(seq)
 
     def run(self, seq: Sequence) -> None:
@@ -383,6 +386,8 @@ class Scheduler:
         flight = self.in_flight.popleft()
         assert flight.step_id == output.step_id, f"step {output.step_id} was collected where {flight.step_id} was due"
         self._costs.observe(*self.totals.count_step(flight), output.compute_seconds)
+        if self.cap.is_tight:
+            self.limits = self.cap.relax(self.limits)
         for row, chunk in output.prompt_logprobs.items():
             seq = flight.seq_of(row)
             if seq.prompt_log is not None and not seq.is_finished:
@@ -464,7 +469,7 @@ class Scheduler:
         elif not is_parked(seq):
             self.waiting.remove(seq)
         if seq.num_sent_blocks is not None:
-            self._dropped.append(seq.seq_id)
+            self.dropped.append(seq.seq_id)
         self.blocks.free(seq)
         seq.status = status
 
@@ -475,25 +480,17 @@ class Scheduler:
     # -- recovery and checks ------------------------------------------------------------------------------------
 
     def new_epoch(self, epoch: Epoch, num_kv_blocks: int, num_host_blocks: int = 0) -> None:
-        """Start over with a fresh worker group: its cache is empty, so every sequence is computed again.
-
-        Steps in flight are forgotten, and so is every block hash, the host's too: a hit on one would be a lie.
-        """
-        self.epoch = epoch
-        self._step_id = 0
-        self.in_flight.clear()
-        self.steady.clear()
-        self._dropped.clear()
-        for seq in self.running:
-            seq.num_preemptions += 1
-            self.enqueue(seq)
-        self.running.clear()
-        for seq in (seq for request in self.requests.values() for seq in request.seqs if not seq.is_finished):
-            seq.block_table.clear()
-            seq.forget_computation()
-            seq.num_pending_tokens = 0
+        """Start over with a fresh worker group: its cache is empty, so every sequence is computed again."""
+        self.epoch, self.step_id = epoch, 0
         self.limits = dataclasses.replace(self.limits, num_kv_blocks=num_kv_blocks, num_host_blocks=num_host_blocks)
-        self.blocks.reset(num_kv_blocks, num_host_blocks)
+        forget_computation(self)
+
+    def give_up_steps(self, step_id: int) -> None:
+        """The ranks found no memory for that step and forgot every row: start over, in smaller steps for a while."""
+        for flight in self.in_flight:
+            if flight.step_id == step_id:
+                self.limits = self.cap.shrink(self.limits, flight.num_tokens, flight.num_rows)
+        forget_computation(self)
 
     def check_invariants(self) -> None:
         """Raise AssertionError unless queues, requests and blocks agree."""

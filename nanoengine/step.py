@@ -340,6 +340,19 @@ class StepInput:
             raise ChannelError(f"malformed step input: {error}") from error
 
 
+@dataclasses.dataclass(slots=True)
+class GaveUp:
+    """Rank → scheduler: there was no memory for the step, for that `reason`; I compute none until I hear `Forget`."""
+
+    step_id: int
+    reason: str
+
+
+@dataclasses.dataclass(slots=True)
+class Forget:
+    """Scheduler → rank: every step so far is void. Forget all rows; the next step knows nothing of them either."""
+
+
 def _pack_states(rows: list[SequenceState]) -> tuple[Any, ...]:
     return (
         _pack_ints([row.seq_id for row in rows]),

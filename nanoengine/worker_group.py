@@ -23,7 +23,7 @@ import zmq
 from configs.engine import EngineConfig
 from configs.errors import DeadlineError, EngineError, NanoEngineError, WorkerError, from_wire
 from nanoengine import processes
-from nanoengine.channel import KEY_BYTES, Begin, Message, Stop, encode
+from nanoengine.channel import KEY_BYTES, Message, Stop, encode
 from nanoengine.control_block import ControlBlock, anonymous_file
 from nanoengine.rank_process import InheritedFd, RankArguments, RankProcess
 from nanoengine.step import Epoch, StepOutput
@@ -108,7 +108,8 @@ class WorkerGroup:
             self.check(starting=True)
             if any(rank.is_stopped for rank in self.ranks):
                 return False
-            self.broadcast(Begin())
+            for rank in self.ranks:
+                rank.begin()
             return True
         except NanoEngineError as error:
             logger.warning("the spare ranks are of no use: %s", error)
@@ -129,14 +130,14 @@ class WorkerGroup:
         for rank in self.ranks:
             rank.link.send_encoded(channel, payload)
 
-    def pump(self, some_ended: bool = False) -> None:
-        """Take in what the ranks have said."""
-        for rank in self.ranks:
-            self.outputs.extend(rank.receive(some_ended and rank.exit_code is not None))
-
     def receive_outputs(self) -> None:
         """Take in what rank 0 has said, for whoever is in a hurry. Raises ChannelError when the link is broken."""
         self.outputs.extend(self.ranks[0].receive())
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether a rank's process is gone."""
+        return bool(self._sentinels.poll(0))  # much cheaper than asking after each exit code
 
     @property
     def frames_rejected(self) -> int:
@@ -148,7 +149,7 @@ class WorkerGroup:
         # Often enough for a rank that falls silent not to be taken for a suspension of this process.
         if time.monotonic() - self._last_check > min(WATCH_SECONDS, self._silence_limit / 4):
             return True
-        return bool(self._sentinels.poll(0)) or any(rank.link.is_readable() for rank in self.ranks)
+        return self.has_ended or any(rank.link.is_readable() for rank in self.ranks)
 
     def check(self, starting: bool = False) -> None:
         """Raise when a rank died, failed or fell silent; the cause is preferred to its consequences.
@@ -159,9 +160,13 @@ class WorkerGroup:
             ChannelError: a link is broken.
         """
         self._notice_suspension()
-        some_ended = bool(self._sentinels.poll(0))  # much cheaper than asking after each exit code
-        self.pump(some_ended)
-        dead = [rank for rank in self.ranks if some_ended and rank.exit_code is not None and rank.failed is None]
+        # Whose pipe is closed has an exit code only a moment later. So each is asked once: one that got its own between
+        # two looks would count as dead before its last words were awaited.
+        some_ended = self.has_ended
+        ended = [rank for rank in self.ranks if some_ended and rank.exit_code is not None]
+        for rank in self.ranks:
+            self.outputs.extend(rank.receive(ended=rank in ended))
+        dead = [rank for rank in ended if rank.failed is None]
         failed = [rank for rank in self.ranks if rank.failed is not None]
         if dead:
             how = processes.describe_exit(dead[0].exit_code)

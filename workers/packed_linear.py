@@ -28,6 +28,7 @@ import torch
 from torch.nn import functional as F
 
 from workers.cpu_features import has_tiles_for
+from workers.memory import is_out_of_memory
 from workers.native import NativeKernels, NativeLinear
 from workers.native.kernels import QUANTUM
 
@@ -106,7 +107,9 @@ def make_kernel(weight: torch.Tensor, native: NativeKernels | None = None) -> Li
         return NativeLinear(native, weight)
     try:
         return PackedKernel(weight)
-    except (AttributeError, RuntimeError):
+    except (AttributeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise  # the plain one has other bits, and other ranks or groups may have had room
         return PlainKernel(weight)
 
 

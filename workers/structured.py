@@ -62,6 +62,8 @@ class RowMatcher:
                 for token_id in self._output[self._num_consumed :]:
                     self._matcher.consume_token(token_id)
                 self._num_consumed = len(self._output)
+        except MemoryError:
+            raise  # which is not the request's fault
         except Exception as error:  # whatever it is: a request that fails, fails alone
             logger.exception("a matcher failed")
             self.fail(f"{type(error).__name__}: {error}")
@@ -125,6 +127,14 @@ class GrammarMatchers:
         # In the thread that compiles, hence after it.
         return RowMatcher(grammar, output, self._compiling.submit(lambda: known.matcher.result().deep_copy()))
 
+    def forget_failures(self) -> None:
+        """Compile again what could not be compiled; whoever waits for it is gone."""
+        for grammar, known in list(self._compiled.items()):
+            if _has_failed(known.matcher):
+                del self._compiled[grammar]
+        if self._tokenizer is not None and _has_failed(self._tokenizer):
+            self._tokenizer = None
+
     def _new(self, grammar: str) -> llguidance.LLMatcher:
         assert self._tokenizer is not None, "load() comes first"
         return new_matcher(self._tokenizer.result(), grammar)
@@ -168,6 +178,10 @@ class GrammarMatchers:
             if self._executor is None:
                 self._executor = llguidance.LLExecutor(self._num_threads)
             llguidance.numpy.fill_next_token_bitmask_par(self._executor, usable, bits)
+
+
+def _has_failed(future: Future[Any]) -> bool:
+    return future.done() and future.exception() is not None
 
 
 def constrain(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
+from typing import Any
 
 from configs.errors import ConfigError, NanoEngineError, UnknownModelError
 from launch.bench import (
@@ -17,12 +17,14 @@ from launch.bench import (
     simulate,
     throughput,
 )
+from launch.bench.chaos import command as chaos
+from launch.options import OneLineParser
 
 
 def main() -> int:
     """Parse the command line and run one measurement; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m launch.bench", description="measure nanoengine on this machine")
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = OneLineParser(prog="python -m launch.bench", description="measure nanoengine on this machine")
+    commands: Any = parser.add_subparsers(dest="command", required=True)
     lifecycle.add_parser(commands)
     control_plane.add_parser(commands)
     simulate.add_parser(commands)
@@ -32,11 +34,14 @@ def main() -> int:
     decode_gap.add_parser(commands)
     front_end.add_parser(commands)
     peers.add_parser(commands)
-    arguments = parser.parse_args()
+    chaos.add_parser(commands)
+    who = parser.prog
     try:
+        arguments = parser.parse_args()
+        who += f" {arguments.command}"
         return arguments.run(arguments) or 0
     except NanoEngineError as error:
-        print(f"{parser.prog} {arguments.command}: error: {' '.join(error.message.split())}", file=sys.stderr)
+        print(f"{who}: error: {' '.join(error.message.split())}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError | UnknownModelError) else 1
     except KeyboardInterrupt:
         return 130

@@ -21,13 +21,13 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from configs.engine import EngineConfig
 from launch.bench.bare_ping import BarePing
 from launch.bench.figures import Spread, table
 from launch.bench.invented_worker import VOCAB_SIZE, invented_output
+from launch.options import new_file, whole
 from nanoengine.channel import Channel, Direction, FrameWriter
 from nanoengine.executor import Executor, MultiprocessExecutor
 from nanoengine.messages import AddRequest
@@ -76,21 +76,21 @@ class _TimedStep(StepInput):
 def add_parser(commands: Any) -> None:
     """Declare `control-plane`."""
     parser = commands.add_parser("control-plane", help=__doc__.splitlines()[0])
-    parser.add_argument("--tp", type=int, nargs="+", default=[1, 2, 4], help="numbers of ranks (default: 1 2 4)")
     parser.add_argument(
-        "--sequences", type=int, nargs="+", default=[1, 64, 256, 1024],
+        "--tp", type=whole(1, 64), nargs="+", default=[1, 2, 4], help="numbers of ranks (default: 1 2 4)"
+    )
+    parser.add_argument(
+        "--sequences", type=whole(1), nargs="+", default=[1, 64, 256, 1024],
         help="numbers of decoding sequences (default: 1 64 256 1024)",
     )  # fmt: skip
-    parser.add_argument("--steps", type=int, default=500, help="steps measured for each (default: %(default)s)")
-    parser.add_argument("--context", type=int, default=512, help="tokens in each prompt (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE, in microseconds")
+    parser.add_argument("--steps", type=whole(1), default=500, help="steps measured for each (default: %(default)s)")
+    parser.add_argument("--context", type=whole(1), default=512, help="tokens in each prompt (default: %(default)s)")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="also write the figures to FILE, in microseconds")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure and print; medians, and the tenth to the ninetieth percentile."""
-    if not all(value >= 1 for value in (*arguments.tp, *arguments.sequences, arguments.steps, arguments.context)):
-        raise SystemExit("--tp, --sequences, --steps and --context must be at least 1")
     results = []
     for tp in arguments.tp:
         with _machinery(tp) as (executor, epoch, ping):

@@ -16,10 +16,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from configs.errors import DeadlineError, EngineError
 from launch.bench.figures import percentile, table
+from launch.options import new_file, real, whole
 from nanoengine import LLM, SamplingParams
 
 ALONE_TOKENS = 100
@@ -41,21 +42,18 @@ def add_parser(commands: Any) -> None:
     """Declare `decode-gap`."""
     parser = commands.add_parser("decode-gap", help=__doc__.splitlines()[0])
     parser.add_argument("--model", default="demo", help="(default: %(default)s)")
-    parser.add_argument("--tp", type=int, default=1, help="ranks (default: %(default)s)")
-    parser.add_argument("--gaps", type=float, nargs="+", default=[0, 3], help="bounds to compare (default: 0 3)")
-    parser.add_argument("--streams", type=int, default=4, help="running streams (default: %(default)s)")
-    parser.add_argument("--prompts", type=int, default=16, help="prompts that flood in (default: %(default)s)")
-    parser.add_argument("--prompt-tokens", type=int, default=2000, help="tokens in each (default: %(default)s)")
-    parser.add_argument("--runs", type=int, default=3, help="engines of each bound (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
+    parser.add_argument("--tp", type=whole(1, 64), default=1, help="ranks (default: %(default)s)")
+    parser.add_argument("--gaps", type=real(0), nargs="+", default=[0, 3], help="bounds to compare (default: 0 3)")
+    parser.add_argument("--streams", type=whole(1), default=4, help="running streams (default: %(default)s)")
+    parser.add_argument("--prompts", type=whole(1), default=16, help="prompts that flood in (default: %(default)s)")
+    parser.add_argument("--prompt-tokens", type=whole(1), default=2000, help="tokens in each (default: %(default)s)")
+    parser.add_argument("--runs", type=whole(1), default=3, help="engines of each bound (default: %(default)s)")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="also write the figures to FILE")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure and print."""
-    counts = (arguments.streams, arguments.prompts, arguments.prompt_tokens, arguments.runs, arguments.tp)
-    if min(counts) < 1:
-        raise SystemExit("--streams, --prompts, --prompt-tokens, --runs and --tp must be at least 1")
     found = {bound: Gaps() for bound in arguments.gaps}
     for number in range(arguments.runs):
         for bound, gaps in found.items():
@@ -109,7 +107,7 @@ class _Watch:
         deadline = time.monotonic() + DEADLINE_SECONDS
         while not done():
             if time.monotonic() > deadline:
-                raise SystemExit(f"waited {DEADLINE_SECONDS:g} s in vain")
+                raise DeadlineError(f"waited {DEADLINE_SECONDS:g} s in vain")
             outputs, now = self._llm.step(), time.perf_counter()
             for output in outputs:
                 name = output.request_id
@@ -117,7 +115,7 @@ class _Watch:
                     self.finished.add(name)
                 if name in self.times:
                     if output.finished:
-                        raise SystemExit(f"{name} ended before the flood: fewer or shorter prompts are needed")
+                        raise EngineError(f"{name} ended before the flood: fewer or shorter prompts are needed")
                     times = self.times[name]
                     # Tokens that arrive together do so at one time.
                     times += [now] * (len(output.outputs[0].token_ids) - len(times))

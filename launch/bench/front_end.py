@@ -21,12 +21,14 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 
 from configs.engine import EngineConfig
+from configs.errors import EngineError
 from launch.bench import processes
 from launch.bench.figures import percentile, table
 from launch.bench.instant_engine import RATE_VARIABLE
 from launch.front_group import FrontEndProcess
 from launch.keys import ApiKeys
 from launch.listener import listening
+from launch.options import real, whole
 from nanoengine.engine_process import EngineProcess
 
 _MODULE = "launch.bench.instant_engine"
@@ -39,10 +41,17 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Declare `front-end`."""
     parser = commands.add_parser("front-end", help=__doc__.splitlines()[0])
     parser.add_argument(
-        "--streams", type=int, nargs="+", default=[16, 64, 256], help="open at once (default: 16 64 256)"
+        "--streams", type=whole(1), nargs="+", default=[16, 64, 256], help="open at once (default: 16 64 256)"
     )
-    parser.add_argument("--rate", type=float, nargs="+", default=[2000, 10000], help="tokens a second over all streams")
-    parser.add_argument("--seconds", type=float, default=5, help="how long each combination is measured (default: 5)")
+    parser.add_argument(
+        "--rate", type=real(above=0), nargs="+", default=[2000, 10000], help="tokens a second over all streams"
+    )
+    parser.add_argument(
+        "--seconds", type=real(above=0), default=5, help="how long each combination is measured (default: 5)"
+    )
+    parser.add_argument(
+        "--crowd", action="store_true", help="measure from the moment on when all streams are asked for at once"
+    )
     parser.add_argument("--chat", action="store_true", help="chat completions instead of completions")
     parser.set_defaults(run=run)
 
@@ -69,15 +78,15 @@ def _served(rate: float, streams: int) -> Iterator[tuple[FrontEndProcess, int]]:
         (listener,) = stack.enter_context(listening(config.server, False))
         stack.callback(engine.stop)
         engine.start()
-        front = FrontEndProcess(config, listener, ApiKeys(), engine.run_dir)
+        front = FrontEndProcess(config, listener, ApiKeys(), engine.run_dir, engine.run_dir / "fronts", 1)
         stack.callback(front.end)
         engine.wait_ready(60)
-        front.tell({"ready": True})
+        front.tell(engine.look())
         while not front.is_ready:
+            front.wait(1)
             front.read()
             if front.exit_code is not None:
-                raise SystemExit(f"the front end ended: {front.failure or front.exit_code}")
-            time.sleep(0.01)
+                raise EngineError(f"the front end ended: {front.failure or front.exit_code}")
         yield front, listener.getsockname()[1]
 
 
@@ -88,7 +97,7 @@ class _Counts:
 
 
 class _Stream(asyncio.Protocol):
-    """Asks for a stream and counts its events; asks again when it ends."""
+    """Counts the events of a stream that was asked for on its connection; asks again when it ends."""
 
     def __init__(self, request: bytes, counts: _Counts) -> None:
         self._request, self._counts = request, counts
@@ -97,7 +106,6 @@ class _Stream(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        transport.write(self._request)
 
     def data_received(self, data: bytes) -> None:
         self._counts.num_events += data.count(b"data: {")
@@ -115,14 +123,23 @@ async def _measure(
 ) -> list[str]:
     loop = asyncio.get_running_loop()
     counts, request = _Counts(), _request(arguments.chat)
-    open_streams = [
-        (await loop.create_connection(lambda: _Stream(request, counts), "127.0.0.1", port))[0] for _ in range(streams)
-    ]
-    await asyncio.sleep(_WARM_UP_SECONDS)
-    before, cpu, began = dataclasses.replace(counts), processes.cpu_seconds([front.pid]), time.perf_counter()
     # In a process of its own: a client that is busy counting would not notice an answer at once.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        latencies = sorted(await loop.run_in_executor(pool, _probe, port, arguments.seconds))
+        await loop.run_in_executor(pool, _probe, port, _PROBE_SECONDS)
+        open_streams = [
+            (await loop.create_connection(lambda: _Stream(request, counts), "127.0.0.1", port))[0]
+            for _ in range(streams)
+        ]
+        if not arguments.crowd:
+            for stream in open_streams:
+                stream.write(request)
+            await asyncio.sleep(_WARM_UP_SECONDS)
+        before, cpu, began = dataclasses.replace(counts), processes.cpu_seconds([front.pid]), time.perf_counter()
+        probing = loop.run_in_executor(pool, _probe, port, arguments.seconds)
+        if arguments.crowd:
+            for stream in open_streams:
+                stream.write(request)
+        latencies = sorted(await probing)
     seconds = time.perf_counter() - began
     cpu = processes.cpu_seconds([front.pid]) - cpu
     tokens, events = counts.num_tokens - before.num_tokens, counts.num_events - before.num_events

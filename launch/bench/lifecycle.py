@@ -16,7 +16,10 @@ import time
 import urllib.request
 from typing import Any
 
+from configs.errors import EngineError
+from launch import cli
 from launch.bench import processes
+from launch.options import real, whole
 from nanoengine._packages import child_environment
 
 READY = re.compile(r"nanoengine ready: (http://\S+)")
@@ -25,16 +28,22 @@ READY = re.compile(r"nanoengine ready: (http://\S+)")
 def add_parser(commands: Any) -> None:
     """Declare `lifecycle`; whatever follows `--` goes to the server."""
     parser = commands.add_parser("lifecycle", help=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=5, help="starts to measure (default: %(default)s)")
+    parser.add_argument("--runs", type=whole(1), default=5, help="starts to measure (default: %(default)s)")
     parser.add_argument(
-        "--idle-seconds", type=float, default=30, help="how long to watch the idle server, in the last run"
+        "--idle-seconds", type=real(0), default=30, help="how long to watch the idle server, in the last run"
     )
     parser.add_argument("server", nargs="*", metavar="-- SERVER OPTIONS", help="options of `python -m launch`")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure and print; medians and the range over the runs."""
+    """Measure and print; medians and the range over the runs.
+
+    Raises:
+        ConfigError: the server's options cannot be.
+        EngineError: the server does not start.
+    """
+    cli.parse(arguments.server).resolve()
     rows = []
     for number in range(arguments.runs):
         last = number == arguments.runs - 1
@@ -69,6 +78,8 @@ def measure(options: list[str], idle_seconds: float) -> dict[str, Any]:
     finally:
         server.kill()
         server.wait()
+        assert server.stdout is not None
+        server.stdout.close()
     return {
         "ready_s": ready,
         "first_answer_s": answered,
@@ -85,7 +96,7 @@ def _address(server: subprocess.Popen[str]) -> str:
     for line in server.stdout:
         if match := READY.match(line):
             return match[1]
-    raise SystemExit(f"the server ended before it was ready, with exit code {server.wait()}")
+    raise EngineError(f"the server ended before it was ready, with exit code {server.wait()}")
 
 
 def _ask(address: str) -> None:

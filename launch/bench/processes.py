@@ -30,6 +30,16 @@ def alive(pid: int) -> bool:
     return bool(fields) and fields[0] != "Z"
 
 
+def with_variable(name: str, value: str) -> list[int]:
+    """Those of all living processes of this user that were started with this in their environment."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and f"{name}={value}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                found.append(int(entry.name))
+    return sorted(filter(alive, found))
+
+
 def cpu_seconds(pids: list[int]) -> float:
     """User and system time the processes have used so far, in seconds."""
     total = 0
@@ -41,13 +51,43 @@ def cpu_seconds(pids: list[int]) -> float:
 
 def proportional_memory(pids: list[int]) -> int:
     """Sum of the processes' PSS in bytes: shared pages are divided among those who share them."""
+    return _memory(pids, ("Pss:",))
+
+
+def own_memory(pids: list[int]) -> int:
+    """What of it belongs to no file: it does not change when another program maps the same libraries."""
+    return _memory(pids, ("Pss_Anon:", "Pss_Shmem:"))
+
+
+def _memory(pids: list[int], fields: tuple[str, ...]) -> int:
     total = 0
     for pid in pids:
         with contextlib.suppress(OSError):
             for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-                if line.startswith("Pss:"):
+                if line.startswith(fields):
                     total += int(line.split()[1]) * 1024
     return total
+
+
+def name(pid: int) -> str:
+    """What ps shows, at most 15 characters; empty when the process is gone."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().rstrip("\n")
+    return ""
+
+
+def num_descriptors(pids: list[int]) -> int:
+    """Open files, sockets and so on of the processes."""
+    total = 0
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            total += len(os.listdir(f"/proc/{pid}/fd"))
+    return total
+
+
+def num_threads(pids: list[int]) -> int:
+    """Threads of the processes."""
+    return sum(int(fields[17]) for pid in pids if (fields := _stat(pid)))
 
 
 def _stat(pid: int) -> list[str]:

@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from configs.engine import EngineConfig
+from configs.errors import ConfigError
 from launch.bench.figures import Spread, table
+from launch.options import new_file, whole
 
 WARM_UP = 2
 """Rounds that are not measured: rows are sent, memory is touched for the first time."""
@@ -45,15 +47,15 @@ QWEN3_0_6B: dict[str, Any] = {
 def add_parser(commands: Any) -> None:
     """Declare `sampling`."""
     parser = commands.add_parser("sampling", help=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=64, help="rows of a step (default: %(default)s)")
-    parser.add_argument("--vocab-size", type=int, default=151_936, help="(default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=15, help="steps measured of each kind (default: %(default)s)")
-    parser.add_argument("--threads", type=int, help="of torch (default: its own choice)")
+    parser.add_argument("--batch", type=whole(1), default=64, help="rows of a step (default: %(default)s)")
+    parser.add_argument("--vocab-size", type=whole(1), default=151_936, help="(default: %(default)s)")
+    parser.add_argument("--steps", type=whole(1), default=15, help="steps measured of each kind (default: %(default)s)")
+    parser.add_argument("--threads", type=whole(1), help="of torch (default: its own choice)")
     parser.add_argument(
         "--model-step", action="store_true",
         help="time whole decode steps of Qwen3-0.6B's shape with random weights; takes about 3 GiB",
     )  # fmt: skip
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE, in milliseconds")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="also write the figures to FILE, in milliseconds")
     parser.set_defaults(run=run)
 
 
@@ -61,8 +63,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Measure and print; medians, and the tenth to the ninetieth percentile."""
     from launch.bench.sampling_steps import HISTORY, set_num_threads
 
-    if min(arguments.batch, arguments.steps, arguments.threads or 1) < 1 or arguments.vocab_size < HISTORY:
-        raise SystemExit(f"--batch, --steps and --threads must be at least 1, --vocab-size at least {HISTORY}")
+    if arguments.vocab_size < HISTORY:
+        raise ConfigError(f"--vocab-size must be at least {HISTORY}, got {arguments.vocab_size}", "vocab_size")
     set_num_threads(arguments.threads)
     results = measure(arguments.batch, arguments.vocab_size, arguments.steps, arguments.model_step)
     print(render(results))

@@ -15,13 +15,14 @@ import sys
 import time
 from array import array
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from configs.errors import ConfigError
 from launch.bench.figures import percentile, table
 from launch.bench.traces import TracedRequest, TraceSpec, generate
+from launch.options import new_file, real, whole
 from nanoengine.messages import AddRequest, TokenColumns
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.scheduler import Scheduler, SchedulerLimits
@@ -208,37 +209,41 @@ def add_parser(commands: Any) -> None:
     """Declare `simulate`."""
     parser = commands.add_parser("simulate", help=__doc__.splitlines()[0])
     spec, model = TraceSpec(), StepTimeModel()
-    parser.add_argument("--requests", type=int, default=spec.num_requests, help="default: %(default)s")
-    parser.add_argument("--rate", type=float, default=spec.rate, help="requests a second (default: %(default)s)")
+    parser.add_argument("--requests", type=whole(1), default=spec.num_requests, help="default: %(default)s")
+    parser.add_argument(
+        "--rate", type=real(above=0), default=spec.rate, help="requests a second (default: %(default)s)"
+    )
     parser.add_argument("--arrivals", choices=("poisson", "bursty"), default=spec.arrivals)
     parser.add_argument(
-        "--prefix-share", type=float, default=spec.prefix_share,
+        "--prefix-share", type=real(0, 1), default=spec.prefix_share,
         help="share of requests that start with one of the system prompts (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--urgent-share", type=float, default=spec.urgent_share,
+        "--urgent-share", type=real(0, 1), default=spec.urgent_share,
         help="share of requests of priority -1, the others have 0 (default: %(default)s)",
     )  # fmt: skip
     for name in ("prompt_median", "output_median", "max_prompt", "max_output", "num_prefixes", "prefix_length"):
         flag = "--" + name.replace("_", "-")
-        parser.add_argument(flag, type=int, default=getattr(spec, name), help="tokens (default: %(default)s)")
-    parser.add_argument("--num-kv-blocks", type=int, nargs="+", default=[24_000], help="one run each (default: 24000)")
-    parser.add_argument("--max-num-batched-tokens", type=int, nargs="+", default=[2048], help="(default: 2048)")
-    parser.add_argument("--max-num-seqs", type=int, nargs="+", default=[256], help="one run each (default: 256)")
+        parser.add_argument(flag, type=whole(1), default=getattr(spec, name), help="tokens (default: %(default)s)")
+    parser.add_argument(
+        "--num-kv-blocks", type=whole(1), nargs="+", default=[24_000], help="one run each (default: 24000)"
+    )
+    parser.add_argument("--max-num-batched-tokens", type=whole(1), nargs="+", default=[2048], help="(default: 2048)")
+    parser.add_argument("--max-num-seqs", type=whole(1), nargs="+", default=[256], help="one run each (default: 256)")
     parser.add_argument("--policy", choices=("fcfs", "priority"), nargs="+", default=["fcfs"])
     parser.add_argument(
-        "--max-decode-gap", type=float, nargs="+", default=[0.0], help="0 = off; one run each (default: 0)"
+        "--max-decode-gap", type=real(0), nargs="+", default=[0.0], help="0 = off; one run each (default: 0)"
     )
     parser.add_argument(
-        "--num-host-blocks", type=int, nargs="+", default=[0], help="of the swap space; one run each (default: 0)"
+        "--num-host-blocks", type=whole(0), nargs="+", default=[0], help="of the swap space; one run each (default: 0)"
     )
     parser.add_argument("--preemption-mode", choices=("recompute", "swap"), nargs="+", default=["recompute"])
     parser.add_argument("--no-prefix-caching", action="store_true")
-    parser.add_argument("--seed", type=int, default=spec.seed)
+    parser.add_argument("--seed", type=whole(0), default=spec.seed)
     for field in dataclasses.fields(model):
         flag = "--step-" + field.name.replace("_", "-")
-        parser.add_argument(flag, type=float, default=field.default, help="seconds (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
+        parser.add_argument(flag, type=real(0), default=field.default, help="seconds (default: %(default)s)")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="also write the figures to FILE")
     parser.set_defaults(run=run)
 
 
@@ -246,12 +251,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Replay the trace once for each combination of settings, and print a table."""
     names = [field.name for field in dataclasses.fields(TraceSpec) if hasattr(arguments, field.name)]
     spec = TraceSpec(num_requests=arguments.requests, **{name: getattr(arguments, name) for name in names})
-    if not (0 <= spec.prefix_share <= 1 and 0 <= spec.urgent_share <= 1):
-        raise SystemExit("--prefix-share and --urgent-share must be from 0 to 1")
-    if min(spec.num_requests, spec.prompt_median, spec.output_median, spec.num_prefixes) < 1 or spec.rate <= 0:
-        raise SystemExit("--requests, --rate, the medians and --num-prefixes must be greater than 0")
     if "swap" in arguments.preemption_mode and not all(arguments.num_host_blocks):
-        raise SystemExit("--preemption-mode swap needs --num-host-blocks greater than 0")
+        raise ConfigError("--preemption-mode swap needs --num-host-blocks greater than 0", "num_host_blocks")
     model = StepTimeModel(*(getattr(arguments, f"step_{f.name}") for f in dataclasses.fields(StepTimeModel)))
     results = []
     for num_blocks, budget, num_seqs, policy, gap, num_host_blocks, preemption_mode in itertools.product(

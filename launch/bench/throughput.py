@@ -21,6 +21,7 @@ from typing import Any
 from configs.engine import LAYERS, EngineConfig, setting_owners
 from configs.errors import ConfigError, EngineError
 from launch.bench.hardware import hardware, hardware_line
+from launch.options import real
 from nanoengine.sampling_params import SamplingParams
 
 MAX_TOKEN_ID = 10_000
@@ -69,7 +70,7 @@ def add_parser(commands: Any) -> None:
             help=f"{words} (default: 100 1024)",
         )  # fmt: skip
     parser.add_argument("--seed", type=int, default=usual.seed, help="of lengths and ids (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.6, help="default: %(default)s")
+    parser.add_argument("--temperature", type=real(0), default=0.6, help="default: %(default)s")
     parser.add_argument("--runs", type=int, default=1, help="measured runs on one engine (default: %(default)s)")
     parser.add_argument("--output", "--json", type=Path, metavar="FILE", help="also write the figures to FILE as JSON")
     parser.add_argument("engine", nargs="*", metavar="-- ENGINE OPTIONS", help="options of `python -m launch`")

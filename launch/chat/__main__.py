@@ -17,13 +17,15 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
-from configs.errors import ConfigError, NanoEngineError, UnknownModelError
+from configs.errors import ConfigError, NanoEngineError, RequestError, UnknownModelError
 from launch import cli
 from launch.chat.conversation import Answer, Conversation
 from launch.chat.terminal import Terminal
 from launch.client.api import ApiClient
 from launch.client.connection import ClientError
+from launch.options import OneLineParser, whole
 from launch.tied_server import TiedServer
+from nanoengine.sampling_params import SamplingParams
 
 PROGRAM = "launch.chat"
 _PATH = "/v1/chat/completions"
@@ -68,7 +70,7 @@ def _leave(number: int, frame: FrameType | None) -> NoReturn:
 
 def make_parser() -> argparse.ArgumentParser:
     """The chat's own options; all others are the server's."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog=f"python -m {PROGRAM}",
         description="Chat with a model in the terminal.",
         epilog="Without --base-url a server is started, which takes every other option of `python -m launch`.",
@@ -78,7 +80,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--api-key", help="the key it wants (default: the environment's OPENAI_API_KEY)")
     parser.add_argument("--model", help="the model's name there (default: the first); for a server to start, its model")
     parser.add_argument("--system", default="", metavar="TEXT", help="the model's instructions")
-    parser.add_argument("--max-tokens", type=int, help="longest answer (default: as long as fits)")
+    parser.add_argument("--max-tokens", type=whole(1), help="longest answer (default: as long as fits)")
     for name, (kind, words) in _SAMPLING.items():
         parser.add_argument("--" + name.replace("_", "-"), type=kind, help=f"{words} (default: the server's)")
     parser.add_argument("--stats", action="store_true", help="tell tokens and speed after each answer")
@@ -88,8 +90,10 @@ def make_parser() -> argparse.ArgumentParser:
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The chat's options, and those of the server to start. Raises ConfigError."""
     arguments, engine_options = make_parser().parse_known_args(argv)
-    if arguments.max_tokens is not None and arguments.max_tokens < 1:
-        raise ConfigError(f"--max-tokens must be at least 1, got {arguments.max_tokens}", "max_tokens")
+    try:
+        SamplingParams(**{name: value for name in _SAMPLING if (value := getattr(arguments, name)) is not None})
+    except RequestError as error:
+        raise ConfigError(f"--{error.message.replace('_', '-')}", error.param) from None
     if arguments.base_url is not None:
         if engine_options:
             raise ConfigError(f"{engine_options[0]} is no option of the chat, and {arguments.base_url} runs already")

@@ -10,7 +10,8 @@ import asyncio
 import contextlib
 import ssl
 import urllib.parse
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import h11
@@ -32,11 +33,20 @@ class ClientError(EngineError):
 class HttpClient:
     """Requests to the server at `base_url`, each on a connection of its own. Belongs to one event loop.
 
+    Args:
+        unix_path: the Unix socket to connect to, instead of the host that `base_url` names.
+
     Raises:
         ConfigError: the address is no HTTP address.
     """
 
-    def __init__(self, base_url: str, headers: dict[str, str] | None = None, connect_timeout: float = 10.0) -> None:
+    def __init__(
+        self,
+        base_url: str,
+        headers: dict[str, str] | None = None,
+        connect_timeout: float = 10.0,
+        unix_path: Path | None = None,
+    ) -> None:
         try:
             parts = urllib.parse.urlsplit(base_url)
             port = parts.port
@@ -49,36 +59,56 @@ class HttpClient:
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
         self._root = parts.path.rstrip("/")
         self._headers = {"Host": self.where, "User-Agent": "nanoengine", **(headers or {})}
-        self._connect_timeout = connect_timeout
+        self._connect_timeout, self._unix_path = connect_timeout, unix_path
         self._idle: list[_Connection] = []
+        self._open: set[_Connection] = set()
+
+    @property
+    def num_connections(self) -> int:
+        """How many are open, those included that are kept for later."""
+        return len(self._open)
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port that it connects to."""
+        return self._host, self._port
 
     @contextlib.asynccontextmanager
-    async def request(self, method: str, path: str, body: bytes = b"") -> AsyncIterator[Response]:
+    async def request(
+        self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None
+    ) -> AsyncIterator[Response]:
         """Send a request and give its response once the head is there; leaving early hangs up.
+
+        Args:
+            headers: beside those of every request.
 
         Raises:
             ClientError: "connect" or "connection lost".
         """
-        response = await self._respond(method, path, body)
+        response = await self._respond(method, path, body, headers or {})
         connection = response.connection
         try:
             yield response
         except BaseException:
-            connection.hang_up()
+            self._hang_up(connection)
             raise
         if connection.can_be_kept():
             self._idle.append(connection)
         else:
-            connection.hang_up()
+            self._hang_up(connection)
 
     def close(self) -> None:
         """Hang up on the connections that are kept. Harmless twice."""
         while self._idle:
-            self._idle.pop().hang_up()
+            self._hang_up(self._idle.pop())
 
-    async def _respond(self, method: str, path: str, body: bytes) -> Response:
+    def _hang_up(self, connection: _Connection) -> None:
+        self._open.discard(connection)
+        connection.hang_up()
+
+    async def _respond(self, method: str, path: str, body: bytes, own_headers: Mapping[str, str]) -> Response:
         headers = self._headers | ({"Content-Type": "application/json"} if body else {})
-        headers["Content-Length"] = str(len(body))
+        headers |= {"Content-Length": str(len(body)), **own_headers}
         request = h11.Request(method=method, target=self._root + path, headers=list(headers.items()))
         while True:
             kept = self._take_idle()
@@ -86,12 +116,12 @@ class HttpClient:
             try:
                 return await connection.send(request, body)
             except ClientError:
-                connection.hang_up()
+                self._hang_up(connection)
                 # A server may close a kept connection at any time. Nothing came of the request: once more, elsewhere.
                 if kept is None or connection.has_answered:
                     raise
             except BaseException:
-                connection.hang_up()
+                self._hang_up(connection)
                 raise
 
     def _take_idle(self) -> _Connection | None:
@@ -99,19 +129,24 @@ class HttpClient:
             connection = self._idle.pop()
             if not connection.reader.at_eof():
                 return connection
-            connection.hang_up()
+            self._hang_up(connection)
         return None
 
     async def _connect(self) -> _Connection:
         try:
             async with asyncio.timeout(self._connect_timeout):
-                reader, writer = await asyncio.open_connection(self._host, self._port, ssl=self._tls)
+                if self._unix_path is None:
+                    reader, writer = await asyncio.open_connection(self._host, self._port, ssl=self._tls)
+                else:
+                    reader, writer = await asyncio.open_unix_connection(self._unix_path)
         except TimeoutError as error:
             why = f"no connection within {self._connect_timeout:g} s"
             raise ClientError("connect", f"cannot reach {self.where}: {why}") from error
         except OSError as error:
             raise ClientError("connect", f"cannot reach {self.where}: {error}") from error
-        return _Connection(reader, writer, self.where)
+        connection = _Connection(reader, writer, self.where)
+        self._open.add(connection)
+        return connection
 
 
 class Response:

@@ -1,7 +1,7 @@
 """Server-sent events out of bytes, as they arrive; knows neither HTTP nor what the events say.
 
-Source: the WHATWG HTML standard, section 9.2.6 "Interpreting an event stream". Only the data of events is of
-interest here; their types, ids and retry times are read over.
+Source: the WHATWG HTML standard, section 9.2.6 "Interpreting an event stream". The data of events is of
+interest here, and the id of the latest one; their types and retry times are read over.
 """
 
 from __future__ import annotations
@@ -15,9 +15,15 @@ _BOM = b"\xef\xbb\xbf"
 
 
 class EventParser:
-    """Takes bytes in pieces of any size, cut anywhere."""
+    """Takes bytes in pieces of any size, cut anywhere.
+
+    Attributes:
+        last_id: what the latest event that had an id was called, for `Last-Event-ID`; empty when none had.
+    """
 
     def __init__(self) -> None:
+        self.last_id = ""
+        self._id: bytes | None = None  # of the event that has not ended yet
         self._rest = b""  # the line that has not ended yet
         self._data: list[bytes] = []  # of the event that has not ended yet
         self._num_bytes = 0
@@ -46,9 +52,13 @@ class EventParser:
             line = line.removeprefix(_BOM)
         if not line:
             data, self._data, self._num_bytes = self._data, [], 0
+            if self._id is not None:
+                self.last_id, self._id = self._id.decode(), None
             return b"\n".join(data).decode() if data else None
         name, _, value = line.partition(b":")  # a comment is a line without a name
         if name == b"data":
             self._data.append(value.removeprefix(b" "))
             self._num_bytes += len(line)
+        elif name == b"id" and b"\0" not in value:
+            self._id = value.removeprefix(b" ")
         return None

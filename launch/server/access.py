@@ -12,6 +12,7 @@ import time
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from launch.server.metrics import ServerMetrics
+from launch.server.peers import is_from_peer
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ class ObserveHttp:
         self._app, self._metrics, self._access_log = app, metrics, access_log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] != "http" or is_from_peer(scope):
             await self._app(scope, receive, send)
             return
         status, began = 500, time.perf_counter()  # an exception that nobody caught is answered further outside

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from launch.server.errors import from_exception
-from launch.server.waiting import cancelled, closed, either
+from launch.server.waiting import cancelled, closed
 from nanoengine.logs import current_request_id
 
 logger = logging.getLogger(__name__)
@@ -75,9 +75,10 @@ class EventStream(Response):
         self._sent_at = asyncio.get_running_loop().time()
         sender, pinger = asyncio.create_task(self._send_all(send)), asyncio.create_task(self._ping(send))
         try:
-            await either(sender, self._hang_up)
-            if sender.done():
-                sender.result()
+            # None of them may end by an exception unnoticed: that breaks off the connection, and is logged.
+            ended, _ = await asyncio.wait([sender, pinger, self._hang_up], return_when=asyncio.FIRST_COMPLETED)
+            for each in ended:
+                each.result()
         finally:
             await cancelled(pinger)
             await cancelled(sender)

@@ -19,21 +19,29 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from launch.server.engine import Engine
+from launch.server.errors import UNAVAILABLE, ApiError
 from launch.server.metrics import COUNTERS, HISTOGRAMS, Numbers, ServerMetrics
 from launch.server.shared_numbers import SharedNumbers
-from nanoengine.engine_stats import STEP_TOKEN_BOUNDS
+from nanoengine.engine_stats import RESTART_REASONS, SCHEDULER_RESTART_REASONS, STEP_TOKEN_BOUNDS
 from nanoengine.messages import Stats
 from nanoengine.version import __version__
 
 PREFIX = "nanoengine:"
 router = APIRouter()
 
+_RESUMED = "requests_resumed"
 _NOTHING = Stats(0, 0, steps_by_tokens=[0] * (len(STEP_TOKEN_BOUNDS) + 1))
 
 
 @router.get("/metrics", include_in_schema=False)
 async def metrics(request: Request) -> Response:
-    """Everything that is counted, as Prometheus reads it."""
+    """Everything that is counted, as Prometheus reads it.
+
+    A front end that was started again does not know the engine's totals at first. Answering 0 would look like a new
+    engine, and then like a burst.
+    """
+    if request.app.state.front_dir is not None and request.app.state.engine.stats is None:
+        raise ApiError(503, "this front end does not know the engine's totals yet", UNAVAILABLE, code="loading")
     registry: CollectorRegistry = request.app.state.metrics_registry
     encode, content_type = choose_encoder(request.headers.get("accept", ""))
     return Response(encode(registry), headers={"Content-Type": content_type})
@@ -60,7 +68,9 @@ class MetricsCollector(Collector):
             stats = _NOTHING if stats is None else _at_rest(stats)
         yield from self._engine_state(stats)
         yield from self._engine_totals(stats)
-        yield from self._requests(self._metrics.numbers if self._shared is None else self._shared.sum())
+        numbers = self._metrics.numbers if self._shared is None else self._shared.sum()
+        yield from self._recovery(stats, numbers)
+        yield from self._requests(numbers)
         yield from self._facts()
 
     def _engine_state(self, stats: Stats) -> Iterator[Metric]:
@@ -101,11 +111,38 @@ class MetricsCollector(Collector):
             stats.steps_by_tokens, stats.num_step_tokens,
         )  # fmt: skip
 
+    def _recovery(self, stats: Stats, numbers: Numbers) -> Iterator[Metric]:
+        workers = dict.fromkeys(RESTART_REASONS, 0) | stats.restarts
+        told = self._engine.restart_stats
+        schedulers = dict.fromkeys(SCHEDULER_RESTART_REASONS, 0) | told.restarts
+        for name, help, restarts in (
+            ("worker_restarts", "Groups of ranks that were started in place of failed ones.", workers),
+            ("scheduler_restarts", "Schedulers that were started in place of failed ones.", schedulers),
+        ):
+            yield self._counter(name, help, {(reason,): number for reason, number in restarts.items()}, ["reason"])
+        yield self._counter(
+            "recovery_seconds", "Seconds from each failure until the engine served again.",
+            {("worker",): stats.recovery_seconds, ("scheduler",): told.seconds}, ["process"],
+        )  # fmt: skip
+        resumed = numbers.counters[_RESUMED] | {("worker",): stats.num_requests_resumed}
+        yield self._counter(_RESUMED, COUNTERS[_RESUMED].help, resumed, COUNTERS[_RESUMED].labels)
+        totals = (
+            ("tokens_recomputed", "Tokens whose keys and values were lost with ranks.", stats.num_tokens_recomputed),
+            ("requests_condemned", "Requests that ended because ranks fail of them.", stats.num_requests_condemned),
+            ("steps_given_up", "Steps that found no memory and were computed again.", stats.num_steps_given_up),
+            ("scheduler_faults", "Faults of the scheduler, each the end of its books.", stats.num_scheduler_faults),
+            ("frames_rejected", "Frames and messages that were refused.", stats.num_frames_rejected),
+        )
+        for name, help, total in totals:
+            yield self._counter(name, help, {(): total})
+
     def _requests(self, numbers: Numbers) -> Iterator[Metric]:
         for name, histogram in numbers.histograms.items():
             help = HISTOGRAMS[name].help
             yield self._histogram(name, help, histogram.bounds, histogram.counts, histogram.total)
         for name, values in numbers.counters.items():
+            if name == _RESUMED:
+                continue  # shown with what the scheduler counts of it
             yield self._counter(name, COUNTERS[name].help, values, COUNTERS[name].labels)
 
     def _facts(self) -> Iterator[Metric]:
@@ -131,7 +168,7 @@ class MetricsCollector(Collector):
         family.add_metric([self._model_name], value)
         return family
 
-    def _counter(self, name: str, help: str, values: Mapping[Any, int], labels: Iterable[str] = ()) -> Metric:
+    def _counter(self, name: str, help: str, values: Mapping[Any, float], labels: Iterable[str] = ()) -> Metric:
         family = CounterMetricFamily(PREFIX + name, help, labels=["model_name", *labels])
         for key, value in values.items():
             family.add_metric([self._model_name, *key], value)

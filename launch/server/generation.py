@@ -14,14 +14,14 @@ from typing import Any, TypeVar
 from fastapi.responses import JSONResponse
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive
 
 from configs.errors import RequestError, from_wire
 from launch.server.engine import Engine
 from launch.server.events import DONE, EventStream, event
 from launch.server.formats import AnswerFormat
-from launch.server.streams import StreamStore, next_number, wants_resume
-from launch.server.waiting import cancelled, closed, either
+from launch.server.peers import Relayed
+from launch.server.streams import StreamStore, keeper_gone, next_number, wants_resume
+from launch.server.waiting import cancelled, closed, either, hang_up
 from nanoengine.beam_params import BeamSearchParams
 from nanoengine.outputs import RequestOutput
 from nanoengine.prompts import PromptInput, at_index
@@ -57,11 +57,11 @@ async def respond(
             return await _begin_stream(request, events)
         store: StreamStore = request.app.state.streams
         return await _begin_stream(request, store.start(request, answer_id, events).read(0), answer_id)
-    hang_up = asyncio.ensure_future(_hang_up(request.receive))
+    leaving = asyncio.ensure_future(hang_up(request.receive))
     try:
-        finished = await _unless(hang_up, _collect(outputs, len(prompts)))
+        finished = await _unless(leaving, _collect(outputs, len(prompts)))
     finally:
-        await cancelled(hang_up)
+        await cancelled(leaving)
     return JSONResponse(answer.whole(finished)) if finished is not None else _nobody()
 
 
@@ -95,8 +95,6 @@ async def _all_outputs(
             async with contextlib.aclosing(run(prompts[index], f"{answer_id}-{index}")) as several:
                 async for output in several:
                     await queue.put((index, output))
-        except RequestError as error:
-            await queue.put((index, at_index(error, index, len(prompts))))
         except Exception as error:  # travels to the one who reads
             await queue.put((index, error))
 
@@ -105,6 +103,8 @@ async def _all_outputs(
         num_open = len(prompts)
         while num_open:
             index, item = await queue.get()
+            if isinstance(item, RequestError):
+                raise at_index(item, index, len(prompts))
             if isinstance(item, Exception):
                 raise item
             num_open -= item.finished
@@ -133,10 +133,14 @@ async def _collect(outputs: AsyncGenerator[tuple[int, RequestOutput], None], num
 async def resume(request: Request, stream_id: str, last_event_id: str | None) -> Response:
     """Send what follows the event that the client names of a stream that is kept; whoever read it before is let go.
 
+    Another front end may keep it, which then answers through this one.
+
     Raises:
         RequestError, ApiError: there is no such stream or event.
     """
     store: StreamStore = request.app.state.streams
+    if (path := store.elsewhere(stream_id)) is not None:
+        return Relayed(request, path, keeper_gone(stream_id))
     stream = store.find(request, stream_id)
     number = next_number(request, stream, last_event_id)
     if stream.done and number == stream.end > 0:
@@ -161,19 +165,20 @@ async def _begin_stream(
     request: Request, events: AsyncGenerator[list[bytes], None], stream_id: str | None = None
 ) -> Response:
     """Wait for the first events, for a while, and answer with the stream. Raises what fails until then."""
-    hang_up = asyncio.ensure_future(_hang_up(request.receive))
+    leaving = asyncio.ensure_future(hang_up(request.receive))
     first = asyncio.ensure_future(_first(events))
     try:
-        await either(first, hang_up, STATUS_WAIT_SECONDS)
+        await either(first, leaving, STATUS_WAIT_SECONDS)
         if first.done():
             first.result()
-        elif hang_up.done():
+        elif leaving.done():
+            leaving.result()
             await closed(events, first)
             return _nobody()
     except BaseException:
-        await closed(events, first, hang_up)
+        await closed(events, first, leaving)
         raise
-    return EventStream(first, events, hang_up, stream_id)
+    return EventStream(first, events, leaving, stream_id)
 
 
 async def _first(events: AsyncGenerator[list[bytes], None]) -> list[bytes]:
@@ -183,18 +188,12 @@ async def _first(events: AsyncGenerator[list[bytes], None]) -> list[bytes]:
 # -- the client's hanging up ------------------------------------------------------------------------------------
 
 
-async def _hang_up(receive: Receive) -> None:
-    """Return when the client has gone."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _unless(hang_up: asyncio.Future[None], work: Coroutine[Any, Any, T]) -> T | None:
+async def _unless(leaving: asyncio.Future[None], work: Coroutine[Any, Any, T]) -> T | None:
     """The result of `work`, or None when the client hangs up first; the work is cancelled then."""
     task = asyncio.create_task(work)
     try:
-        await either(task, hang_up)
-        return task.result() if task.done() else None
+        await either(task, leaving)
+        return task.result() if task.done() else leaving.result()
     finally:
         await cancelled(task)
 

@@ -14,10 +14,12 @@ from launch.server.bodies import JsonRoute
 from launch.server.chat import prepare_chat, tokenize_chat
 from launch.server.echo import Echo
 from launch.server.engine import Engine
-from launch.server.errors import UNAVAILABLE, ApiError, draining, model_not_found
+from launch.server.errors import model_not_found
 from launch.server.formats import ChatFormat, CompletionFormat
 from launch.server.generation import respond, resume
+from launch.server.health import Condition, condition_of
 from launch.server.page import shown_view
+from launch.server.peers import ask_others, is_from_peer
 from launch.server.schema import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -40,29 +42,19 @@ def _engine(request: Request) -> Engine:
 
 
 def _serving(request: Request, model: str | None) -> Engine:
-    """The engine, when it serves this model right now. Raises ApiError 404 or 503."""
+    """The engine, when it serves this model right now, full queue or not. Raises ApiError 404 or 503."""
     engine = _engine(request)
     served = engine.config.served_model_name
     if model is not None and model != served:
         raise model_not_found(model, served)
-    if (refusal := _refusal(request)) is not None:
-        raise refusal
+    condition = _condition(request)
+    if condition.state.request == 503:
+        raise condition.error()
     return engine
 
 
-def _refusal(request: Request) -> ApiError | None:
-    """Why no request is taken right now: the server drains, the model loads, or the engine is dead."""
-    engine = _engine(request)
-    if (failure := engine.failure) is not None:
-        return ApiError(503, failure.message, UNAVAILABLE, code="engine_dead")
-    if request.app.state.lifecycle.draining:
-        return draining()
-    if engine.is_ready:
-        return None
-    cause = engine.recovering_from
-    if cause is not None:
-        return ApiError(503, f"the engine recovers from a failure: {cause.message}", UNAVAILABLE, code="recovering")
-    return ApiError(503, "the model is still loading", UNAVAILABLE, code="loading")
+def _condition(request: Request) -> Condition:
+    return condition_of(_engine(request), request.app.state.lifecycle)
 
 
 def _tokenizer(engine: Engine, param: str) -> Tokenizer:
@@ -216,10 +208,11 @@ async def reset_prefix_cache(request: Request) -> dict[str, str]:
 @router.get("/health")
 @router.get("/readyz")
 async def health(request: Request) -> JSONResponse:
-    """200 while requests are taken, 503 while the engine loads, drains, recovers or is dead. Queues no work."""
-    if (refusal := _refusal(request)) is not None:
-        return refusal.response()
-    return JSONResponse({"status": "ready"})
+    """200 while the engine serves, 503 while it loads, recovers or is dead, or the server drains. Queues no work."""
+    condition = _condition(request)
+    if condition.state.probe != 200:
+        return condition.error().response()
+    return JSONResponse({"status": condition.state.code})
 
 
 @router.get("/livez")
@@ -230,9 +223,13 @@ async def live() -> dict[str, str]:
 
 @router.get("/load")
 async def load(request: Request) -> dict[str, int]:
-    """Requests that this front end has in the engine: all, those with a token already, those that wait for one."""
+    """Requests in the engine, of all front ends together: all, those with a token already, those that wait for one."""
     engine = _engine(request)
     total, waiting = engine.num_unfinished, engine.num_queued
+    front_dir = request.app.state.front_dir
+    if front_dir is not None and not is_from_peer(request.scope):
+        for other in await ask_others(request, front_dir):
+            total, waiting = total + other["server_load"], waiting + other["waiting"]
     return {"server_load": total, "running": total - waiting, "waiting": waiting}
 
 
@@ -249,8 +246,8 @@ async def engine_state(request: Request) -> dict[str, Any]:
     Told while the server drains, too: that is when somebody wants to know what is left.
     """
     engine = _engine(request)
-    if not engine.is_ready and (refusal := _refusal(request)) is not None:
-        raise refusal
+    if not engine.is_ready:
+        raise _condition(request).error()
     return shown_view(await engine.engine_view(), engine.config)
 
 

@@ -15,12 +15,15 @@ import hmac
 import itertools
 import re
 from collections.abc import AsyncGenerator
+from pathlib import Path
 
 from fastapi import Request
 
 from configs.errors import RequestError
+from launch.front_dir import FrontDir
 from launch.server.errors import NOT_FOUND, ApiError
 from launch.server.events import error_events
+from nanoengine.watched import note_death
 
 RESUME_HEADER, LAST_ID_HEADER = "X-Stream-Resume", "Last-Event-ID"
 # Of all kept events together. Beyond it ended streams are forgotten, then the oldest events of the largest stream.
@@ -38,13 +41,6 @@ def wants_resume(request: Request, is_stream: bool) -> bool:
         raise RequestError(f"the header {RESUME_HEADER} must be 0 or 1, got {value!r:.100}", RESUME_HEADER)
     if value == "1" and not is_stream:
         raise RequestError(f"the header {RESUME_HEADER} needs stream: true", RESUME_HEADER)
-    count = request.app.state.engine.config.server.api_server_count
-    if value == "1" and count > 1:  # another process might be asked to resume it, which knows nothing of it
-        raise RequestError(
-            f"the header {RESUME_HEADER} needs a server with one front end (--api-server-count is {count})",
-            RESUME_HEADER,
-            "unsupported",
-        )
     return value == "1"
 
 
@@ -57,7 +53,7 @@ class KeptStream:
         self.size = 0
         self.has_reader = False
         self._store = store
-        self._failure: Exception | None = None  # before there was an event
+        self._failure: Exception | None = None  # before there was an event, or of what keeps them
         self._events: collections.deque[bytes] = collections.deque()
         self._first = 0  # the number of the oldest event that is kept
         self._turn = 0  # counts readers; the latest has the stream
@@ -77,6 +73,16 @@ class KeptStream:
 
     async def _run(self, events: Events) -> None:
         try:
+            await self._keep(events)
+        except Exception as error:  # what keeps them failed, or what tells of a failure: nobody must wait for more
+            self._failure = error
+            note_death(f"the stream {self.stream_id}", error)
+        self.done = True
+        self._news.set()
+        self._wait_for_reader()
+
+    async def _keep(self, events: Events) -> None:
+        try:
             async with contextlib.aclosing(events):
                 async for batch in events:
                     self._add(batch)
@@ -85,9 +91,6 @@ class KeptStream:
                 self._failure = error
             else:
                 self._add(error_events(error))
-        self.done = True
-        self._news.set()
-        self._wait_for_reader()
 
     def _add(self, events: list[bytes]) -> None:
         grown = 0
@@ -124,6 +127,7 @@ class KeptStream:
                     yield batch
                 elif self.done:
                     if self._failure is not None:
+                        self._store.forget(self)  # it has been told; its id may be asked for again at once
                         raise self._failure
                     return
                 else:
@@ -158,10 +162,19 @@ class KeptStream:
 
 
 class StreamStore:
-    """All streams of this process that can be resumed. `seconds` is how long they stay without a reader."""
+    """All streams of this process that can be resumed. `seconds` is how long they stay without a reader.
 
-    def __init__(self, seconds: float, max_bytes: int = MAX_KEPT_BYTES, max_streams: int = MAX_STREAMS) -> None:
-        self.seconds = seconds
+    `front_dir` tells the other front ends of this server, if there are any, which streams are here.
+    """
+
+    def __init__(
+        self,
+        seconds: float,
+        max_bytes: int = MAX_KEPT_BYTES,
+        max_streams: int = MAX_STREAMS,
+        front_dir: FrontDir | None = None,
+    ) -> None:
+        self.seconds, self._front_dir = seconds, front_dir
         self._max_bytes, self._max_streams = max_bytes, max_streams
         self._streams: dict[str, KeptStream] = {}
         self._size = 0  # of all their events
@@ -176,10 +189,12 @@ class StreamStore:
             ApiError: 409 when there is one of this id, 429 when there are too many.
         """
         if stream_id in self._streams:
-            raise ApiError(409, f"there is a stream {stream_id} already", code="stream_exists")
+            raise _exists(stream_id)
         if len(self._streams) >= self._max_streams and not self._forget_ended():
             message = f"at most {self._max_streams} streams can be resumed at a time; try again later"
             raise ApiError(429, message, "rate_limit_error", code="too_many_streams")
+        if self._front_dir is not None and not self._front_dir.claim(stream_id):
+            raise _exists(stream_id)
         stream = self._streams[stream_id] = KeptStream(self, stream_id, _owner(request), events)
         return stream
 
@@ -189,6 +204,10 @@ class StreamStore:
         if stream is None or not hmac.compare_digest(stream.owner, _owner(request)):
             raise _gone(stream_id)
         return stream
+
+    def elsewhere(self, stream_id: str) -> Path | None:
+        """The socket of another front end that keeps this stream; None when there is none."""
+        return None if self._front_dir is None else self._front_dir.elsewhere(stream_id)
 
     def grew(self, num_bytes: int) -> None:
         """Count further events, and keep all of them within their bound."""
@@ -207,6 +226,8 @@ class StreamStore:
         """Drop a stream; what still runs of it is aborted. Harmless twice."""
         if self._streams.get(stream.stream_id) is stream:
             del self._streams[stream.stream_id]
+            if self._front_dir is not None:
+                self._front_dir.release(stream.stream_id)
             self._size -= stream.size
         stream.close()
 
@@ -241,3 +262,13 @@ def _owner(request: Request) -> bytes:
 def _gone(stream_id: str) -> ApiError:
     message = f"there is no stream {stream_id:.200}, or these events of it are kept no longer"
     return ApiError(404, message, NOT_FOUND, code="stream_not_found")
+
+
+def keeper_gone(stream_id: str) -> ApiError:
+    """The 404 for a stream of a front end that has died."""
+    message = f"the front end that kept the stream {stream_id:.200} has died, and the stream with it"
+    return ApiError(404, message, NOT_FOUND, code="stream_not_found")
+
+
+def _exists(stream_id: str) -> ApiError:
+    return ApiError(409, f"there is a stream {stream_id} already", code="stream_exists")

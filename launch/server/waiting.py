@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import AsyncGenerator
 from typing import Any
 
+from starlette.types import Receive
+
 
 async def either(one: asyncio.Future[Any], other: asyncio.Future[Any], seconds: float | None = None) -> None:
     """Return when one of the two is done, or after so many seconds."""
@@ -17,6 +19,12 @@ async def cancelled(*futures: asyncio.Future[Any]) -> None:
     for future in futures:
         future.cancel()
     await asyncio.gather(*futures, return_exceptions=True)
+
+
+async def hang_up(receive: Receive) -> None:
+    """Return when the client of a request whose body has been read has gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 async def closed(events: AsyncGenerator[Any, None], *futures: asyncio.Future[Any]) -> None:

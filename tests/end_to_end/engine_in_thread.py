@@ -5,23 +5,25 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 from configs.engine import EngineConfig
 from configs.errors import EngineDeadError, NanoEngineError
 from nanoengine.engine import EngineCore
-from nanoengine.engine_status import EngineStatus
+from nanoengine.engine_status import EngineCondition, ReportedStatus
 from nanoengine.executor import create_executor
 from nanoengine.front_socket import FrontSocket
 from nanoengine.step import Epoch
 
 
-class EngineInThread(EngineStatus):
-    """Stands for `EngineProcess`; `core` is what runs."""
+class EngineInThread(ReportedStatus):
+    """Stands for `SchedulerKeeper`; `core` is what runs."""
 
     def __init__(self, config: EngineConfig, run_dir: Path) -> None:
         super().__init__()
         self._run_dir = run_dir
         self._executor = create_executor(config, run_dir)
+        self.address = f"ipc://{run_dir}/front"
         self._front = FrontSocket(self.address, 1)
         epoch = Epoch(1, 1)
         self.core = EngineCore(config, self._executor, self._front, self._executor.start(epoch), epoch)
@@ -58,6 +60,16 @@ class EngineInThread(EngineStatus):
         self._thread.join(30)
         os.close(self._wake_fd)
         self._close_status()
+
+    def look(self) -> EngineCondition:
+        failure = self.failure()
+        return EngineCondition(1, self.address, failure, failure is not None)
+
+    def replace(self, incarnation: int, error: NanoEngineError) -> None:
+        self._failure = self._failure or error
+
+    def _take(self, report: dict[str, Any]) -> None:
+        raise AssertionError("nobody reports")
 
     def _describe_end(self) -> NanoEngineError:
         return EngineDeadError("the thread ended")

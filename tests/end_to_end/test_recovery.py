@@ -55,10 +55,11 @@ def told(output: RequestOutput) -> list[Any]:
 
 
 class Gaps:
-    """The largest pause between two outputs of each stream, in seconds."""
+    """The largest pause between two outputs of each stream, in seconds, and how many tokens were read in all."""
 
     def __init__(self) -> None:
         self.largest: list[float] = []
+        self.num_tokens = 0
 
     async def read(self, llm: AsyncLLM, prompt: str, params: SamplingParams | BeamSearchParams) -> list[Any]:
         before: list[list[int]] = []
@@ -68,6 +69,7 @@ class Gaps:
             now = time.monotonic()
             largest, last_time = max(largest, now - (last_time or now)), now
             ids = [list(each.token_ids) for each in output.outputs]
+            self.num_tokens += sum(map(len, ids)) - sum(map(len, before))
             for earlier, later in zip(before, ids, strict=False):
                 assert later[: len(earlier)] == earlier, "a stream took back a token"
             before = ids
@@ -77,7 +79,7 @@ class Gaps:
 
 def ranks_of(llm: AsyncLLM) -> list[int]:
     """Process ids of the ranks, in their order; those of a spare group are not among them."""
-    scheduler = psutil.Process(llm._process.pid)
+    scheduler = psutil.Process(llm._engine.pid)
     found = [(child.name(), child.pid) for child in scheduler.children(recursive=True)]
     return [pid for name, pid in sorted(found) if name.startswith("nano-worker")]
 

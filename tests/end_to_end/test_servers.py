@@ -13,6 +13,8 @@ import pytest
 
 from launch.bench import processes
 from tests.launch.server_process import ServerProcess
+from tests.nanoengine.process_tools import leaked_memory, shared_memory
+from tests.waiting import until
 
 # Each process of the tree starts this thread: when the file `dump` appears, it writes its sys.modules beside it.
 SITE = """
@@ -86,10 +88,8 @@ def test_idle_servers_leave_the_processor_alone(pair: Pair) -> None:
 def test_each_kind_of_process_loads_only_what_it_needs(pair: Pair) -> None:
     site = pair.base / "site"
     (site / "dump").touch()
-    deadline = time.monotonic() + 20
-    while len(list(site.glob("*.json"))) < sum(map(len, pair.trees)):
-        assert time.monotonic() < deadline, "a process did not tell what it has loaded"
-        time.sleep(0.1)
+    num_processes = sum(map(len, pair.trees))
+    until(lambda: len(list(site.glob("*.json"))) >= num_processes, why="a process did not tell what it has loaded")
     kinds: dict[str, list[set[str]]] = {"launch": [], "scheduler": [], "worker": []}
     for file in site.glob("*.json"):
         process = json.loads(file.read_text())
@@ -119,14 +119,14 @@ def test_each_kind_of_process_loads_only_what_it_needs(pair: Pair) -> None:
 
 def test_killed_server_leaves_nothing_and_does_not_touch_its_neighbour(pair: Pair) -> None:
     """Runs last: it ends the first server the hard way."""
-    shared = set(os.listdir("/dev/shm"))
+    shared = shared_memory()
     (killed, other), (tree, other_tree) = pair.servers, pair.trees
     killed.process.kill()
-    deadline = time.monotonic() + 10
-    while any(processes.alive(pid) for pid in tree) or len(list(pair.base.glob("nanoengine-*"))) > 1:
-        assert time.monotonic() < deadline, "a killed server left a process or its run directory"
-        time.sleep(0.05)
-    assert set(os.listdir("/dev/shm")) <= shared
+    until(
+        lambda: not any(processes.alive(pid) for pid in tree) and len(list(pair.base.glob("nanoengine-*"))) == 1,
+        why="a killed server left a process or its run directory",
+    )
+    until(lambda: not leaked_memory(shared), 5)
     assert answer(pair.urls[1]) == "北京"
     assert other.stop(seconds=15) == 0
     assert not any(processes.alive(pid) for pid in other_tree)

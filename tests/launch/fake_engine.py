@@ -16,11 +16,13 @@ import uvicorn
 
 from configs.engine import EngineConfig
 from configs.errors import EngineError, NanoEngineError, QueueFullError
+from launch.front_dir import FrontDir
 from launch.server.app import create_app
 from launch.server.protocol import BoundedProtocol
 from nanoengine.beam_params import BeamSearchParams
 from nanoengine.detokenizer import IncrementalDetokenizer, StopChecker
 from nanoengine.engine_client import EngineClient
+from nanoengine.engine_status import SchedulerRestartStats
 from nanoengine.engine_view import EngineView, Latencies, Percentiles
 from nanoengine.messages import BlockMap, EngineState, SequenceRow, SharedPrefix, Stats
 from nanoengine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
@@ -30,6 +32,7 @@ from nanoengine.sampling_params import SamplingParams
 from nanoengine.structured_outputs import StructuredOutputsParams
 from nanoengine.tokenizer import Tokenizer
 from tests.nanoengine.tokenizers_for_tests import write_byte_level
+from tests.waiting import until
 
 ANSWER = "北京 is the capital 😀."
 MAX_MODEL_LEN = 256
@@ -41,6 +44,7 @@ class FakeEngine:
     While `script` holds something, the first of it is the answer from the next request on.
 
     `delay` seconds lie between tokens; `fail_after` tokens the request fails; `open` and `aborted` hold request ids.
+    No request gets more than `held_after` tokens until that is None: none ends meanwhile, however long a test takes.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class FakeEngine:
         self.recovering_from: NanoEngineError | None = None
         self.delay = 0.0
         self.fail_after: int | None = None
+        self.held_after: int | None = None
         self.raise_at_once: Exception | None = None
         self.answer = ANSWER
         self.answers: dict[str, str] = {}
@@ -76,6 +81,7 @@ class FakeEngine:
         self.num_resets = 0
         self.num_views = 0
         self.stats: Stats | None = None
+        self.restart_stats = SchedulerRestartStats()
         self.recorder: RequestRecorder | None = None
 
     async def generate(
@@ -101,8 +107,10 @@ class FakeEngine:
         self.open.add(request_id)
         finished = False
         try:
-            for output in self._told(prompt, request.params, request_id, request.max_tokens):
+            for number, output in enumerate(self._told(prompt, request.params, request_id, request.max_tokens)):
                 await asyncio.sleep(self.delay)
+                while self.held_after is not None and number >= self.held_after:  # noqa: ASYNC110  # another thread's
+                    await asyncio.sleep(0.002)
                 finished = output.finished
                 yield output
         finally:
@@ -237,23 +245,23 @@ class FakeEngine:
 
 
 @contextlib.contextmanager
-def served(engine: FakeEngine) -> Iterator[str]:
-    """The address of a real uvicorn server over the engine, in a thread."""
+def served(engine: FakeEngine, front_dir: FrontDir | None = None) -> Iterator[str]:
+    """The address of a real uvicorn server over the engine, in a thread; as one of several front ends if asked for."""
     listener = socket.create_server(("127.0.0.1", 0))
-    settings = uvicorn.Config(
-        create_app(engine), http=BoundedProtocol, log_config=None, lifespan="off", timeout_graceful_shutdown=1
-    )
+    listeners = [listener] if front_dir is None else [listener, front_dir.listen()]
+    app = create_app(engine, front_dir=front_dir)
+    settings = uvicorn.Config(app, http=BoundedProtocol, log_config=None, lifespan="off", timeout_graceful_shutdown=1)
     server = uvicorn.Server(settings)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread = threading.Thread(target=server.run, kwargs={"sockets": listeners})
     thread.start()
     try:
-        while not server.started:
-            time.sleep(0.005)
+        until(lambda: server.started)
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join(10)
-        listener.close()
+        for each in listeners:
+            each.close()
 
 
 def engine_error(message: str) -> EngineError:

@@ -38,7 +38,7 @@ class PseudoTerminal:
         self._at = 0
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def expect(self, text: str, seconds: float = 20.0) -> str:
+    def expect(self, text: str, seconds: float = 60.0) -> str:
         """Wait until `text` appears behind what was expected before; returns what came in between."""
         deadline = time.monotonic() + seconds
         while (found := self.seen.find(text, self._at)) < 0:
@@ -56,7 +56,7 @@ class PseudoTerminal:
         """Press Ctrl and a letter."""
         os.write(self._master, bytes([ord(letter.upper()) - 64]))
 
-    def end(self, seconds: float = 20.0) -> int:
+    def end(self, seconds: float = 60.0) -> int:
         """Wait for the program's end; returns its exit code."""
         deadline = time.monotonic() + seconds
         while self._read(max(0.0, deadline - time.monotonic())):

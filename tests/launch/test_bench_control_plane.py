@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch.bench import __main__ as bench
+from launch.bench.bare_ping import BarePing
 from launch.bench.control_plane import decode_bytes
 from launch.bench.figures import Spread, percentile, table
 
@@ -41,14 +42,17 @@ def test_bytes_of_a_decode_step_do_not_depend_on_the_context() -> None:
     assert len({decode_bytes(3, context) for context in (16, 200, 300, 70_000)}) == 1
 
 
-def test_nothing_is_measured_with_senseless_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["bench", "control-plane", "--steps", "0"])
-    with pytest.raises(SystemExit, match="at least 1"):
-        bench.main()
-
-
 def test_percentiles_and_table() -> None:
     assert percentile([], 0.5) != percentile([], 0.5)  # nan
     assert [percentile([1, 2, 3, 4], share) for share in (0, 0.5, 0.99, 1)] == [1, 3, 4, 4]
     assert Spread.of(range(11), 10) == Spread(50, 10, 90)
     assert table(["ab", "c"], [[1, 2.5]]).splitlines() == ["| ab |   c |", "| -: | --: |", "|  1 | 2.5 |"]
+
+
+def test_the_yardstick_ends_though_its_peers_have_gone(tmp_path: Path) -> None:
+    """Ctrl-C reaches the peers, too, and perhaps before they have connected."""
+    with BarePing(2, tmp_path) as ping:
+        for peer in ping._peers:
+            peer.kill()
+            peer.join()
+    assert not any(peer.is_alive() for peer in ping._peers)

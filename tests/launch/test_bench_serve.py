@@ -11,8 +11,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +22,10 @@ from launch.bench import latency, plot
 from launch.bench.datasets import DatasetSpec, LoadRequest, load
 from launch.bench.load import LoadResult, LoadSpec, Record, due_times, run_load
 from launch.client.api import ApiClient
-from tests.launch.fake_engine import ANSWER, FakeEngine, served
+from tests.launch.fake_engine import ANSWER, FakeEngine
 from tests.launch.scripted_server import MODELS, ScriptedServer, json_answer, streamed, tokens, usage
 from tests.launch.server_process import ROOT, ServerProcess
-
-
-@pytest.fixture
-def engine(tmp_path: Path) -> FakeEngine:
-    return FakeEngine(tmp_path)
-
-
-@pytest.fixture
-def url(engine: FakeEngine) -> Iterator[str]:
-    with served(engine) as url:
-        yield url
+from tests.waiting import until, until_async
 
 
 def run_bench(monkeypatch: pytest.MonkeyPatch, *options: str) -> int:
@@ -220,15 +208,15 @@ async def test_a_chunk_with_a_role_alone_is_no_token() -> None:
 
 
 @pytest.mark.parametrize(
-    ("script", "kind"),
+    ("script", "kind", "patience"),
     [
-        (streamed(tokens("a")), "no usage"),
-        (streamed(usage(5, 0)), "empty answer"),
-        ([*streamed(tokens("a"))[:2], 5.0], "timeout"),
+        (streamed(tokens("a")), "no usage", 60),
+        (streamed(usage(5, 0)), "empty answer", 60),
+        ([*streamed(tokens("a"))[:2], 60.0], "timeout", 0.1),
     ],
 )
-async def test_an_answer_that_cannot_be_measured_is_an_error(script: list[Any], kind: str) -> None:
-    result, _ = await play(lambda *_: script, timeout=0.1)
+async def test_an_answer_that_cannot_be_measured_is_an_error(script: list[Any], kind: str, patience: float) -> None:
+    result, _ = await play(lambda *_: script, timeout=patience)
     assert [record.error_kind for record in result.records] == [kind]
 
 
@@ -243,20 +231,18 @@ async def test_no_more_than_asked_for_are_open_at_once(engine: FakeEngine, url: 
 
 
 async def test_cancelled_it_keeps_what_was_complete_and_hangs_up_on_the_rest(engine: FakeEngine, url: str) -> None:
-    engine.delay, engine.answers = 0.01, {"short": "a", "long": "word " * 400}
+    engine.held_after, engine.answers = 50, {"short": "a", "long": "word " * 400}
     api = ApiClient(url)
     requests = [LoadRequest("short", 9), LoadRequest("long", 200)]
     running = asyncio.create_task(run_load(api, requests, LoadSpec("demo")))
-    await asyncio.sleep(0.3)
+    await until_async(lambda: len(engine.params) == 2 and len(engine.open) == 1)
+    await asyncio.sleep(0.3)  # the short one has been answered, and its client, here, has the time to read that
     running.cancel()
     result = await running
     api.close()
     assert result.interrupted
     assert [record.error_kind for record in result.records] == [None, "interrupted"]
-    deadline = time.monotonic() + 5
-    while engine.open:
-        assert time.monotonic() < deadline, "the server was not told"
-        await asyncio.sleep(0.01)
+    await until_async(lambda: not engine.open)
 
 
 # -- what becomes of it -----------------------------------------------------------------------------------------
@@ -408,12 +394,9 @@ def test_ctrl_c_prints_what_was_measured(engine: FakeEngine, url: str, tmp_path:
     command = [sys.executable, "-m", "launch.bench", "serve", "--base-url", url, "--prompts", "text"]
     command += ["--input-len", "5", "--num-prompts", "5000", "--max-concurrency", "4", "--output", str(file)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    deadline = time.monotonic() + 30
-    while len(engine.params) < 20:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until(lambda: len(engine.params) >= 20)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert err == ""
     assert "interrupted: the figures are of what was complete by then" in out

@@ -6,8 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -17,26 +15,9 @@ from launch.chat.conversation import Answer, Conversation
 from tests.launch.fake_engine import ANSWER, FakeEngine, served
 from tests.launch.pseudo_terminal import PseudoTerminal
 from tests.launch.server_process import ROOT
+from tests.waiting import until
 
 CHAT = [sys.executable, "-m", "launch.chat"]
-
-
-@pytest.fixture
-def engine(tmp_path: Path) -> FakeEngine:
-    return FakeEngine(tmp_path)
-
-
-@pytest.fixture
-def url(engine: FakeEngine) -> Iterator[str]:
-    with served(engine) as url:
-        yield url
-
-
-def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)
 
 
 def asked(engine: FakeEngine) -> str:

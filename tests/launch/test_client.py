@@ -46,6 +46,21 @@ def test_events_may_be_cut_anywhere(size: int) -> None:
     assert found == EXPECTED
 
 
+def test_the_id_of_an_event_counts_once_the_event_is_complete() -> None:
+    parser, seen = EventParser(), []
+    for each in (
+        b"id: a:0\ndata: x\n",
+        b"\n",
+        b"data: y\n\n",
+        b"id: a\x001\ndata: z\n\n",
+        b"id:a:2\r\n",
+        b"data:\r\n\r\n",
+    ):
+        parser.feed(each)
+        seen.append(parser.last_id)
+    assert seen == ["", "a:0", "a:0", "a:0", "a:0", "a:2"]
+
+
 def test_an_event_without_end_does_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(events, "MAX_EVENT_BYTES", 100)
     for piece_ in (b"x" * 60, b"data: 1\n" * 8):

@@ -9,7 +9,8 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from configs.errors import EngineError
 from launch.front_group import front_config
 from launch.listener import listening
 from tests.launch.server_process import ServerProcess
+from tests.waiting import until
 
 KEY = "open-sesame"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
@@ -31,11 +33,12 @@ ENDLESS = {"prompt": "Once", "ignore_eos": True, "max_tokens": 3000, "stream": T
 
 
 @contextlib.contextmanager
-def started() -> Iterator[tuple[ServerProcess, Path]]:
+def started(*options: str) -> Iterator[tuple[ServerProcess, Path]]:
     """A server with two front ends, and where its run directory is made."""
     with tempfile.TemporaryDirectory(prefix="nano-test-") as name, pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOENGINE_API_KEY", KEY)
-        with ServerProcess("--api-server-count", "2", "--shutdown-timeout", "20", run_base=Path(name)) as server:
+        options = ("--api-server-count", "2", "--shutdown-timeout", "100", *options)
+        with ServerProcess(*options, run_base=Path(name)) as server:
             server.wait_ready()
             yield server, Path(name)
 
@@ -58,9 +61,15 @@ def url(server: ServerProcess) -> str:
 
 
 @pytest.fixture
-def own() -> Iterator[tuple[ServerProcess, Path]]:
+def options() -> tuple[str, ...]:
+    """Further ones of a server of one's own."""
+    return ()
+
+
+@pytest.fixture
+def own(options: tuple[str, ...]) -> Iterator[tuple[ServerProcess, Path]]:
     """For a test that ends it."""
-    with started() as both:
+    with started(*options) as both:
         yield both
 
 
@@ -76,27 +85,61 @@ def fronts(server: ServerProcess) -> list[psutil.Process]:
     return found
 
 
-def until(condition: Callable[[], object], seconds: float = 15.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)
+class Open:
+    """A stream that is read in a thread, on a connection of its own; `events` are what came so far."""
+
+    def __init__(self, url: str, path: str, asked: dict[str, Any], request_id: str = "") -> None:
+        self.events: list[str] = []
+        self.error: httpx.HTTPError | None = None
+        headers = HEADERS | ({"X-Request-Id": request_id} if request_id else {})
+        self._thread = threading.Thread(target=self._read, args=(url + path, asked, headers))
+        self._thread.start()
+
+    def _read(self, url: str, asked: dict[str, Any], headers: dict[str, str]) -> None:
+        try:
+            with httpx.stream("POST", url, json=asked, headers=headers, timeout=100) as response:
+                self.events.extend(line for line in response.iter_lines() if line)  # each line as it comes
+        except httpx.HTTPError as error:
+            self.error = error
+
+    def until(self, count: int) -> None:
+        until(lambda: len(self.events) >= count or self.error)
+        assert self.error is None
+
+    def wait(self) -> None:
+        self._thread.join(100)
+        assert not self._thread.is_alive(), "it was not ended"
+
+    def end(self) -> list[dict[str, Any]]:
+        """Wait for its end; what it was told, `[DONE]` aside."""
+        self.wait()
+        assert self.error is None
+        assert self.events[-1] == "data: [DONE]"
+        return [json.loads(event.removeprefix("data: ")) for event in self.events[:-1]]
+
+    def reason(self) -> str:
+        """How it ended."""
+        last = self.end()[-1]
+        reason: str = (last.get("choices") or last.get("outputs"))[0]["finish_reason"]
+        return reason
 
 
-@contextlib.contextmanager
-def streams(url: str, count: int, asked: dict[str, object] = ENDLESS) -> Iterator[list[Iterator[str]]]:
-    """So many streams, each on a connection of its own, and each with its first event read."""
-    with contextlib.ExitStack() as stack:
-        lines = []
-        for _ in range(count):
-            client = stack.enter_context(httpx.Client(base_url=url, headers=HEADERS, timeout=30))
-            lines.append(stack.enter_context(client.stream("POST", "/v1/completions", json=asked)).iter_lines())
-        assert all(next(each).startswith("data:") for each in lines)
-        yield lines
+def opened(server: ServerProcess, asked: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, Open]:
+    """Streams, each with its first event there, by request id. All begin at one moment: none is ahead of the others."""
+    url, before = server.wait_ready(), set().union(*map(serving, fronts(server)))  # some of them may end meanwhile
+    with server.held():
+        streams = {name: Open(url, *each, name) for name, each in asked.items()}
+        until(lambda: len(set().union(*map(serving, fronts(server))) - before) >= len(streams))
+        time.sleep(0.2)  # for most of them to hand in their requests; whoever is late only begins later
+    for stream in streams.values():
+        stream.until(1)
+    return streams
 
 
-def serving(front: psutil.Process) -> int:
-    return sum(connection.status == psutil.CONN_ESTABLISHED for connection in front.net_connections("tcp"))
+def serving(front: psutil.Process) -> set[int]:
+    """Ports of the clients that are connected to it."""
+    connections = front.net_connections("tcp")
+    return {each.raddr.port for each in connections if each.status == psutil.CONN_ESTABLISHED}
 
 
 def test_front_ends_share_the_port_and_one_that_dies_is_replaced(server: ServerProcess) -> None:
@@ -107,53 +150,24 @@ def test_front_ends_share_the_port_and_one_that_dies_is_replaced(server: ServerP
         told = Path(f"/proc/{process.pid}/cmdline").read_bytes() + Path(f"/proc/{process.pid}/environ").read_bytes()
         assert KEY.encode() not in told
     assert httpx.get(f"{url}/v1/models").status_code == 401
-    with streams(url, 16, ENDLESS | {"max_tokens": 300}) as lines:
+    asked = ("/v1/completions", ENDLESS | {"max_tokens": 300})
+    streams = list(opened(server, {f"id-{number}": asked for number in range(16)}).values())
+    with server.held():
         victim, survivor = fronts(server)
-        assert serving(victim) >= 1, "one front end has all connections"
-        assert serving(survivor) >= 1
+        assert serving(victim), "one front end has all connections"
+        assert serving(survivor)
         victim.kill()
         until(lambda: len(fronts(server)) == 2 and victim not in fronts(server))
-        broken = 0
-        for each in lines:
-            try:
-                assert [line for line in each if line][-1] == "data: [DONE]"
-            except httpx.HTTPError:
-                broken += 1
-        assert 0 < broken < 16, "the streams of the one break off, and the others go on"
-        assert survivor.is_running()
+    broken = 0
+    for stream in streams:
+        stream.wait()
+        broken += stream.error is not None
+        assert stream.error is not None or stream.reason() == "length"
+    assert 0 < broken < 16, "the streams of the one break off, and the others go on"
+    assert survivor.is_running()
     until(lambda: len([1 for _ in range(6) if httpx.get(f"{url}/readyz", headers=HEADERS).status_code == 200]) == 6)
     assert httpx.post(f"{url}/v1/completions", json=ASKED, headers=HEADERS).json()["choices"][0]["text"] == "北京"
     assert any("it is started again" in line for line in server.err)
-
-
-class Open:
-    """A stream that is read in a thread; `events` are what came so far."""
-
-    def __init__(self, url: str, path: str, asked: dict[str, Any], request_id: str) -> None:
-        self.events: list[str] = []
-        self._thread = threading.Thread(target=self._read, args=(url + path, asked, request_id))
-        self._thread.start()
-        self.until(1)
-
-    def _read(self, url: str, asked: dict[str, Any], request_id: str) -> None:
-        headers = HEADERS | {"X-Request-Id": request_id}
-        with httpx.stream("POST", url, json=asked, headers=headers, timeout=30) as response:
-            self.events.extend(line for line in response.iter_lines() if line)
-
-    def until(self, count: int) -> None:
-        deadline = time.monotonic() + 15
-        while len(self.events) < count:
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-
-    def end(self) -> str:
-        """How it ended, soon."""
-        self._thread.join(5)
-        assert not self._thread.is_alive(), "it was not ended"
-        assert self.events[-1] == "data: [DONE]"
-        last = json.loads(self.events[-2].removeprefix("data: "))
-        reason: str = (last.get("choices") or last.get("outputs"))[0]["finish_reason"]
-        return reason
 
 
 def load(url: str) -> dict[str, int]:
@@ -162,7 +176,7 @@ def load(url: str) -> dict[str, int]:
     return found
 
 
-def test_requests_are_ended_by_their_ids_wherever_they_are(url: str) -> None:
+def test_requests_are_ended_by_their_ids_wherever_they_are(server: ServerProcess, url: str) -> None:
     """Each connection goes to one of two front ends, and so does the abort."""
 
     def abort(ids: str | list[str]) -> int:
@@ -170,37 +184,115 @@ def test_requests_are_ended_by_their_ids_wherever_they_are(url: str) -> None:
 
     chat = {"messages": [{"role": "user", "content": "a"}], "ignore_eos": True, "max_tokens": 3000, "stream": True}
     texts = {"prompt": ["a", "b"], "ignore_eos": True, "max_tokens": 3000, "stream": True}
-    opened = {f"id-{number}": Open(url, "/generate", LONG, f"id-{number}") for number in range(6)}
-    opened["chat"], opened["texts"] = (
-        Open(url, "/v1/chat/completions", chat, "chat"),
-        Open(url, "/v1/completions", texts, "texts"),
-    )
-    assert {load(url)["running"] for _ in range(20)} != {0}
+    asked: dict[str, tuple[str, dict[str, Any]]] = {f"id-{number}": ("/generate", LONG) for number in range(6)}
+    streams = opened(server, asked | {"chat": ("/v1/chat/completions", chat), "texts": ("/v1/completions", texts)})
+    with server.held():
+        assert {load(url)["running"] for _ in range(20)} != {0}
     assert httpx.post(f"{url}/abort", headers=HEADERS, json={"request_id": "nobody"}).json() == {"aborted": []}
     assert abort("gen-id-0") == 200
-    assert opened.pop("id-0").end() == "abort"
+    assert streams.pop("id-0").reason() == "abort"
     assert abort(["id-1", "chat", "texts"]) == 200
-    assert [opened.pop(name).end() for name in ("id-1", "chat", "texts")] == ["abort"] * 3
-    for stream in opened.values():  # the others go on
+    assert [streams.pop(name).reason() for name in ("id-1", "chat", "texts")] == ["abort"] * 3
+    for stream in streams.values():  # the others go on
         stream.until(len(stream.events) + 5)
     assert httpx.post(f"{url}/abort", headers=HEADERS, json={"abort_all": True}).status_code == 200
-    assert [stream.end() for stream in opened.values()] == ["abort"] * 4
+    assert [stream.reason() for stream in streams.values()] == ["abort"] * 4
     assert all(load(url)["server_load"] == 0 for _ in range(10))
-    asked = {"input_ids": [5], "sampling_params": {"max_tokens": 2, "ignore_eos": True}}
-    answer = httpx.post(f"{url}/generate", headers=HEADERS, json=asked)
+    asked_last = {"input_ids": [5], "sampling_params": {"max_tokens": 2, "ignore_eos": True}}
+    answer = httpx.post(f"{url}/generate", headers=HEADERS, json=asked_last)
     assert len(answer.json()["outputs"][0]["token_ids"]) == 2
 
 
-def test_an_id_that_is_in_use_is_refused(url: str) -> None:
-    with httpx.stream("POST", f"{url}/generate", json=LONG, headers=HEADERS | {"X-Request-Id": "twice"}) as first:
-        lines = first.iter_lines()
-        next(lines)
-        asked = {"json": {"input_ids": [1]}, "headers": HEADERS | {"X-Request-Id": "twice"}}
-        # Each connection goes to one of two front ends, and one of them has it open.
-        answers = [httpx.post(f"{url}/generate", **asked) for _ in range(20)]
-        refused = [answer.json()["error"] for answer in answers if answer.status_code != 200]
+def test_a_stream_is_resumed_through_any_front_end_until_its_own_dies(shared: tuple[ServerProcess, Path]) -> None:
+    server, run_base = shared
+    url = server.wait_ready()
+    asked = {"prompt": "Once", "ignore_eos": True, "max_tokens": 100, "temperature": 0, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=asked, headers=HEADERS | {"X-Stream-Resume": "1"}) as first:
+        stream_id = first.headers["x-stream-id"]
+        begun = next(first.iter_text())
+    last = begun.rpartition("id: ")[2].partition("\n")[0]
+    asking = {"headers": HEADERS | {"Last-Event-ID": last}, "timeout": 30.0}
+    path = f"{url}/v1/streams/{stream_id}"
+    rests = {httpx.get(path, **asking).text for _ in range(12)}  # each connection goes to one of two front ends
+    assert len(rests) == 1
+    (rest,) = rests
+    events = [json.loads(line[6:]) for line in (begun + rest).splitlines() if line.startswith("data: {")]
+    text = "".join(event["choices"][0]["text"] for event in events)
+    whole = httpx.post(f"{url}/v1/completions", json=asked | {"stream": False}, headers=HEADERS, timeout=30).json()
+    assert text == whole["choices"][0]["text"]
+    (claim,) = run_base.glob("*/fronts/streams/*")
+    (keeper,) = (
+        front
+        for front in fronts(server)
+        if any(each.laddr.endswith(f"/{claim.readlink()}.http") for each in front.net_connections("unix"))
+    )
+    keeper.kill()
+    until(lambda: len(fronts(server)) == 2 and keeper not in fronts(server))
+    for _ in range(6):
+        error = httpx.get(path, **asking).json()["error"]
+        assert error["code"] == "stream_not_found"
+    assert not list(run_base.glob("*/fronts/streams/*"))
+
+
+def test_an_id_that_is_in_use_is_refused(server: ServerProcess, url: str) -> None:
+    def ask_again(_: int) -> httpx.Response:
+        body = {"input_ids": [1], "sampling_params": {"max_tokens": 1}}
+        return httpx.post(f"{url}/generate", json=body, headers=HEADERS | {"X-Request-Id": "twice"}, timeout=100)
+
+    first = opened(server, {"twice": ("/generate", LONG)})["twice"]
+    with ThreadPoolExecutor(20) as pool:
+        with server.held():
+            # Each connection goes to one of two front ends, and one of them has it open.
+            answers = [pool.submit(ask_again, number) for number in range(20)]
+            until(lambda: any(answer.done() for answer in answers))
+        refused = [answer.result().json()["error"] for answer in answers if answer.result().status_code != 200]
     assert refused
     assert all((error["param"], "still runs" in error["message"]) == ("request_id", True) for error in refused)
+    assert httpx.post(f"{url}/abort", headers=HEADERS, json={"abort_all": True}).status_code == 200
+    assert first.reason() == "abort"
+
+
+def scheduler_of(server: ServerProcess) -> psutil.Process | None:
+    """The scheduler's process, if there is one right now."""
+    for child in family(server):
+        with contextlib.suppress(psutil.Error):  # one that ended just now
+            if "nanoengine.engine" in child.cmdline() and child.status() != psutil.STATUS_ZOMBIE:
+                return child
+    return None
+
+
+def test_streams_of_all_front_ends_go_on_when_the_scheduler_is_killed(server: ServerProcess, url: str) -> None:
+    asked = ENDLESS | {"max_tokens": 100, "temperature": 1.0, "seed": 5}
+    answer = httpx.post(f"{url}/v1/completions", json=asked | {"stream": False}, headers=HEADERS, timeout=60)
+    whole = asked | {"stream_options": {"include_usage": True}}
+    streams = opened(server, {f"id-{number}": ("/v1/completions", whole) for number in range(12)})
+    with server.held():
+        assert all(serving(front) for front in fronts(server))
+        first = scheduler_of(server)
+        assert first is not None
+        first.kill()
+    until(lambda: scheduler_of(server) not in (first, None))
+    second = scheduler_of(server)
+    assert second is not None
+    second.suspend()  # so that what follows is asked while there is none that serves
+    until(lambda: all(httpx.get(f"{url}/readyz", headers=HEADERS).status_code == 503 for _ in range(10)))
+    probed = httpx.get(f"{url}/readyz", headers=HEADERS)
+    refused = httpx.post(f"{url}/v1/completions", json=ASKED, headers=HEADERS)
+    assert httpx.get(f"{url}/livez").status_code == 200
+    with contextlib.suppress(psutil.NoSuchProcess):  # killed, if that took too long
+        second.resume()
+    for each in (probed, refused):
+        assert (each.status_code, each.json()["error"]["code"]) == (503, "recovering")
+        assert "the scheduler process (pid" in each.json()["error"]["message"]
+        assert int(each.headers["Retry-After"]) > 0
+    for stream in streams.values():
+        *events, usage = stream.end()
+        text = "".join(event["choices"][0]["text"] for event in events)
+        assert text == answer.json()["choices"][0]["text"]
+        assert usage["usage"]["completion_tokens"] == 100
+    until(lambda: all(httpx.get(f"{url}/readyz", headers=HEADERS).status_code == 200 for _ in range(10)))
+    assert len(fronts(server)) == 2
+    assert len(server.out) == 1, "it says once that it is ready"
 
 
 def test_nothing_outlives_a_supervisor_that_is_killed(shared: tuple[ServerProcess, Path]) -> None:
@@ -208,7 +300,7 @@ def test_nothing_outlives_a_supervisor_that_is_killed(shared: tuple[ServerProces
     server, run_base = shared
     before = family(server)
     server.process.kill()
-    _, alive = psutil.wait_procs(before, timeout=8)
+    _, alive = psutil.wait_procs(before, timeout=15)
     assert not alive
     until(lambda: not list(run_base.iterdir()))
 
@@ -216,36 +308,35 @@ def test_nothing_outlives_a_supervisor_that_is_killed(shared: tuple[ServerProces
 def test_a_stop_reaches_every_front_end_and_leaves_nothing(own: tuple[ServerProcess, Path]) -> None:
     server, run_base = own
     url, before = server.wait_ready(), family(server)
-    with streams(url, 6, ENDLESS | {"max_tokens": 1500}) as lines:  # some seconds, in which it drains
+    asked = ("/v1/completions", ENDLESS | {"max_tokens": 300})
+    streams = opened(server, {f"id-{number}": asked for number in range(6)})
+    with server.held():
         # Also to the front ends themselves, as a service manager does that signals the whole group.
         for front in fronts(server):
             front.send_signal(signal.SIGTERM)
         server.process.send_signal(signal.SIGTERM)
         with httpx.Client(base_url=url, headers=HEADERS) as client:
+            until(lambda: client.get("/readyz").status_code != 200)
             assert client.get("/readyz").json()["error"]["code"] == "draining"
-        for each in lines:
-            rest = [line for line in each if line]
-            assert json.loads(rest[-2][6:])["choices"][0]["finish_reason"] == "length"
-            assert rest[-1] == "data: [DONE]"
-    assert server.process.wait(5) == 0
-    _, alive = psutil.wait_procs(before, timeout=5)
+    assert [stream.reason() for stream in streams.values()] == ["length"] * 6
+    assert server.process.wait(15) == 0
+    _, alive = psutil.wait_procs(before, timeout=15)
     assert not alive
     assert not list(run_base.iterdir())
     assert "Traceback" not in "".join(server.err)
 
 
+@pytest.mark.parametrize("options", [("--max-restarts", "0")])
 def test_the_engines_end_is_told_to_every_client(own: tuple[ServerProcess, Path]) -> None:
     server, run_base = own
-    url, before = server.wait_ready(), family(server)
-    with streams(url, 6) as lines:
-        next(child for child in before if "nanoengine.engine" in child.cmdline()).kill()
-        for each in lines:
-            rest = [line for line in each if line]
-            assert "SIGKILL" in json.loads(rest[-2][6:])["error"]["message"]
-            assert rest[-1] == "data: [DONE]"
-    assert server.process.wait(8) == 1
+    before = family(server)
+    streams = opened(server, {f"id-{number}": ("/v1/completions", ENDLESS) for number in range(6)})
+    next(child for child in before if "nanoengine.engine" in child.cmdline()).kill()
+    for stream in streams.values():
+        assert "SIGKILL" in stream.end()[-1]["error"]["message"]
+    assert server.process.wait(15) == 1
     assert sum(line.startswith("nanoengine: error:") for line in server.err) == 1
-    _, alive = psutil.wait_procs(before, timeout=5)
+    _, alive = psutil.wait_procs(before, timeout=15)
     assert not alive
     assert not list(run_base.iterdir())
 

@@ -6,10 +6,12 @@ screenshots, to be looked at.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.launch.fake_engine import FakeEngine, served
+from tests.launch.fake_engine import FakeEngine, engine_error, served
 from tests.launch.server_process import ServerProcess
+from tests.waiting import until
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (./setup_env.sh --dev)")
 from playwright.sync_api import Browser, Page, expect  # noqa: E402
@@ -193,12 +196,32 @@ def test_a_person_chats_with_the_keyboard_alone(open_page: Opener, demo: str, sh
     expect(page.locator("#composer-text")).to_have_value(re.compile("^中国的首都是北京"))
 
 
+@contextlib.contextmanager
+def kept_busy(url: str, asked: dict[str, Any]) -> Iterator[None]:
+    """One stream after the other, so that one runs however fast the model is; the last is hung up on."""
+    is_over = threading.Event()
+
+    def keep_asking() -> None:
+        with httpx.Client(timeout=100) as client:
+            while not is_over.is_set():
+                with client.stream("POST", f"{url}/v1/completions", json=asked | {"stream": True}) as stream:
+                    for _ in stream.iter_lines():
+                        if is_over.is_set():
+                            break
+
+    thread = threading.Thread(target=keep_asking)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+
+
 def test_the_view_follows_the_engine(open_page: Opener, demo: str, shoot: Any) -> None:
     body = {"prompt": "Tell me a story about Lily the bear. " * 4, "max_tokens": 3500, "ignore_eos": True, "n": 3}
     page = ready(open_page(demo))
-    with httpx.stream("POST", f"{demo}/v1/completions", json=body | {"stream": True}, timeout=30) as stream:
-        lines = stream.iter_lines()  # kept: forgotten, it would hang up
-        next(lines)
+    with kept_busy(demo, body):
         expect(page.locator("#t-running")).to_have_text("3")
         expect(page.locator("#sequences tr")).to_have_count(3)
         expect(page.locator("#prefixes li")).to_contain_text("3 sequences share")
@@ -244,8 +267,7 @@ def test_an_answer_streams_and_is_stopped(open_page: Opener, url: str, engine: F
     expect(answer).to_have_attribute("aria-busy", "false")
     expect(stats(page)).to_contain_text("stopped")
     expect(answer).to_contain_text("word word word")
-    page.wait_for_timeout(100)
-    assert len(engine.aborted) == 1
+    until(lambda: len(engine.aborted) == 1)
     ask(page, "once more")
     expect(answer).to_have_count(2)
     page.get_by_role("button", name="Stop").click()
@@ -470,3 +492,24 @@ def test_a_server_that_loads_is_waited_for(open_page: Opener, url: str, engine: 
     engine.is_ready = True
     ready(page)
     expect(page.locator("#engine-note")).to_be_hidden()
+
+
+def test_a_server_that_recovers_is_waited_for_and_one_that_fails_is_told(
+    open_page: Opener, url: str, engine: FakeEngine, shoot: Any
+) -> None:
+    open_page.expected = "status of 503"
+    page = ready(open_page(url))
+    engine.is_ready, engine.recovering_from = False, engine_error("rank 1 was killed by SIGKILL")
+    expect(page.locator("#status")).to_have_text("recovering")
+    expect(page.locator("#engine-note")).to_contain_text("recovers from a failure: rank 1 was killed")
+    ask(page, "hi")
+    expect(page.get_by_role("alert").first).to_contain_text("recovers from a failure")
+    shoot(page, "wide-light-recovering")
+    engine.is_ready, engine.recovering_from = True, None
+    ready(page)
+    page.get_by_role("button", name="Again").click()
+    expect(stats(page)).to_contain_text("stop")
+    engine.failure = engine_error("rank 1 died 5 times")
+    ask(page, "hi")
+    expect(page.locator("#status")).to_have_text("engine failed")
+    expect(page.get_by_role("alert").last).to_have_text("rank 1 died 5 times")

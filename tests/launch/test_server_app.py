@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -11,48 +10,10 @@ import httpx
 import pytest
 
 from configs.errors import EngineDeadError, EngineError, WorkerError
-from launch.server.app import create_app
 from launch.server.middleware import MAX_BODY_BYTES
 from nanoengine.version import __version__
 from tests.launch.fake_engine import ANSWER, MAX_MODEL_LEN, FakeEngine
-
-HI = {"messages": [{"role": "user", "content": "hi"}]}
-
-
-@pytest.fixture
-def engine(tmp_path: Path) -> FakeEngine:
-    return FakeEngine(tmp_path)
-
-
-def client_of(engine: FakeEngine) -> httpx.AsyncClient:
-    transport = httpx.ASGITransport(create_app(engine), raise_app_exceptions=False)
-    return httpx.AsyncClient(transport=transport, base_url="http://test")
-
-
-@pytest.fixture
-async def client(engine: FakeEngine) -> AsyncIterator[httpx.AsyncClient]:
-    async with client_of(engine) as client:
-        yield client
-
-
-def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
-    assert response.status_code == status, response.text
-    body = response.json()
-    assert set(body) == {"error"}
-    assert set(body["error"]) == {"message", "type", "param", "code"}
-    assert body["error"]["message"]
-    error: dict[str, Any] = body["error"]
-    return error
-
-
-def events_of(response: httpx.Response) -> list[dict[str, Any]]:
-    assert response.status_code == 200, response.text
-    assert response.headers["content-type"].startswith("text/event-stream")
-    lines = [line for line in response.text.split("\n\n") if line]
-    assert all(line.startswith("data: ") for line in lines)
-    assert lines[-1] == "data: [DONE]"
-    return [json.loads(line[6:]) for line in lines[:-1]]
-
+from tests.launch.http_answers import HI, client_of, error_of, events_of
 
 # --- completions ---
 

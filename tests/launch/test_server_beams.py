@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nanoengine import LLM, BeamSearchParams
 from tests.launch.fake_engine import ANSWER, FakeEngine, served
-from tests.launch.test_server_app import HI, client_of, error_of
+from tests.launch.http_answers import HI, client_of, error_of
 
 PATHS = ["/v1/completions", "/v1/chat/completions"]
 ANSWERS = [ANSWER, f"{ANSWER} 1", f"{ANSWER} 2"]
-
-
-@pytest.fixture
-def engine(tmp_path: Path) -> FakeEngine:
-    return FakeEngine(tmp_path)
 
 
 def body_of(path: str) -> dict[str, Any]:

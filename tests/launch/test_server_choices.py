@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,15 +10,10 @@ import pytest
 from launch.server.schema import MAX_PROMPTS
 from nanoengine import LLM, SamplingParams
 from tests.launch.fake_engine import ANSWER, FakeEngine, served
-from tests.launch.test_server_app import HI, client_of, error_of, events_of
+from tests.launch.http_answers import HI, client_of, error_of, events_of
 
 PATHS = ["/v1/completions", "/v1/chat/completions"]
 ANSWERS = [ANSWER, f"{ANSWER} 1", f"{ANSWER} 2"]
-
-
-@pytest.fixture
-def engine(tmp_path: Path) -> FakeEngine:
-    return FakeEngine(tmp_path)
 
 
 def body_of(path: str) -> dict[str, Any]:

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from tests.launch.fake_engine import ANSWER, FakeEngine
-from tests.launch.test_server_app import HI, client_of, error_of, events_of
+from tests.launch.http_answers import HI, error_of, events_of
 
 PROMPT = "中国 is big"
-
-
-@pytest.fixture
-def engine(tmp_path: Path) -> FakeEngine:
-    return FakeEngine(tmp_path)
-
-
-@pytest.fixture
-async def client(engine: FakeEngine) -> AsyncIterator[httpx.AsyncClient]:
-    async with client_of(engine) as client:
-        yield client
 
 
 def ids_of(engine: FakeEngine, text: str = PROMPT) -> list[int]:

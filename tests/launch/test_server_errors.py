@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import itertools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -14,8 +13,8 @@ import pytest
 
 from configs.errors import CapacityError, EngineDeadError, EngineError, RequestTimeoutError
 from launch.server.middleware import MAX_BODY_BYTES
-from tests.launch.fake_engine import FakeEngine, served
-from tests.launch.test_server_app import client_of, error_of, events_of
+from tests.launch.fake_engine import FakeEngine
+from tests.launch.http_answers import client_of, error_of, events_of
 
 KEY = "sécret"
 
@@ -23,12 +22,6 @@ KEY = "sécret"
 @pytest.fixture
 def engine(tmp_path: Path) -> FakeEngine:
     return FakeEngine(tmp_path, api_key=KEY)
-
-
-@pytest.fixture
-def url(engine: FakeEngine) -> Iterator[str]:
-    with served(engine) as url:
-        yield url
 
 
 def send(
@@ -63,6 +56,9 @@ CASES = [
     ("GET", "/v1/models/gpt", None, 404, "model", "model_not_found"),
     ("GET", "/v1/streams/gone", None, 404, None, "stream_not_found"),
     ("GET", "/nowhere", None, 404, None, "route_not_found"),
+    ("POST", "/v1/embeddings", {"input": "a"}, 501, None, "not_implemented"),
+    ("POST", "/v1/responses", {"input": "a"}, 501, None, "not_implemented"),
+    ("DELETE", "/v1/files/1", None, 501, None, "not_implemented"),
     ("GET", CHAT, None, 405, None, "method_not_allowed"),
     ("POST", CHAT, b" " * (MAX_BODY_BYTES + 1), 413, None, "body_too_large"),
 ]

@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
+import re
 import subprocess
 import sys
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,17 +20,21 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 
 from configs.errors import EngineDeadError, RequestTimeoutError, WorkerError, to_wire
+from launch.front_dir import FrontDir
 from launch.server.app import create_app
 from launch.server.metrics import ServerMetrics
-from launch.server.shared_numbers import SharedNumbers
+from launch.server.shared_numbers import OwnerNumbers, SharedNumbers
 from nanoengine.engine_client import EngineClient
+from nanoengine.engine_stats import RESTART_REASONS, SCHEDULER_RESTART_REASONS
+from nanoengine.engine_status import EngineCondition, SchedulerRestartStats
 from nanoengine.journal import RequestJournal
-from nanoengine.messages import Deltas, Stats, TokenDelta
+from nanoengine.messages import TOTALS, Deltas, Hello, Ready, Stats, TokenDelta
 from nanoengine.prompts import Prompt
 from nanoengine.sampling_params import SamplingParams
 from tests.launch.fake_engine import MAX_MODEL_LEN, FakeEngine
 from tests.launch.prometheus_text import PREFIX, by_label, families, total
 from tests.launch.server_process import ROOT
+from tests.waiting import PATIENCE
 
 SECRET = "what nobody may read in a log"
 
@@ -34,9 +42,11 @@ SECRET = "what nobody may read in a log"
 class Front:
     """An app over a FakeEngine, and a real EngineClient whose requests the app counts."""
 
-    def __init__(self, folder: Path, metrics_dir: Path | None = None, **settings: Any) -> None:
+    def __init__(self, folder: Path, front_dir: FrontDir | None = None, **settings: Any) -> None:
         self.engine = FakeEngine(folder, **settings)
-        self.app = create_app(self.engine, metrics_dir=metrics_dir)
+        if front_dir is not None:
+            self.engine.stats = Stats(1, 1, steps_by_tokens=[0] * 14)
+        self.app = create_app(self.engine, front_dir=front_dir)
         self.client = EngineClient(self.engine.config, self.engine.tokenizer, recorder=self.engine.recorder)
         self.http = httpx.AsyncClient(
             transport=httpx.ASGITransport(self.app, raise_app_exceptions=False), base_url="http://test"
@@ -176,6 +186,62 @@ async def test_the_engines_numbers_are_the_schedulers(front: Front) -> None:
     assert total(text, "prefix_cache_queries_total") == 100, "a counter does not go back"
 
 
+async def test_recoveries_are_counted(front: Front) -> None:
+    text = await front.scrape()
+    assert by_label(text, "worker_restarts_total", "reason") == dict.fromkeys(RESTART_REASONS, 0)
+    rest = [0] * 12
+    first = Stats(
+        1, 3, num_query_tokens=10, num_step_tokens=7, steps_by_tokens=[2, 1, *rest], restarts={"died": 2, "start": 1},
+        recovery_seconds=2.5, num_requests_resumed=6, num_tokens_recomputed=40, num_requests_condemned=1,
+        num_steps_given_up=5, num_scheduler_faults=3, num_frames_rejected=4,
+    )  # fmt: skip
+    front.client.handle(first)
+    front.engine.stats = front.client.stats
+    text = await front.scrape()
+    restarts = by_label(text, "worker_restarts_total", "reason")
+    assert {reason: number for reason, number in restarts.items() if number} == {"died": 2, "start": 1}
+    assert total(text, "recovery_seconds_total") == 2.5
+    assert total(text, "requests_resumed_total") == 6
+    names = ("tokens_recomputed", "requests_condemned", "steps_given_up", "scheduler_faults", "frames_rejected")
+    assert [total(text, f"{name}_total") for name in names] == [40, 1, 5, 3, 4]
+    front.engine.restart_stats = SchedulerRestartStats(Counter(died=2, silent=1), 4.5)
+    assert front.engine.recorder is not None
+    front.engine.recorder.resumed(3)
+    text = await front.scrape()
+    restarts = by_label(text, "scheduler_restarts_total", "reason")
+    assert restarts == dict.fromkeys(SCHEDULER_RESTART_REASONS, 0) | {"died": 2, "silent": 1}
+    assert by_label(text, "recovery_seconds_total", "process") == {"worker": 2.5, "scheduler": 4.5}
+    assert by_label(text, "requests_resumed_total", "process") == {"worker": 6, "scheduler": 3}
+
+
+async def test_the_next_scheduler_is_told_what_the_last_one_counted(front: Front) -> None:
+    client = front.client
+    client.attach(EngineCondition(1, "ipc://first"))
+    assert client.outbox[0] == Hello(client.client_id, None)
+    client.outbox.clear()
+    client.handle(Ready(1, 8, 16, MAX_MODEL_LEN, "float32", "cpu"))
+    client.handle(Stats(1, 1, num_running=2, num_swaps=3, restarts={"died": 1}))
+    front.add()
+    front.add()
+    client.attach(EngineCondition(2, "ipc://second", restarts=SchedulerRestartStats(Counter(died=1), 1.5)))
+    greeting = client.outbox[0]
+    assert isinstance(greeting, Hello)
+    assert greeting.totals is not None
+    assert greeting.totals.keys() == set(TOTALS)
+    assert (greeting.totals["num_swaps"], greeting.totals["restarts"]) == (3, {"died": 1})
+    assert total(await front.scrape(), "requests_resumed_total", process="scheduler") == 2
+
+
+async def test_a_front_end_that_was_started_again_shows_no_totals_before_it_knows_them(tmp_path: Path) -> None:
+    """They would look like those of a new engine, and then like a burst."""
+    front = Front(tmp_path, FrontDir(tmp_path, "1"))
+    front.engine.stats = None
+    async with front.http:
+        assert (await front.http.get("/metrics")).status_code == 503
+        front.engine.stats = Stats(1, 1, steps_by_tokens=[0] * 14)
+        await front.scrape()
+
+
 async def test_http_answers_are_counted_by_route_and_status(front: Front) -> None:
     ask: Callable[[str, Any], Any] = lambda path, body: front.http.post(path, json=body)  # noqa: E731
     await ask("/v1/completions", {"model": "demo", "prompt": "a"})
@@ -228,7 +294,7 @@ async def test_the_access_log_names_route_status_and_request_and_nothing_a_clien
         ("INFO", "GET", "other", 404, lines[1].fields["seconds"]),  # type: ignore[attr-defined]
         ("DEBUG", "GET", "/health", 200, lines[2].fields["seconds"]),  # type: ignore[attr-defined]
     ]
-    assert "POST /v1/completions 200 in 0.0" in lines[0].getMessage()
+    assert re.search(r"POST /v1/completions 200 in \d+\.\d+ s", lines[0].getMessage())
     assert len({line.request_id for line in lines}) == 3  # type: ignore[attr-defined]
     assert not any(SECRET in str(vars(line)) for line in lines)
 
@@ -246,10 +312,11 @@ async def test_no_access_log_where_none_is_wanted(tmp_path: Path, caplog: pytest
 
 _OTHER = """
 import asyncio, pathlib, sys
+from launch.front_dir import FrontDir
 from tests.launch.test_server_metrics import Front
 
 async def main():
-    front = Front(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]))
+    front = Front(pathlib.Path(sys.argv[1]), FrontDir(pathlib.Path(sys.argv[2]), sys.argv[1][-1]))
     journal = front.add(max_tokens=2)
     front.tell(journal, (0, 0, [5, 6], "length"))
     await front.http.get("/livez")
@@ -261,13 +328,12 @@ asyncio.run(main())
 
 async def test_front_ends_in_several_processes_are_added_up_and_outlived(tmp_path: Path) -> None:
     """The others' numbers stay when they are gone, and the engine's are not added up."""
-    shared = tmp_path / "metrics"
-    front = Front(tmp_path, shared)
+    front = Front(tmp_path, FrontDir(tmp_path, "0"))
     front.engine.stats = Stats(1, 1, num_running=3, num_blocks=10, steps_by_tokens=[0] * 14)
     others = []
     for number in (1, 2):
         (tmp_path / str(number)).mkdir()
-        command = [sys.executable, "-c", _OTHER, str(tmp_path / str(number)), str(shared)]
+        command = [sys.executable, "-c", _OTHER, str(tmp_path / str(number)), str(tmp_path)]
         others.append(await asyncio.create_subprocess_exec(*command, cwd=ROOT, stderr=subprocess.PIPE))
     for other in others:
         _, errors = await other.communicate()
@@ -284,16 +350,39 @@ async def test_front_ends_in_several_processes_are_added_up_and_outlived(tmp_pat
     assert total(text, "num_requests_running") == 3
 
 
+async def test_requests_that_a_dead_front_end_had_open_end_as_errors(tmp_path: Path) -> None:
+    """Else they would stay open in the sum for ever."""
+    front, dead = (Front(tmp_path, FrontDir(tmp_path, name)) for name in "12")
+    shared, owner = FrontDir(tmp_path, "2").metrics, OwnerNumbers(MAX_MODEL_LEN)
+    for _ in range(3):
+        dead.add()
+    dead.client.abort(dead.add().request_id)
+    async with front.http, dead.http:
+        for _ in range(500):
+            if total(await front.scrape(), "requests_accepted_total") == 4:
+                break
+            await asyncio.sleep(0.02)
+        owner.note_restart(shared, os.getpid())
+        text = await front.scrape()
+        assert total(text, "front_end_restarts_total") == 1
+        assert total(text, "requests_accepted_total") == 4
+        assert by_label(text, "request_failure_total", "reason") == {"error": 3, "timeout": 0}
+        assert by_label(text, "request_success_total", "finished_reason") == {"stop": 0, "length": 0, "abort": 1}
+        owner.note_restart(shared, os.getpid())  # another one, which had the same process id and told nothing
+        text = await front.scrape()
+    assert (total(text, "front_end_restarts_total"), total(text, "request_failure_total")) == (2, 3)
+
+
 async def test_numbers_of_a_running_stream_reach_the_others(tmp_path: Path) -> None:
     """Between its first and its last token no request begins or ends; the tokens are told all the same."""
-    one, other = Front(tmp_path, tmp_path / "metrics"), Front(tmp_path, tmp_path / "metrics")
+    one, other = (Front(tmp_path, FrontDir(tmp_path, name)) for name in "12")
     journal = one.add()
     await asyncio.sleep(0.01)
     one.tell(journal, (0, 0, [5, 6, 7], None))
     async with one.http, other.http:
-        for _ in range(200):
-            if total(text := await other.scrape(), "generation_tokens_total") == 3:
-                break
+        deadline = time.monotonic() + PATIENCE
+        while total(text := await other.scrape(), "generation_tokens_total") < 3:
+            assert time.monotonic() < deadline, text
             await asyncio.sleep(0.02)
         assert total(text, "generation_tokens_total") == 3
         assert total(text, "requests_accepted_total") == 1

@@ -3,25 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import httpx
 import pytest
 
 from tests.launch.fake_engine import ANSWER, FakeEngine
-from tests.launch.test_server_app import HI, client_of, error_of, events_of
-
-
-@pytest.fixture
-def engine(tmp_path: Path) -> FakeEngine:
-    return FakeEngine(tmp_path)
-
-
-@pytest.fixture
-async def client(engine: FakeEngine) -> AsyncIterator[httpx.AsyncClient]:
-    async with client_of(engine) as client:
-        yield client
+from tests.launch.http_answers import HI, error_of, events_of
 
 
 async def test_fields_that_change_logits_reach_the_engine(client: httpx.AsyncClient, engine: FakeEngine) -> None:

@@ -9,7 +9,7 @@ from configs.errors import ConfigError
 from launch.supervisor import with_server_defaults
 from nanoengine.tokenizer import Tokenizer
 from tests.launch.fake_engine import FakeEngine
-from tests.launch.test_server_app import HI, client_of, error_of, events_of
+from tests.launch.http_answers import HI, client_of, error_of, events_of
 
 
 @pytest.fixture

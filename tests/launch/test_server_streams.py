@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +17,12 @@ from fastapi import Request
 from launch.server.errors import ApiError
 from launch.server.streams import KeptStream, StreamStore
 from tests.launch.fake_engine import FakeEngine, served
-from tests.launch.test_server_app import HI, client_of, error_of, events_of
-from tests.launch.test_server_clients import until
+from tests.launch.http_answers import HI, client_of, error_of, events_of
+from tests.waiting import until
 
 RESUME = {"X-Stream-Resume": "1"}
 ASKED = {"prompt": "a", "stream": True, "max_tokens": 60}
 TEXT = "word " * 11
-
-
-@pytest.fixture
-def engine(tmp_path: Path) -> FakeEngine:
-    return FakeEngine(tmp_path)
-
-
-@pytest.fixture
-def url(engine: FakeEngine) -> Iterator[str]:
-    with served(engine) as url:
-        yield url
 
 
 def ids_of(text: str) -> list[str]:
@@ -90,13 +79,6 @@ async def test_who_has_no_stream_gets_none(engine: FakeEngine, tmp_path: Path) -
         assert (await client.get(f"/v1/streams/{stream_id}", headers=headers)).status_code == 200
 
 
-async def test_several_front_ends_refuse_what_another_one_would_not_find(tmp_path: Path) -> None:
-    async with client_of(FakeEngine(tmp_path, api_server_count=2)) as client:
-        error = error_of(await client.post("/v1/completions", json=ASKED, headers=RESUME), 400)
-        assert (error["param"], error["code"]) == ("X-Stream-Resume", "unsupported")
-        assert (await client.post("/v1/completions", json=ASKED)).status_code == 200
-
-
 async def test_a_stream_that_fails_is_told_so_again(engine: FakeEngine) -> None:
     engine.fail_after = 3
     async with client_of(engine) as client:
@@ -109,10 +91,11 @@ async def test_a_stream_that_fails_is_told_so_again(engine: FakeEngine) -> None:
         assert "rank 1 fell over" in again.text
 
 
-def read_some(url: str, num_events: int, **kwargs: Any) -> list[str]:
+def read_some(url: str, num_events: int, extra: Mapping[str, str] | None = None) -> list[str]:
     """The first events of a stream, whose client hangs up then."""
     events: list[str] = []
-    with httpx.stream("POST", f"{url}/v1/completions", json=ASKED, headers=RESUME, **kwargs) as response:
+    headers = RESUME | dict(extra or {})
+    with httpx.stream("POST", f"{url}/v1/completions", json=ASKED, headers=headers) as response:
         for piece in response.iter_text():
             events += [each + "\n\n" for each in piece.split("\n\n") if each]
             if len(events) >= num_events:
@@ -121,10 +104,11 @@ def read_some(url: str, num_events: int, **kwargs: Any) -> list[str]:
 
 
 def test_a_reader_that_hangs_up_misses_nothing(engine: FakeEngine, url: str) -> None:
-    engine.answers, engine.delay = {"a": TEXT}, 0.01
+    engine.answers, engine.held_after = {"a": TEXT}, 6
     begun = read_some(url, 4)
     last = ids_of(begun[-1])[-1]
     assert engine.open
+    engine.held_after = None
     headers = {"Last-Event-ID": last}
     rest = httpx.get(f"{url}/v1/streams/{last.rpartition(':')[0]}", headers=headers, timeout=20).text
     assert text_of("".join(begun) + rest) == TEXT
@@ -134,25 +118,30 @@ def test_a_reader_that_hangs_up_misses_nothing(engine: FakeEngine, url: str) -> 
 
 
 def test_a_stream_whose_reader_stays_away_is_aborted(tmp_path: Path) -> None:
-    engine = FakeEngine(tmp_path, stream_resume_seconds=0.2)
-    engine.answers, engine.delay = {"a": TEXT * 2}, 0.05
+    engine = FakeEngine(tmp_path, stream_resume_seconds=1.0)
+    engine.answers, engine.held_after = {"a": TEXT * 2}, 3
     with served(engine) as url:
         begun = read_some(url, 1)
-        until(lambda: engine.aborted, 3)
+        until(lambda: engine.aborted)
+        engine.held_after = None
         stream_id = ids_of(begun[0])[0].rpartition(":")[0]
         assert httpx.get(f"{url}/v1/streams/{stream_id}").status_code == 404
         done = httpx.post(f"{url}/v1/completions", json=ASKED | {"max_tokens": 1}, headers=RESUME)
         path = f"{url}/v1/streams/{done.headers['x-stream-id']}"
         assert httpx.get(path).status_code == 200
-        until(lambda: httpx.get(path).status_code == 404, 3)
+        until(lambda: httpx.get(path).status_code == 404)
 
 
 def test_the_latest_reader_has_the_stream(engine: FakeEngine, url: str) -> None:
-    engine.answers, engine.delay = {"a": TEXT}, 0.02
+    engine.answers, engine.held_after = {"a": TEXT}, 5
     with httpx.stream("POST", f"{url}/v1/completions", json=ASKED, headers=RESUME) as older:
         pieces = older.iter_text()
         begun = next(pieces)
-        newer = httpx.get(f"{url}/v1/streams/{older.headers['x-stream-id']}", timeout=20).text
+        with httpx.stream("GET", f"{url}/v1/streams/{older.headers['x-stream-id']}", timeout=30) as later:
+            pieces_again = later.iter_text()
+            newer = next(pieces_again)
+            engine.held_after = None
+            newer += "".join(pieces_again)
         left = begun + "".join(pieces)
     assert text_of(newer) == TEXT
     assert newer.startswith(left)
@@ -179,6 +168,22 @@ async def until_done(stream: KeptStream) -> None:
     for _ in range(100):
         await asyncio.sleep(0)
     assert stream.done
+
+
+async def failing() -> AsyncGenerator[list[bytes], None]:
+    raise ApiError(429, "the queue is full")
+    yield []
+
+
+async def test_a_stream_that_was_refused_may_be_asked_for_again_under_its_id() -> None:
+    """It was kept without an event, and a client that came again, as Retry-After says, got a 409."""
+    store = StreamStore(60)
+    refused = store.start(request_of(), "one", failing())
+    with pytest.raises(ApiError, match="the queue is full"):
+        await anext(refused.read(0))
+    assert len(store) == 0
+    again = store.start(request_of(), "one", finite(1, 10))
+    assert [batch async for batch in again.read(0)] == [[b"id: one:0\n" + b"x" * 10]]
 
 
 async def test_kept_events_are_bounded() -> None:
@@ -224,6 +229,7 @@ def test_a_silent_stream_gives_signs_of_life(
     with openai.OpenAI(base_url=f"{url}/v1", api_key="any", default_headers=headers) as client:
         chunks = client.completions.create(model="demo", prompt="a", max_tokens=3, stream=True)
         assert "".join(chunk.choices[0].text for chunk in chunks) == "a b"
+    monkeypatch.setattr("launch.server.events.PING_SECONDS", 30)
     engine.delay = 0.0
     assert "ping" not in httpx.post(f"{url}/v1/completions", json=ASKED).text
 

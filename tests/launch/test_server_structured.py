@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,21 +11,10 @@ import pytest
 from configs.errors import RequestError
 from nanoengine.structured_outputs import StructuredOutputsParams
 from tests.launch.fake_engine import FakeEngine
-from tests.launch.test_server_app import HI, client_of, error_of
+from tests.launch.http_answers import HI, error_of
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 ROUTES = [("/v1/completions", {"prompt": "a"}), ("/v1/chat/completions", HI)]
-
-
-@pytest.fixture
-def engine(tmp_path: Path) -> FakeEngine:
-    return FakeEngine(tmp_path)
-
-
-@pytest.fixture
-async def client(engine: FakeEngine) -> AsyncIterator[httpx.AsyncClient]:
-    async with client_of(engine) as client:
-        yield client
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,11 +11,6 @@ import pytest
 
 from launch.server.app import create_app
 from tests.launch.fake_engine import ANSWER, FakeEngine
-
-
-@pytest.fixture
-def engine(tmp_path: Path) -> FakeEngine:
-    return FakeEngine(tmp_path)
 
 
 @pytest.fixture

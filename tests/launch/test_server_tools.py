@@ -17,7 +17,7 @@ from launch.server.tools import plan_tools
 from nanoengine.structured_outputs import StructuredOutputsParams
 from tests.launch import chat_templates
 from tests.launch.fake_engine import FakeEngine
-from tests.launch.test_server_app import HI, client_of, error_of, events_of
+from tests.launch.http_answers import HI, client_of, error_of, events_of
 
 PARAMETERS = {
     "type": "object",

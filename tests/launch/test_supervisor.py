@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,9 +15,10 @@ from typing import Any
 import httpx
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.launch.server_process import ROOT, Program
+
 PROGRAM = """
-import asyncio, sys
+import asyncio, os, signal, sys
 import launch.supervisor as supervisor
 from configs.errors import CapacityError, EngineDeadError
 from nanoengine.outputs import CompletionOutput, RequestMetrics, RequestOutput
@@ -28,12 +28,13 @@ class Pretender:
     def __init__(self, config):
         self.config, self.is_ready, self.failure = config, False, None
     async def start(self):
-        await asyncio.sleep({start_seconds})
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGUSR2, self.die, "rank 1 was killed")
+        while {held} and not os.path.exists({gate}):
+            await asyncio.sleep(0.01)
         if {start_fails}:
             raise CapacityError("more memory is asked for\\nthan there is")
         self.is_ready = True
-        if {dies_after}:
-            asyncio.get_running_loop().call_later({dies_after}, self.die, "rank 1 was killed")
     def die(self, why):
         self.is_ready, self.failure = False, EngineDeadError(why)
     async def close(self):
@@ -49,7 +50,7 @@ class Pretender:
             count += 1
             await asyncio.sleep(0.02)
             last = CompletionOutput(0, "x" * count, [1])
-            if count == {num_tokens}:
+            if {ends} and os.path.exists({gate}):
                 last.finish_reason = "length"
                 self.num_unfinished -= 1
             yield RequestOutput(request_id, None, prompt, [last], last.finished, RequestMetrics(0))
@@ -64,35 +65,26 @@ sys.exit(main(["--port", "0", "--shutdown-timeout", "{drain_seconds}", *{options
 """
 
 
-class Server:
-    """The process and what it printed."""
+class Server(Program):
+    """A server over a Pretender.
 
-    def __init__(self, **how: Any) -> None:
+    With `held` its start waits for `open_gate`, and with `ends` the end of its streams does. `die` ends its engine.
+    """
+
+    def __init__(self, gate: Path, **how: Any) -> None:
+        self._gate = gate
         settings = {
-            "start_seconds": 0,
+            "gate": str(gate),
+            "held": False,
             "options": [],
             "start_fails": False,
-            "dies_after": 0,
             "drain_seconds": 5,
-            "num_tokens": 0,
+            "ends": False,
         } | how
         program = PROGRAM
         for name, value in settings.items():
             program = program.replace("{" + name + "}", repr(value))
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        self.out: list[str] = []
-        self.err: list[str] = []
-        pairs = ((self.process.stdout, self.out), (self.process.stderr, self.err))
-        self.readers = [threading.Thread(target=self._read, args=pair) for pair in pairs]
-        for reader in self.readers:
-            reader.start()
-
-    @staticmethod
-    def _read(pipe: Any, lines: list[str]) -> None:
-        lines.extend(iter(pipe.readline, ""))  # extend takes each line as it comes
-        pipe.close()
+        super().__init__([sys.executable, "-c", program])
 
     def address(self) -> str:
         """Where it listens, which it logs before it loads."""
@@ -106,51 +98,41 @@ class Server:
         self.until(lambda: bool(self.out))
         return self.address()
 
-    def until(self, condition: Callable[[], bool], seconds: float = 15) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert self.process.poll() is None, "".join(self.err)
-            assert time.monotonic() < deadline, "".join(self.err)
-            time.sleep(0.01)
+    def open_gate(self) -> None:
+        self._gate.touch()
 
-    def end(self, *signals: int, seconds: float = 3.0) -> int:
-        for number in signals:
-            self.process.send_signal(number)
-            time.sleep(0.2 if len(signals) > 1 else 0)
-        code = self.process.wait(seconds)
-        for reader in self.readers:
-            reader.join(5)
-        return code
+    def die(self) -> None:
+        self.process.send_signal(signal.SIGUSR2)
 
     def errors(self) -> list[str]:
         return [line for line in self.err if line.startswith("nanoengine: error:")]
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[..., Server]]:
+def start(tmp_path: Path) -> Iterator[Callable[..., Server]]:
     servers: list[Server] = []
 
     def make(**how: Any) -> Server:
-        servers.append(Server(**how))
+        servers.append(Server(tmp_path / f"gate{len(servers)}", **how))
         return servers[-1]
 
     yield make
     for server in servers:
-        if server.process.poll() is None:
-            server.process.kill()
-        server.end(seconds=10)
+        server.process.kill()
+        server.stop(None)
 
 
 def test_health_turns_green_with_the_one_line_on_stdout(start: Callable[..., Server]) -> None:
-    server = start(start_seconds=1)
+    server = start(held=True)
     url = server.address()
     loading = httpx.get(f"{url}/health")
     assert (loading.status_code, loading.json()["error"]["code"]) == (503, "loading")
     assert httpx.get(f"{url}/livez").status_code == 200
     assert not server.out
+    server.open_gate()
     assert server.ready() == url
     assert httpx.get(f"{url}/health").status_code == 200
-    assert server.end(signal.SIGTERM) == 0
+    assert server.stop(signal.SIGTERM) == 0
     assert server.out == [f"nanoengine ready: {url} (model=demo, tp=1)\n"]
     assert "Traceback" not in "".join(server.err)
 
@@ -160,9 +142,9 @@ def test_health_turns_green_with_the_one_line_on_stdout(start: Callable[..., Ser
 def test_a_signal_stops_it_cleanly_also_while_it_loads(
     start: Callable[..., Server], number: int, loading: bool
 ) -> None:
-    server = start(start_seconds=60 if loading else 0)
+    server = start(held=loading)
     server.address() if loading else server.ready()
-    assert server.end(number) == 0
+    assert server.stop(number) == 0
     assert "closed\n" in server.err
     assert "Traceback" not in "".join(server.err)
     assert bool(server.out) is not loading
@@ -172,7 +154,7 @@ def test_an_idle_connection_does_not_delay_the_stop(start: Callable[..., Server]
     server = start()
     with httpx.Client() as client:
         assert client.get(f"{server.ready()}/health").status_code == 200
-        assert server.end(signal.SIGTERM) == 0
+        assert server.stop(signal.SIGTERM) == 0
 
 
 def test_a_second_signal_ends_it_at_once(start: Callable[..., Server]) -> None:
@@ -181,15 +163,15 @@ def test_a_second_signal_ends_it_at_once(start: Callable[..., Server]) -> None:
     with httpx.stream("POST", f"{url}/v1/completions", json={"prompt": [1], "stream": True}) as response:
         lines = response.iter_lines()  # forgetting it would hang up
         next(lines)
-        begun = time.monotonic()
-        assert server.end(signal.SIGTERM, signal.SIGINT, seconds=1.5) == 128 + signal.SIGINT
-        assert time.monotonic() - begun < 1.5
+        server.process.send_signal(signal.SIGTERM)
+        server.until(lambda: any("may go on for 60 s" in line for line in server.err))
+        assert server.stop(signal.SIGINT, seconds=5) == 128 + signal.SIGINT
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_lets_open_streams_finish_and_takes_nothing_new(start: Callable[..., Server], number: int) -> None:
     """A rolling update must lose no answer; load balancers look at /readyz."""
-    server = start(drain_seconds=60, num_tokens=60)
+    server = start(drain_seconds=60, ends=True)
     url = server.ready()
     with httpx.stream("POST", f"{url}/v1/completions", json={"prompt": [1], "stream": True}) as response:
         lines = response.iter_lines()
@@ -206,22 +188,25 @@ def test_a_stop_lets_open_streams_finish_and_takes_nothing_new(start: Callable[.
             assert int(refused.headers["retry-after"]) > 0
             assert refused.headers["connection"] == "close"
             assert client.get(f"{url}/livez").status_code == 200
+        server.open_gate()
         rest = [line for line in lines if line]
     assert '"finish_reason":"length"' in rest[-2]
     assert rest[-1] == "data: [DONE]"
-    assert server.end() == 0
+    assert server.stop(None) == 0
     assert "Traceback" not in "".join(server.err)
 
 
 def test_the_engines_end_while_it_drains_is_a_failure(start: Callable[..., Server]) -> None:
-    server = start(drain_seconds=60, dies_after=1)
+    server = start(drain_seconds=60)
     url = server.ready()
     with httpx.stream("POST", f"{url}/v1/completions", json={"prompt": [1], "stream": True}) as response:
         lines = response.iter_lines()
         next(lines)
         server.process.send_signal(signal.SIGTERM)
+        server.until(lambda: any("may go on for 60 s" in line for line in server.err))
+        server.die()
         assert "rank 1 was killed" in [line for line in lines if line][-2]
-    assert server.end(seconds=5) == 1
+    assert server.stop(None) == 1
 
 
 def test_who_only_looks_on_holds_up_no_stop(start: Callable[..., Server]) -> None:
@@ -230,7 +215,7 @@ def test_who_only_looks_on_holds_up_no_stop(start: Callable[..., Server]) -> Non
     address = httpx.URL(server.ready())
     with socket.create_connection((address.host, address.port or 0)) as connection:
         connection.sendall(b"GET /livez HTTP/1.1\r\n")
-        assert server.end(signal.SIGTERM) == 0
+        assert server.stop(signal.SIGTERM) == 0
 
 
 def test_a_stream_that_outlasts_the_stop_is_told(start: Callable[..., Server]) -> None:
@@ -243,37 +228,37 @@ def test_a_stream_that_outlasts_the_stop_is_told(start: Callable[..., Server]) -
         rest = [line for line in lines if line]
     assert "the engine was closed" in rest[-2]
     assert rest[-1] == "data: [DONE]"
-    assert server.end() == 0
+    assert server.stop(None) == 0
 
 
 def test_a_fatal_error_ends_it_with_an_exit_code_and_one_line(start: Callable[..., Server]) -> None:
     """An orchestrator restarts what exits with an error, and nothing else."""
-    server = start(dies_after=1)
+    server = start()
     url = server.ready()
     with httpx.stream("POST", f"{url}/v1/completions", json={"prompt": [1], "stream": True}) as response:
+        server.die()
         rest = [line for line in response.iter_lines() if line]
     assert "rank 1 was killed" in rest[-2]
-    assert server.end(seconds=5) == 1
+    assert server.stop(None) == 1
     assert server.errors() == ["nanoengine: error: rank 1 was killed\n"]
     assert "Traceback" not in "".join(server.err)
 
 
 def test_a_server_that_is_to_survive_its_engine_says_503_until_it_is_stopped(start: Callable[..., Server]) -> None:
-    server = start(dies_after=0.2, options=["--no-exit-on-failure"])
+    server = start(options=["--no-exit-on-failure"])
     url = server.ready()
-    deadline = time.monotonic() + 5
-    while (answer := httpx.get(f"{url}/readyz")).status_code == 200 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(1)
+    server.die()
+    server.until(lambda: httpx.get(f"{url}/readyz").status_code != 200)
+    time.sleep(1)  # in which it would end
     answer = httpx.get(f"{url}/readyz")
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_dead")
-    assert server.end(signal.SIGTERM) == 0
+    assert server.stop(signal.SIGTERM) == 0
     assert sum("rank 1 was killed" in line for line in server.err) == 1
 
 
 def test_a_failed_start_is_one_line(start: Callable[..., Server]) -> None:
     server = start(start_fails=True)
-    assert server.end(seconds=15) == 1
+    assert server.stop(None, seconds=60) == 1
     assert server.errors() == ["nanoengine: error: more memory is asked for than there is\n"]
     assert "Traceback" not in "".join(server.err)
     assert not server.out

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
+import select
 import shutil
 import tempfile
 import threading
@@ -70,23 +72,28 @@ class FakeEngineProcess:
     """Stands for `EngineProcess`; `script` decides what a request is answered with.
 
     `hold` keeps requests waiting until it is cleared. `inject` sends a message as it is. `die` ends the process.
+    `on_step`, where there is one, is called in the scheduler's thread before the next tokens are sent.
     """
 
     made: list[FakeEngineProcess] = []  # noqa: RUF012  # all instances, for the tests to find theirs
     start_error: NanoEngineError | None = None  # what wait_ready raises
     start_gate: threading.Event | None = None  # what wait_ready waits for
 
-    def __init__(self, config: EngineConfig, incarnation: int = 1) -> None:
+    def __init__(self, config: EngineConfig, incarnation: int = 1, *_: object) -> None:
         self.config = config
         self.incarnation = incarnation
         self.tokens_of: Callable[[AddRequest], list[int]] = invented_tokens
         self.script: Callable[[AddRequest], list[Message]] | None = None
+        self.on_step: Callable[[], object] | None = None
         self.hold = threading.Event()
         self.received: list[Message] = []
         self.aborted: list[Abort] = []
         self.tokens_per_step = 1
         self.is_mute = False
         self.stops = 0
+        self.pid = 0
+        self.is_stopped = self.has_progressed = self.is_hopeless = False
+        self.reason = "died"
         self._live: dict[str, tuple[AddRequest, int]] = {}
         self._client = b""
         self._injected: queue.SimpleQueue[Message] = queue.SimpleQueue()
@@ -117,6 +124,18 @@ class FakeEngineProcess:
 
     def fileno(self) -> int:
         return self._read_fd
+
+    @property
+    def was_stopped(self) -> bool:
+        return self._stopped.is_set()
+
+    def wait(self, timeout: float | None) -> None:
+        """As long as nothing happens; a byte in the pipe stays there."""
+        with contextlib.suppress(OSError):
+            select.select([self._read_fd], [], [], 0.05)
+
+    def kill(self, error: NanoEngineError) -> None:
+        self._failure = self._failure or error
 
     def stop(self, timeout: float = 3.0) -> None:
         self.stops += 1
@@ -149,16 +168,24 @@ class FakeEngineProcess:
         router.setsockopt(zmq.LINGER, 0)
         router.bind(self.address)
         while not self._stopped.is_set():
-            if router.poll(0 if self._live and not self.hold.is_set() else 2):
+            if router.poll(self._pause_ms()):
                 self._client, frame = router.recv_multipart()
                 self._take(decode(frame), lambda message: router.send_multipart([self._client, encode(message)]))
                 continue
             while not self._injected.empty():
                 router.send_multipart([self._client, encode(self._injected.get())])
             if self._live and not self.hold.is_set():
+                if self.on_step is not None:
+                    self.on_step()
                 router.send_multipart([self._client, encode(Deltas(self.incarnation, self._step()))])
         router.close()
         context.term()
+
+    def _pause_ms(self) -> int:
+        if not self._live or self.hold.is_set():
+            return 2
+        # An answer that nobody waits for must not keep its reader busy: tests do other things meanwhile.
+        return int(all(self.tokens_of(request) is ENDLESS for request, _ in self._live.values()))
 
     def _take(self, message: Message, send: Callable[[Message], None]) -> None:
         if self.is_mute:

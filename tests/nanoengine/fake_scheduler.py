@@ -6,6 +6,7 @@ fake_worker. It writes the pids of all of them into the file that NANO_TEST_PIDS
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -35,13 +36,17 @@ def tell_pids(wanted: int) -> None:
 def serve(bootstrap: Bootstrap, what: str) -> None:
     executor = MultiprocessExecutor(bootstrap.config, bootstrap.run_dir, entry=ENTRY)
     # In a thread: ranks that hang while loading keep `start` from returning.
-    threading.Thread(target=tell_pids, args=(bootstrap.config.parallel.world_size,), daemon=True).start()
+    teller = threading.Thread(target=tell_pids, args=(bootstrap.config.parallel.world_size,), daemon=True)
+    teller.start()
     try:
         executor.start(Epoch(bootstrap.incarnation, 1))
         if what == "stuck":
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        teller.join()  # an owner that ends as soon as it hears `ready` would end the ranks before they were counted
         bootstrap.report_ready()
-        if what == "late-failure":
+        if what in ("late-failure", "failure-when-told"):
+            while what == "failure-when-told" and not Path(os.environ["NANO_TEST_PIDS"] + ".fail").exists():
+                time.sleep(0.01)
             bootstrap.report_failure(RuntimeError("out of luck"))
             sys.exit(1)
         signal.pause()
@@ -55,6 +60,10 @@ def main() -> None:
     what = bootstrap.config.model.model.removeprefix("fake:").partition("@")[0]
     match what:
         case "checkpoint-error":
+            bootstrap.report_failure(CheckpointError("no weights in /nowhere"))
+            sys.exit(1)
+        case "slow-exit":
+            atexit.register(time.sleep, 1)
             bootstrap.report_failure(CheckpointError("no weights in /nowhere"))
             sys.exit(1)
         case "die":

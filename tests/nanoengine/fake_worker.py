@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 
 from configs.engine import EngineConfig
 from configs.errors import CapacityError, ConfigError
 from nanoengine.channel import BlockCounts, RankPort
-from nanoengine.step import StepInput, StepOutput
+from nanoengine.step import GaveUp, StepInput, StepOutput
 
 MAX_BLOCKS = [BlockCounts(*each) for each in ((100, 6), (70, 9), (90, 8), (80, 7))]
 
@@ -50,8 +51,14 @@ def run_worker(port: RankPort) -> None:
     if what == "die-warming":
         os.kill(os.getpid(), signal.SIGKILL)
     port.report_ready()
-    for step in port.steps():
+    forgotten: list[bool] = []
+    for step in port.steps(lambda: forgotten.append(True)):
         match what:
+            case "give-up" if step.step_id == 2:
+                port.send_output(GaveUp(2, "no luck with memory"))
+                continue
+            case "give-up" if step.step_id > 2 and not forgotten:
+                continue
             case "raise" if step.step_id == 2:
                 raise ValueError("rank trouble")
             case "hang" if step.step_id == 2:
@@ -62,6 +69,8 @@ def run_worker(port: RankPort) -> None:
                 os.kill(os.getpid(), signal.SIGSTOP)
             case "slow":
                 time.sleep(0.3)
+            case "slow-hang":
+                time.sleep(0.3 if step.step_id == 1 else 600)
         if port.rank == 0:
             output = invented(step)
             if what == "settings":
@@ -73,6 +82,10 @@ def run_worker(port: RankPort) -> None:
             port.send_output(output)
         elif what == "wait":
             time.sleep(600)
+
+
+GATE = threading.Event()
+"""What `gated` ranks of an in-process executor wait for in each step."""
 
 
 class FakeRank:
@@ -100,8 +113,10 @@ class FakeRank:
     def execute(self, step: StepInput) -> StepOutput | None:
         if step.step_id == 2 and self.what == "raise":
             raise ValueError("rank trouble")
-        if self.what in ("slow", "hang"):
-            time.sleep(0.3 if self.what == "slow" else 1)
+        if self.what == "gated":
+            assert GATE.wait(60)
+        if self.what == "hang":
+            time.sleep(1)
         return invented(step) if self.rank == 0 else None
 
     def close(self) -> None:

@@ -6,8 +6,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import psutil
@@ -46,19 +45,23 @@ def descendants(pid: int | None = None) -> list[int]:
     return alive(pids)
 
 
-def eventually(condition: Callable[[], bool], timeout: float = 3.0) -> bool:
-    """Whether `condition` comes true in time. For what offers tests no event to wait for."""
-    deadline = time.monotonic() + timeout
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
-
-
 def shared_memory() -> set[str]:
     """Names in /dev/shm."""
     return set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
+
+
+def leaked_memory(before: set[str]) -> set[str]:
+    """Names that have come to /dev/shm since `before`, unless a living process holds what they name.
+
+    What ended without cleaning up is held by nobody. Other programs on the machine, a browser say, come and go.
+    """
+    found = shared_memory() - before
+    for pid in psutil.pids() if found else ():
+        with contextlib.suppress(OSError):
+            held = Path(f"/proc/{pid}/maps").read_text(errors="replace")
+            held += "".join(f"{os.readlink(each)}\n" for each in Path(f"/proc/{pid}/fd").iterdir())
+            found = {name for name in found if f"/dev/shm/{name}\n" not in held}
+    return {name for name in found if os.path.exists(f"/dev/shm/{name}")}
 
 
 def open_descriptors() -> dict[int, str]:

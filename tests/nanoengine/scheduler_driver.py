@@ -158,6 +158,10 @@ def output_name(request_id: str, index: int) -> str:
     return f"{request_id}[{index}]" if index else request_id
 
 
+def prompt_of(length: int, salt: int = 0) -> list[int]:
+    return [3 + (salt * 131 + i * 7) % 900 for i in range(length)]
+
+
 class Driver:
     """A scheduler, invented workers and a client that keeps what it was told.
 
@@ -281,6 +285,27 @@ class Driver:
             self.last[name] = delta
             if delta.finish_reason:
                 self.finished[name] = delta.finish_reason
+
+    def perform(self, operation: tuple[Any, ...]) -> None:
+        """What random tests do beside adding requests, which are named r0, r1 and so on; the books are checked.
+
+        `("abort", number)` or `("abort", number, index)`, `("step", count)`, `("reset",)` forgets cached prefixes,
+        `("epoch",)` begins the next group of ranks.
+        """
+        match operation:
+            case ("abort", number, *index):
+                self.abort(f"r{number}", index=index[0] if index else None)
+            case ("step", count):
+                for _ in range(count):
+                    self.step()
+            case ("reset",):
+                self.scheduler.blocks.reset_prefix_cache()
+            case ("epoch",):
+                incarnation, group = self.scheduler.epoch
+                self.new_epoch(Epoch(incarnation, group + 1))
+            case _:
+                raise AssertionError(operation)
+        self.scheduler.check_invariants()
 
     def run(self, max_steps: int = 10_000) -> None:
         for _ in range(max_steps):

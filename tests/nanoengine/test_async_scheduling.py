@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from nanoengine.step import PREVIOUS_SAMPLE, StepInput, StepOutput
-from tests.nanoengine.scheduler_driver import Driver, expected_output
-from tests.nanoengine.test_scheduler import prompt_of
+from tests.nanoengine.scheduler_driver import Driver, expected_output, prompt_of
 
 
 def start(driver: Driver) -> tuple[StepInput, StepOutput]:

@@ -9,23 +9,16 @@ from typing import Any
 
 import pytest
 
-import nanoengine.async_llm
-import nanoengine.llm_engine
 from configs.engine import EngineConfig
 from configs.errors import RequestError, RequestTimeoutError, to_wire
 from nanoengine import LLM, AsyncLLM, BeamSearchParams, RequestOutput
 from nanoengine.engine_client import EngineClient
 from nanoengine.messages import Abort, AddRequest, Deltas, Message, TokenDelta
 from nanoengine.prompts import Prompt
+from tests.nanoengine.engine_clients import make_client, ready, sent
 from tests.nanoengine.fake_engine import CHECKPOINT, FakeEngineProcess, write_model
-from tests.nanoengine.test_engine_client import make_client, ready, sent
 
 PARAMS = BeamSearchParams(beam_width=2, max_tokens=5, length_penalty=0.5, early_stopping="never")
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
-    return EngineConfig.create(model=str(write_model(tmp_path_factory.mktemp("model")))).resolve()
 
 
 @pytest.fixture
@@ -106,8 +99,7 @@ def test_a_search_wider_than_the_vocabulary_allows_is_refused(tmp_path: Path) ->
 def process(monkeypatch: pytest.MonkeyPatch, config: EngineConfig) -> Iterator[FakeEngineProcess]:
     fake = FakeEngineProcess(config)
     fake.script = answer
-    for module in (nanoengine.llm_engine, nanoengine.async_llm):
-        monkeypatch.setattr(module, "EngineProcess", lambda config: fake)
+    monkeypatch.setattr("nanoengine.scheduler_keeper.EngineProcess", lambda *_: fake)
     yield fake
     fake.stop()
 

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 
-import nanoengine.async_llm
-import nanoengine.llm_engine
 from configs.engine import EngineConfig
 from configs.errors import RequestError, to_wire
 from nanoengine import LLM, AsyncLLM
@@ -18,23 +16,8 @@ from nanoengine.journal import RequestJournal
 from nanoengine.messages import Abort, AddRequest, Deltas, TokenDelta
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.tokenizer import Tokenizer
-from tests.nanoengine.fake_engine import VOCAB_SIZE, FakeEngineProcess, write_model
-from tests.nanoengine.test_engine_client import add, make_client, ready, sent
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
-    return EngineConfig.create(model=str(write_model(tmp_path_factory.mktemp("model")))).resolve()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(config: EngineConfig) -> Tokenizer:
-    return Tokenizer(str(config.model_dir), expected_vocab_size=VOCAB_SIZE)
-
-
-@pytest.fixture
-def client(config: EngineConfig, tokenizer: Tokenizer) -> EngineClient:
-    return make_client(config, tokenizer)
+from tests.nanoengine.engine_clients import add, ready, sent
+from tests.nanoengine.fake_engine import FakeEngineProcess
 
 
 def tell(
@@ -167,8 +150,7 @@ def test_best_of_below_n_is_refused() -> None:
 
 @pytest.fixture
 def fake_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for module in (nanoengine.llm_engine, nanoengine.async_llm):
-        monkeypatch.setattr(module, "EngineProcess", FakeEngineProcess)
+    monkeypatch.setattr("nanoengine.scheduler_keeper.EngineProcess", FakeEngineProcess)
     monkeypatch.setattr(FakeEngineProcess, "made", [])
     yield
     for process in FakeEngineProcess.made:

@@ -6,8 +6,7 @@ import pytest
 
 from nanoengine.step import StepInput
 from nanoengine.step_costs import MIXED_STEPS, PROBE_TOKENS, StepCosts
-from tests.nanoengine.scheduler_driver import Driver, expected_output
-from tests.nanoengine.test_scheduler import prompt_of
+from tests.nanoengine.scheduler_driver import Driver, expected_output, prompt_of
 
 UNDISTURBED = 0.010
 PREFILL_TOKEN = 0.0005

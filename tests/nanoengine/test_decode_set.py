@@ -13,9 +13,8 @@ from nanoengine.decode_set import SteadyRows
 from nanoengine.messages import TokenColumns
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.sequence import Request, Sequence
-from nanoengine.step import PREVIOUS_SAMPLE, Epoch, SequenceState, StepOutput, TokenLists
-from tests.nanoengine.scheduler_driver import EOS, Driver, expected_output, invented_token
-from tests.nanoengine.test_scheduler import prompt_of
+from nanoengine.step import PREVIOUS_SAMPLE, SequenceState, StepOutput, TokenLists
+from tests.nanoengine.scheduler_driver import EOS, Driver, expected_output, invented_token, prompt_of
 
 OPERATIONS = st.lists(
     st.one_of(
@@ -32,7 +31,7 @@ def play(operations: list[tuple], steady: bool, async_scheduling: bool, **limits
     """The operations, then to the end; without `steady` every decode is scheduled as a row of its own."""
     driver = Driver(async_scheduling, **limits)
     driver.scheduler._may_be_steady &= steady
-    names, group = 0, 1
+    names = 0
     for operation in operations:
         match operation:
             case ("add", length, salt, max_tokens, stop_at):
@@ -40,14 +39,8 @@ def play(operations: list[tuple], steady: bool, async_scheduling: bool, **limits
                 stops = expected_output(prompt, max_tokens)[stop_at : stop_at + 1]
                 driver.add(f"r{names}", prompt, max_tokens=max_tokens, stop_token_ids=stops)
                 names += 1
-            case ("abort", number):
-                driver.abort(f"r{number}")
-            case ("step", count):
-                for _ in range(count):
-                    driver.step()
-            case ("epoch",):
-                group += 1
-                driver.new_epoch(Epoch(1, group))
+            case _:
+                driver.perform(operation)
     driver.run()
     return driver
 

@@ -12,28 +12,10 @@ from configs.errors import RequestError
 from nanoengine.engine_client import EngineClient
 from nanoengine.messages import AddRequest, Deltas, TokenDelta, decode, encode
 from nanoengine.outputs import Logprob
-from nanoengine.prompts import Prompt
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.tokenizer import Tokenizer
-from tests.nanoengine.fake_engine import EOS, VOCAB_SIZE, write_model
-
-IDS = Prompt(token_ids=[1, 2, 3])
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
-    return EngineConfig.create(model=str(write_model(tmp_path_factory.mktemp("model")))).resolve()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(config: EngineConfig) -> Tokenizer:
-    return Tokenizer(str(config.model_dir), expected_vocab_size=VOCAB_SIZE)
-
-
-@pytest.fixture
-def client(config: EngineConfig, tokenizer: Tokenizer) -> EngineClient:
-    return EngineClient(config, tokenizer, "front")
-
+from tests.nanoengine.engine_clients import IDS
+from tests.nanoengine.fake_engine import EOS, VOCAB_SIZE
 
 # --- fields that change logits ---
 

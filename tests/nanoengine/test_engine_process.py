@@ -21,7 +21,8 @@ from configs.engine import EngineConfig
 from configs.errors import CheckpointError, DeadlineError, EngineDeadError, EngineError, NanoEngineError
 from nanoengine.engine_process import EngineProcess
 from nanoengine.run_dir import RunDir
-from tests.nanoengine.process_tools import alive, descendants, eventually, shared_memory, short_directory
+from tests.nanoengine.process_tools import alive, descendants, leaked_memory, shared_memory, short_directory
+from tests.waiting import eventually
 
 MODULE = "tests.nanoengine.fake_scheduler"
 Make = Callable[..., EngineProcess]
@@ -37,7 +38,7 @@ def base(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         monkeypatch.setenv("NANO_TEST_PIDS", str(path / "pids"))
         yield path
         assert eventually(lambda: os.listdir(path / "runs") == []), os.listdir(path / "runs")
-        assert shared_memory() <= memory
+        assert eventually(lambda: not leaked_memory(memory), 5), leaked_memory(memory)
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def make(base: Path) -> Iterator[Make]:
 
 def read_pids(base: Path, num_ranks: int = 2) -> list[int]:
     """Pids of the scheduler and its ranks, once all of them exist."""
-    assert eventually((base / "pids").exists, 20)
+    assert eventually((base / "pids").exists)
     pids: list[int] = json.loads((base / "pids").read_text())
     assert len(pids) == 1 + num_ranks
     return pids
@@ -81,7 +82,7 @@ def runs(base: Path) -> list[str]:
 def test_the_scheduler_gets_its_configuration_and_nothing_secret_is_in_sight(make: Make, base: Path) -> None:
     engine = make("echo", incarnation=4, block_size=48, api_key="sesame")
     engine.start()
-    engine.wait_ready(20)
+    engine.wait_ready(60)
     told = json.loads((base / "pids").read_text())
     config = EngineConfig.from_dict(told["config"])
     assert (config.cache.block_size, config.server.api_key, told["incarnation"]) == (48, (), 4)
@@ -106,8 +107,20 @@ def test_a_start_that_fails_is_reported_at_once(
     engine = make(what)
     engine.start()
     with pytest.raises(kind, match=message):
-        engine.wait_ready(20)
+        engine.wait_ready(60)
     assert isinstance(engine.failure(), kind)
+
+
+def test_a_stop_does_not_disturb_a_scheduler_that_ends_already(make: Make, capfd: pytest.CaptureFixture[str]) -> None:
+    """Told why a start failed, its owner stops it; raised during the exit, that was "Exception ignored in atexit"."""
+    engine = make("slow-exit")
+    engine.start()
+    with pytest.raises(CheckpointError):
+        engine.wait_ready(60)
+    engine.stop()
+    assert engine._process is not None
+    assert engine._process.returncode == 1
+    assert capfd.readouterr().err == ""
 
 
 def test_waiting_for_ready_has_a_deadline_and_can_be_tried_again(make: Make) -> None:
@@ -133,7 +146,7 @@ def test_stopping_ends_a_wait_in_another_thread(make: Make) -> None:
     thread = threading.Thread(target=wait)
     thread.start()
     engine.stop()
-    thread.join(5)
+    thread.join(30)
     assert [type(error) for error in caught] == [EngineDeadError]
 
 
@@ -143,7 +156,7 @@ def test_an_engine_outlives_the_thread_that_started_it(make: Make, base: Path) -
     thread = threading.Thread(target=engine.start)
     thread.start()
     thread.join()
-    engine.wait_ready(20)
+    engine.wait_ready(60)
     time.sleep(0.3)
     assert engine.failure() is None
     assert len(alive(read_pids(base))) == 3
@@ -154,8 +167,8 @@ def test_two_engines_at_once_do_not_meet(make: Make, base: Path) -> None:
     first.start()
     pids = read_pids(base, num_ranks=1)
     second.start()
-    second.wait_ready(20)
-    first.wait_ready(20)
+    second.wait_ready(60)
+    first.wait_ready(60)
     assert first.address != second.address
     first.stop()
     assert alive(pids) == []
@@ -172,7 +185,7 @@ def test_stopping_ends_everything_within_three_seconds(make: Make, base: Path, w
     engine.start()
     pids = read_pids(base)
     if not what:
-        engine.wait_ready(20)
+        engine.wait_ready(60)
     begin = time.monotonic()
     engine.stop()
     assert time.monotonic() - begin < 3
@@ -192,18 +205,18 @@ def test_stopping_before_and_right_after_the_start(make: Make) -> None:
 def test_a_scheduler_that_ignores_sigterm_is_ended_all_the_same(make: Make, base: Path) -> None:
     engine = make("stuck")
     engine.start()
-    engine.wait_ready(20)
+    engine.wait_ready(60)
     pids = read_pids(base)
     begin = time.monotonic()
     engine.stop(1.0)
-    assert time.monotonic() - begin < 2
+    assert time.monotonic() - begin < 5
     assert alive(pids) == []
 
 
 def test_a_frozen_scheduler_is_killed(make: Make, base: Path) -> None:
     engine = make()
     engine.start()
-    engine.wait_ready(20)
+    engine.wait_ready(60)
     pids = read_pids(base)
     os.kill(engine.pid, signal.SIGSTOP)
     engine.stop(1.0)
@@ -216,10 +229,10 @@ def test_a_killed_scheduler_takes_its_ranks_along_and_wakes_its_owner(make: Make
     engine.start()
     pids = read_pids(base)
     if not what:
-        engine.wait_ready(20)
+        engine.wait_ready(60)
     assert engine.failure() is None
     os.kill(engine.pid, signal.SIGKILL)
-    assert select.select([engine.fileno()], [], [], 5)[0]
+    assert select.select([engine.fileno()], [], [], 30)[0]
     failure = engine.failure()
     assert isinstance(failure, EngineDeadError)
     assert "killed by signal 9 (SIGKILL)" in failure.message
@@ -231,7 +244,7 @@ def test_a_killed_scheduler_takes_its_ranks_along_and_wakes_its_owner(make: Make
 def test_a_failure_after_ready_is_told_with_its_reason(make: Make) -> None:
     engine = make("late-failure")
     engine.start()
-    assert eventually(lambda: engine.failure() is not None, 20)
+    assert eventually(lambda: engine.failure() is not None)
     failure = engine.failure()
     assert isinstance(failure, EngineError)
     assert failure.message == "RuntimeError: out of luck"
@@ -241,7 +254,7 @@ def test_a_failure_after_ready_is_told_with_its_reason(make: Make) -> None:
 def test_a_forked_child_of_the_owner_does_not_end_the_engine(make: Make, base: Path) -> None:
     engine = make("echo")
     engine.start()
-    engine.wait_ready(20)
+    engine.wait_ready(60)
     child = os.fork()
     if child == 0:
         engine.stop()
@@ -294,9 +307,9 @@ def owner(base: Path) -> Iterator[Callable[[str, str], subprocess.Popen[str]]]:
 Owner = Callable[[str, str], "subprocess.Popen[str]"]
 
 
-def expect_nothing_left(base: Path, pids: list[int], within: float = 3) -> None:
-    assert eventually(lambda: alive(pids) == [], within), [psutil.Process(pid).cmdline() for pid in alive(pids)]
-    assert eventually(lambda: runs(base) == [], 1)
+def expect_nothing_left(base: Path, pids: list[int], within: float = 15) -> None:
+    assert eventually(lambda: alive(pids) == [], within), f"{alive(pids)} of {pids} are left"
+    assert eventually(lambda: runs(base) == [], 5)
 
 
 @pytest.mark.parametrize("what", ["fake:", "fake:hang-loading@*"], ids=["ready", "loading"])
@@ -309,10 +322,10 @@ def test_nothing_outlives_an_owner_that_is_killed(owner: Owner, base: Path, what
 
 def test_nothing_outlives_an_owner_that_is_killed_before_it_knows_its_engine(owner: Owner, base: Path) -> None:
     process = owner("fake:", "sleep")
-    assert eventually(lambda: descendants(process.pid) != [], 20)
+    assert eventually(lambda: descendants(process.pid) != [])
     process.kill()
     # The scheduler is still importing: it finds out as soon as it looks.
-    assert eventually(lambda: runs(base) == [], 10)
+    assert eventually(lambda: runs(base) == [])
 
 
 def test_a_killed_owner_is_noticed_although_a_fork_of_it_holds_the_death_pipe(owner: Owner, base: Path) -> None:
@@ -335,7 +348,7 @@ def test_ctrl_c_while_loading_ends_everything(owner: Owner, base: Path) -> None:
     pids = read_pids(base)
     time.sleep(0.2)
     os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=5)
+    _, errors = process.communicate(timeout=30)
     assert errors.count("Traceback") == 1, errors
     assert "KeyboardInterrupt" in errors
     expect_nothing_left(base, pids, within=0.1)
@@ -345,7 +358,7 @@ def test_ctrl_c_while_loading_ends_everything(owner: Owner, base: Path) -> None:
 def test_an_owner_that_just_ends_ends_its_engine(owner: Owner, base: Path, then: str, code: int) -> None:
     process = owner("fake:", then)
     pids = read_pids(base)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == code
     assert errors.count("Traceback") == code, errors
     expect_nothing_left(base, pids, within=0.1)

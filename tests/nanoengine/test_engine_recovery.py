@@ -5,23 +5,37 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 
 from configs.engine import EngineConfig
 from configs.errors import CapacityError, WorkerError
+from nanoengine.circuit_breaker import CircuitBreaker
 from nanoengine.engine import EngineCore
 from nanoengine.executor import MultiprocessExecutor
 from nanoengine.front_socket import FrontSocket
-from nanoengine.messages import Abort, AddRequest, EngineFailure, Hello, Message, Ready, Recovering, spelt_out
-from nanoengine.recovery import INNOCENT_TOKENS, CircuitBreaker, Recovery
+from nanoengine.messages import (
+    Abort,
+    AddRequest,
+    EngineFailure,
+    Hello,
+    Message,
+    Ready,
+    Recovering,
+    Stats,
+    decode,
+    spelt_out,
+)
+from nanoengine.recovery import INNOCENT_TOKENS, Recovery
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.step import Epoch
 from tests.nanoengine.fake_worker import POISON
 from tests.nanoengine.process_tools import short_directory
 from tests.nanoengine.scheduler_driver import Driver, expected_output
 from tests.nanoengine.test_engine_core import EPOCH, FrontEnd, Served, served, settings
+from tests.waiting import PATIENCE, until
 
 __all__ = ["served", "settings"]  # fixtures
 
@@ -30,7 +44,7 @@ def fail(served: Served, message: str = "rank 1 died") -> None:
     served.executor.failure = WorkerError(message, 1, "died")
 
 
-def until(front: FrontEnd, kind: type[Any]) -> tuple[Any, list[Message]]:
+def until_told(front: FrontEnd, kind: type[Any]) -> tuple[Any, list[Message]]:
     """The next message of that kind, and what came before it."""
     before: list[Message] = []
     while True:
@@ -52,7 +66,7 @@ def test_streams_go_on_without_a_lost_or_repeated_token_and_the_front_end_is_tol
     front.add("long", [5, 6], max_tokens=600, ignore_eos=True)
     tokens: list[int] = []
     for group in (2, 3, 4):
-        ready, before = until(front, Ready)
+        ready, before = until_told(front, Ready)
         assert ready.group == group
         assert sum(isinstance(each, Recovering) for each in before) == 1
         tokens += [
@@ -68,26 +82,60 @@ def test_streams_go_on_without_a_lost_or_repeated_token_and_the_front_end_is_tol
     assert stats.tokens_recomputed > 0
 
 
+def test_front_ends_hear_of_recoveries_and_refused_frames_while_nothing_is_asked(served: Served) -> None:
+    """An idle engine tells nothing of itself otherwise."""
+    front = served.front_end()
+    greet(front)
+    fail(served)
+    until_told(front, Ready)
+    front.socket.send(b"no message")
+    stats = last_stats(front, lambda stats: stats.num_frames_rejected == 1 and bool(stats.restarts))
+    assert stats.restarts == {"died": 1}
+    assert stats.recovery_seconds == served.core.recovery.stats.seconds > 0
+    assert stats.num_running == 0
+
+
+def test_who_greets_is_told_the_totals_at_once_on_top_of_what_it_says_of_earlier_schedulers(served: Served) -> None:
+    """A front end that showed smaller ones for a moment would take a counter back."""
+    first, second = served.front_end("first"), served.front_end("second")
+    first.send(Hello("first", {"num_step_tokens": 100, "restarts": {"died": 2}}))
+    assert last_stats(first, lambda _: True).restarts == {"died": 2}
+    greet(second)
+    assert last_stats(second, lambda _: True).num_step_tokens == 100
+    fail(served)
+    assert last_stats(second, lambda stats: stats.recovery_seconds > 0).restarts == {"died": 3}
+
+
+def last_stats(front: FrontEnd, condition: Callable[[Stats], bool]) -> Stats:
+    """The statistics that fulfil the condition, as soon as they come."""
+    deadline = time.monotonic() + 10
+    while not front.stats or not condition(front.stats[-1]):
+        assert time.monotonic() < deadline, front.stats
+        if front.socket.poll(100):
+            message = decode(front.socket.recv())
+            front.stats += [message] if isinstance(message, Stats) else []
+    return front.stats[-1]
+
+
 def test_while_it_recovers_greetings_aborts_and_deadlines_are_served_and_requests_wait(served: Served) -> None:
     front = served.front_end()
     greet(front)
+    served.executor.failing_steps, served.executor.hold_start = {2}, True
     front.add("aborted", [5], max_tokens=None, ignore_eos=True)
     sampling = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True).to_dict()
     front.send(AddRequest("c", "late", [6], sampling, 0, time.time(), 0, [[]], timeout=0.4))
-    front.receive()
-    served.executor.hold_start = True
-    fail(served)
-    assert until(front, Recovering)[0].error["message"] == "rank 1 died"
+    recovering, _ = until_told(front, Recovering)
+    assert recovering.error["message"] == "rank 1 died"
     front.send(Hello("c"))
-    assert isinstance(until(front, Recovering)[0], Recovering)
+    _, before = until_told(front, Recovering)
     front.send(Abort("aborted", None, "test"))
     front.add("new", [7], max_tokens=5)
-    error = front.tokens_until_end("late")[1].error
+    error = until_end(front, "late", before)[1].error
     assert error is not None
     assert error["kind"] == "RequestTimeoutError"
-    assert list(served.core.scheduler.requests) == [("c", "new")]
+    until(lambda: list(served.core.scheduler.requests) == [("c", "new")])
     served.executor.hold_start = False
-    until(front, Ready)
+    until_told(front, Ready)
     assert front.tokens_until_end("new")[0] == expected_output([7], 5)
 
 
@@ -97,7 +145,7 @@ def test_starts_that_fail_are_repeated(served: Served) -> None:
     greet(front)
     served.executor.failing_starts = 2
     fail(served)
-    until(front, Ready)
+    until_told(front, Ready)
     front.add("next", [7], max_tokens=5)
     assert front.tokens_until_end("next")[0] == expected_output([7], 5)
     assert served.core.recovery.stats.restarts == Counter(died=1, start=2)
@@ -107,23 +155,22 @@ def test_starts_that_fail_are_repeated(served: Served) -> None:
 def test_the_breaker_opens_when_no_start_brings_a_step(served: Served) -> None:
     front = served.front_end()
     greet(front)
+    served.executor.failing_starts, served.executor.failing_steps = 100, {3}
     front.add("open", [5], max_tokens=None, ignore_eos=True)
-    front.receive()
-    served.executor.failing_starts = 100
-    fail(served)
     _, delta = until_end(front, "open")
     assert delta.finish_reason == "error"
-    assert until(front, EngineFailure)[0].error["kind"] == "CapacityError"
-    served.thread.join(5)
+    assert until_told(front, EngineFailure)[0].error["kind"] == "CapacityError"
+    served.thread.join(PATIENCE)
     assert isinstance(served.error, CapacityError)
     assert len(served.executor.epochs) == 3, "the first restart followed steps and does not count"
 
 
-def until_end(front: FrontEnd, request_id: str) -> tuple[list[int], Any]:
-    """As `tokens_until_end`, with other messages in between."""
+def until_end(front: FrontEnd, request_id: str, before: Sequence[Message] = ()) -> tuple[list[int], Any]:
+    """As `tokens_until_end`, with other messages in between, and `before` what comes now."""
     tokens: list[int] = []
+    came = [*before]
     while True:
-        for delta in spelt_out(getattr(front.receive(), "deltas", [])):
+        for delta in spelt_out(getattr(came.pop(0) if came else front.receive(), "deltas", [])):
             if delta.request_id == request_id:
                 tokens += delta.token_ids
                 if delta.finish_reason:
@@ -173,7 +220,7 @@ def serve_poison(trial: int) -> None:
             ends: dict[str, Any] = {}
             tokens: dict[str, list[int]] = {}
             while len(ends) < 13:
-                for delta in spelt_out(getattr(client.receive(20), "deltas", [])):
+                for delta in spelt_out(getattr(client.receive(), "deltas", [])):
                     tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
                     if delta.finish_reason:
                         ends[delta.request_id] = delta
@@ -182,7 +229,7 @@ def serve_poison(trial: int) -> None:
                 assert tokens[str(number)] == expected_output([number + 1, 8], 60)
         finally:
             core.stop()
-            thread.join(10)
+            thread.join(PATIENCE)
             executor.stop()
             client.socket.close(0)
             front.close()

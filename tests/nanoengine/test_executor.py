@@ -23,11 +23,12 @@ from tests.nanoengine.fake_worker import invented
 from tests.nanoengine.process_tools import (
     cpu_seconds,
     descendants,
-    eventually,
+    leaked_memory,
     open_descriptors,
     shared_memory,
     short_directory,
 )
+from tests.waiting import eventually
 
 EPOCH = Epoch(1, 1)
 ENTRY = "tests.nanoengine.fake_worker:run_worker"
@@ -58,7 +59,7 @@ def make() -> Iterator[Make]:
             executor.stop()
             executor.stop()
         assert set(descendants()) <= children
-        assert shared_memory() <= memory
+        assert eventually(lambda: not leaked_memory(memory), 5), leaked_memory(memory)
         assert [path for path in run_dir.rglob("*") if not path.is_dir()] == []
 
 
@@ -103,13 +104,16 @@ def test_a_third_step_in_flight_is_a_programming_error(make: Make) -> None:
 
 
 def test_collect_does_not_wait_longer_than_asked(make: Make) -> None:
-    executor = make("slow@0", tp=1)
+    executor = make(tp=1)
     executor.start(EPOCH)
+    (pid,) = rank_pids(executor)
+    os.kill(pid, signal.SIGSTOP)
     executor.submit(step(1))
     begin = time.monotonic()
     assert executor.collect(0) is None
     assert executor.collect(0.05) is None
-    assert time.monotonic() - begin < 0.25
+    assert time.monotonic() - begin < 1
+    os.kill(pid, signal.SIGCONT)
     assert executor.collect(None) == invented(step(1))
 
 
@@ -210,7 +214,7 @@ def test_a_start_that_is_interrupted_leaves_nothing(make: Make) -> None:
         begin = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
             executor.start(EPOCH)
-        assert time.monotonic() - begin < 3
+        assert time.monotonic() - begin < 5
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
@@ -254,7 +258,7 @@ def test_stopping_in_the_middle_of_a_long_step_is_bounded(make: Make) -> None:
     executor.submit(step(2))
     begin = time.monotonic()
     executor.stop()
-    assert time.monotonic() - begin < 2.5
+    assert time.monotonic() - begin < 7.5, "it waits for 1.5 s"
 
 
 def test_groups_that_come_and_go_leave_no_descriptors(make: Make) -> None:

@@ -5,16 +5,21 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterator
+from multiprocessing.connection import wait as wait_for_sentinels
 
 import psutil
 import pytest
 
-from configs.errors import WorkerError
+from configs.errors import StepError, WorkerError
+from nanoengine import executor as executor_module
 from nanoengine.executor import MultiprocessExecutor
+from nanoengine.rank_process import RankProcess
 from nanoengine.step import Epoch
 from tests.nanoengine.fake_worker import invented
-from tests.nanoengine.process_tools import alive, eventually
+from tests.nanoengine.process_tools import alive
 from tests.nanoengine.test_executor import EPOCH, Make, make, rank_pids, run_steps, step
+from tests.waiting import eventually
 
 __all__ = ["make"]  # the fixture
 
@@ -30,8 +35,8 @@ def turn_for(executor: MultiprocessExecutor, seconds: float) -> None:
             executor.watch()
 
 
-def expect_failure(executor: MultiprocessExecutor, rank: int, message: str, within: float = 5) -> None:
-    """The group fails within seconds, nobody of it is left, and it stays failed."""
+def expect_failure(executor: MultiprocessExecutor, rank: int, message: str, within: float = 20) -> None:
+    """The group fails soon (what hangs does so for ten minutes), nobody of it is left, and it stays failed."""
     pids = rank_pids(executor)
     with pytest.raises(WorkerError, match=message) as caught:
         turn_for(executor, within)
@@ -89,11 +94,31 @@ def test_an_exception_on_any_rank_fails_the_step_at_once(make: Make, rank: int) 
     expect_failure(executor, rank, f"rank {rank} failed: ValueError: rank trouble")
 
 
+def test_the_last_words_of_a_rank_are_awaited_that_ends_between_two_looks(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pipe is closed a moment before it has an exit code, and what it said may still be in ZeroMQ's thread."""
+    executor = make("raise@1")
+    executor.start(EPOCH)
+    assert executor._group is not None
+    rank = executor._group.ranks[1]
+    executor.submit(step(1))
+    executor.submit(step(2))
+    assert rank.sentinel is not None
+    assert wait_for_sentinels([rank.sentinel], 20)
+    looks: Iterator[int | None] = iter([None])
+    receive = rank.link.receive
+    with monkeypatch.context() as patch:
+        patch.setattr(RankProcess, "exit_code", property(lambda self: next(looks, 1) if self is rank else None))
+        patch.setattr(rank.link, "receive", lambda timeout=0.0: receive(timeout) if timeout else None)
+        expect_failure(executor, 1, "rank 1 failed: ValueError: rank trouble")
+
+
 def test_a_stopped_rank_is_noticed_by_its_silence(make: Make) -> None:
     executor = make(silence_limit=1.5)
     executor.start(EPOCH)
     os.kill(rank_pids(executor)[1], signal.SIGSTOP)
-    expect_failure(executor, 1, r"rank 1 \(ready\) has given no sign of life for 1\.")
+    expect_failure(executor, 1, r"rank 1 \(ready\) has given no sign of life for \d")
 
 
 def test_a_rank_stopped_in_the_middle_of_a_step_is_noticed(make: Make) -> None:
@@ -109,12 +134,12 @@ def test_a_hung_step_is_noticed_although_its_rank_is_alive(make: Make) -> None:
     executor.start(EPOCH)
     run_steps(executor, last=1)
     executor.submit(step(2))
-    expect_failure(executor, 0, r"step 2 has not returned within 1 s, waiting for rank 0 \(computing step 2 for 1")
+    expect_failure(executor, 0, r"step 2 has not returned within 1 s, waiting for rank 0 \(computing step 2 for \d")
 
 
 def test_a_slow_first_step_does_not_count_as_hung(make: Make) -> None:
     """It may compile for a while; the second one has no such excuse."""
-    executor = make("slow@0", step_timeout=0.1, first_steps=1)
+    executor = make("slow-hang@0", step_timeout=0.1, first_steps=1)
     executor.start(EPOCH)
     executor.submit(step(1))
     assert executor.collect(None) == invented(step(1))
@@ -148,7 +173,7 @@ def test_a_failure_wakes_whoever_polls(make: Make) -> None:
         poller.register(source, zmq.POLLIN)
     assert poller.poll(0) == []
     os.kill(rank_pids(executor)[1], signal.SIGKILL)
-    assert poller.poll(2000)
+    assert poller.poll(20_000)
     expect_failure(executor, 1, "rank 1 died")
 
 
@@ -174,7 +199,7 @@ def test_a_rank_that_does_not_leave_is_made_to(make: Make) -> None:
     run_steps(executor, last=1)
     begin = time.monotonic()
     executor.stop()
-    assert time.monotonic() - begin < 2.5
+    assert time.monotonic() - begin < 7.5, "it waits for 1.5 s"
 
 
 def test_the_log_says_where_a_stopped_rank_stood(make: Make, caplog: pytest.LogCaptureFixture) -> None:
@@ -209,6 +234,27 @@ def spare_pids(executor: MultiprocessExecutor) -> list[int]:
     return [rank._process.pid or 0 for rank in executor._spare.ranks if rank._process is not None]
 
 
+def test_spare_ranks_that_die_are_noticed_and_replaced(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise it would show when they are needed, and the engine would start as slowly as without them."""
+    monkeypatch.setattr(executor_module, "SPARE_SECONDS", 0.0)
+    executor = make(tp=1)
+    executor.start(EPOCH)
+    executor.park_spare(Epoch(EPOCH.incarnation, EPOCH.group + 1))
+    pids = spare_pids(executor)
+    os.kill(pids[0], signal.SIGKILL)
+    assert eventually(lambda: not alive(pids))
+    executor.watch()
+    replaced = spare_pids(executor)
+    assert replaced != pids
+    assert len(alive(replaced)) == 1
+    monkeypatch.undo()
+    os.kill(replaced[0], signal.SIGKILL)
+    assert eventually(lambda: not alive(replaced))
+    executor.watch()
+    assert executor._spare is None, "others would die as soon"
+    run_steps(executor)
+
+
 def test_spare_ranks_take_over_and_end_with_the_executor(make: Make) -> None:
     executor = make()
     executor.start(EPOCH)
@@ -232,6 +278,20 @@ def test_spare_ranks_take_over_and_end_with_the_executor(make: Make) -> None:
     assert alive(pids) == []
 
 
+def test_spare_ranks_take_over_that_have_not_come_so_far_yet(make: Make) -> None:
+    """Two failures may follow each other within the second that a rank takes to start and connect."""
+    executor = make()
+    executor.start(EPOCH)
+    following = Epoch(EPOCH.incarnation, EPOCH.group + 1)
+    executor.park_spare(following)
+    pids = spare_pids(executor)
+    executor.end_group()
+    executor.start(following)
+    assert rank_pids(executor) == pids
+    executor.submit(step(1, epoch=following))
+    assert executor.collect(None) == invented(step(1, epoch=following))
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_spare_ranks_that_died_or_stopped_are_not_relied_on(make: Make, number: signal.Signals) -> None:
     executor = make()
@@ -246,3 +306,24 @@ def test_spare_ranks_that_died_or_stopped_are_not_relied_on(make: Make, number: 
     assert not set(pids) & set(rank_pids(executor))
     assert alive(pids) == []
     executor.stop()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_finds_no_memory_stays_and_so_do_the_others(make: Make, rank: int) -> None:
+    executor = make(f"give-up@{rank}")
+    executor.start(EPOCH)
+    pids = rank_pids(executor)
+    executor.submit(step(1))
+    executor.submit(step(2))
+    assert executor.collect(20) == invented(step(1))
+    executor.submit(step(3))  # as it would be under async scheduling: void, too
+    expected = f"rank {rank} found no memory for step 2 .no luck with memory."
+    with pytest.raises(StepError, match=expected) as caught:
+        turn_for(executor, 20)  # rank 0 may have done its part of the step
+    assert (caught.value.rank, caught.value.step_id) == (rank, 2)
+    executor.forget_steps()
+    assert executor.num_in_flight == 0
+    executor.submit(step(4))
+    assert executor.collect(20) == invented(step(4)), "and no output of a step before"
+    executor.watch()
+    assert rank_pids(executor) == pids

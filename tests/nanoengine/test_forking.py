@@ -12,8 +12,8 @@ from nanoengine.block_manager import BlockManager
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.sequence import Request, Sequence
 from nanoengine.step import DEVICE_TO_DEVICE, Epoch
-from tests.nanoengine.scheduler_driver import Driver, expected_output, output_name
-from tests.nanoengine.test_scheduler import async_scheduling, prompt_of
+from tests.nanoengine.scheduler_driver import Driver, expected_output, output_name, prompt_of
+from tests.nanoengine.test_scheduler import async_scheduling
 
 __all__ = ["async_scheduling"]
 
@@ -264,7 +264,7 @@ def test_random_operations_keep_the_invariants_and_the_samples(
         enable_prefix_caching=caching,
     )  # fmt: skip
     asked: dict[str, list[int]] = {}
-    num_requests, group = 0, 1
+    num_requests = 0
     for operation in operations:
         match operation:
             case ("add", length, salt, max_tokens, n, cache_salt):
@@ -277,17 +277,8 @@ def test_random_operations_keep_the_invariants_and_the_samples(
                 options: dict[str, Any] = {"max_tokens": max_tokens, "n": n, "stop_token_ids": stops}
                 driver.add(f"r{num_requests}", prompt, cache_salt=cache_salt, **options)
                 num_requests += 1
-            case ("abort", number, index):
-                driver.abort(f"r{number}", index=index)
-            case ("step", count):
-                for _ in range(count):
-                    driver.step()
-            case ("reset",):
-                driver.scheduler.blocks.reset_prefix_cache()
-            case ("epoch",):
-                group += 1
-                driver.new_epoch(Epoch(1, group))
-        driver.scheduler.check_invariants()
+            case _:
+                driver.perform(operation)
     driver.run()
     assert set(driver.finished) == set(asked)
     for name, want in asked.items():

@@ -14,6 +14,7 @@ import pytest
 from configs.errors import CapacityError, ConfigError, EngineDeadError, RequestError, UnknownModelError, to_wire
 from nanoengine.beam_params import BeamSearchParams
 from nanoengine.llm import LLM
+from nanoengine.llm_engine import LLMEngine
 from nanoengine.messages import Abort, AddRequest, Deltas, EngineFailure, Message, TokenDelta
 from nanoengine.progress import Progress
 from nanoengine.sampling_params import SamplingParams
@@ -26,6 +27,7 @@ from tests.nanoengine.fake_engine import (
     invented_tokens,
     write_model,
 )
+from tests.waiting import until
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 
@@ -37,7 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(autouse=True)
 def fake_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("nanoengine.llm_engine.EngineProcess", FakeEngineProcess)
+    monkeypatch.setattr("nanoengine.scheduler_keeper.EngineProcess", FakeEngineProcess)
     monkeypatch.setattr(FakeEngineProcess, "made", [])
     yield
     for process in FakeEngineProcess.made:
@@ -45,8 +47,14 @@ def fake_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def llm(model: str) -> Iterator[LLM]:
-    with LLM(model) as llm:
+def settings() -> dict[str, Any]:
+    """Of the engine; a test's own stand in its parameters."""
+    return {}
+
+
+@pytest.fixture
+def llm(model: str, settings: dict[str, Any]) -> Iterator[LLM]:
+    with LLM(model, **settings) as llm:
         yield llm
 
 
@@ -57,12 +65,6 @@ def process(llm: LLM) -> FakeEngineProcess:
 
 def expected(prompt: list[int], max_tokens: int = 16) -> list[int]:
     return invented_tokens(AddRequest("", "", prompt, {"max_tokens": max_tokens}, 0, 0.0, 0, [[]]))
-
-
-def after(seconds: float, action: Any, *args: Any) -> threading.Timer:
-    timer = threading.Timer(seconds, action, args)
-    timer.start()
-    return timer
 
 
 # -- generate --------------------------------------------------------------------------------------------------
@@ -185,18 +187,25 @@ def test_the_same_seed_reaches_the_scheduler_in_every_run(model: str) -> None:
 # -- death and interrupts --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("settings", [{"max_restarts": 0}])
 @pytest.mark.parametrize("how", ["process", "message"])
 def test_when_the_engine_dies_finished_answers_stay_and_later_calls_raise(
     llm: LLM, process: FakeEngineProcess, how: str
 ) -> None:
     process.tokens_per_step = 4
     process.tokens_of = lambda request: ENDLESS[:4] if request.prompt_token_ids == [1] else ENDLESS
-    if how == "process":
-        timer = after(0.2, process.die, "killed by signal 9")
-    else:
-        timer = after(0.2, process.inject, EngineFailure(1, to_wire(CapacityError("out of killed blocks"))))
+    steps = itertools.count(1)
+
+    def end() -> None:
+        if len(process.added) < 2 or next(steps) != 3:  # the first request has had its end by then
+            return
+        if how == "process":
+            process.die("killed by signal 9")
+        else:
+            process.inject(EngineFailure(1, to_wire(CapacityError("out of killed blocks"))))
+
+    process.on_step = end
     done, cut = llm.generate([[1], [2]], SamplingParams(max_tokens=50), use_tqdm=False)
-    timer.join()
     assert (done.outputs[0].finish_reason, done.outputs[0].token_ids) == ("length", [5] * 4)
     assert cut.outputs[0].finish_reason == "error"
     assert "killed" in str(cut.outputs[0].error)
@@ -207,8 +216,12 @@ def test_when_the_engine_dies_finished_answers_stay_and_later_calls_raise(
         llm.add_request([1])
 
 
+@pytest.mark.parametrize("settings", [{"max_restarts": 0}])
 def test_an_engine_that_died_while_idle_is_noticed_by_the_next_call(llm: LLM, process: FakeEngineProcess) -> None:
     process.die()
+    assert isinstance(llm._engine, LLMEngine)
+    keeper = llm._engine._keeper
+    until(lambda: keeper.look().is_final)  # its thread looks at once
     with pytest.raises(EngineDeadError, match="signal 9"):
         llm.generate([1], use_tqdm=False)
 
@@ -222,11 +235,16 @@ def test_a_malformed_message_ends_the_engine_instead_of_hanging(llm: LLM, proces
 
 def test_an_interrupt_aborts_what_is_open_and_leaves_the_engine_usable(llm: LLM, process: FakeEngineProcess) -> None:
     process.tokens_of = lambda request: ENDLESS
-    timer = after(0.2, signal.pthread_kill, threading.get_ident(), signal.SIGINT)
+    ours, steps = threading.get_ident(), itertools.count(1)
+
+    def interrupt() -> None:
+        if len(process.added) == 2 and next(steps) == 20:
+            signal.pthread_kill(ours, signal.SIGINT)
+
+    process.on_step = interrupt
     with pytest.raises(KeyboardInterrupt):
         llm.generate([[1], [2]], SamplingParams(max_tokens=50), use_tqdm=False)
-    timer.join()
-    process.tokens_of = invented_tokens
+    process.on_step, process.tokens_of = None, invented_tokens
     [output] = llm.generate([3], use_tqdm=False)
     assert output.outputs[0].token_ids == expected([3])
     assert {abort.request_id for abort in process.aborted} == {request.request_id for request in process.added[:2]}

@@ -6,7 +6,6 @@ import asyncio
 import gc
 import itertools
 import threading
-import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -30,6 +29,7 @@ from nanoengine.messages import AddRequest, Deltas, Message, StateRequest, Token
 from nanoengine.outputs import RequestOutput
 from nanoengine.sampling_params import SamplingParams
 from tests.nanoengine.fake_engine import ENDLESS, VOCAB_SIZE, FakeEngineProcess, invented_tokens, write_model
+from tests.waiting import PATIENCE, until_async
 
 LONG = SamplingParams(max_tokens=50)
 
@@ -41,7 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(autouse=True)
 def fake_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("nanoengine.async_llm.EngineProcess", FakeEngineProcess)
+    monkeypatch.setattr("nanoengine.scheduler_keeper.EngineProcess", FakeEngineProcess)
     monkeypatch.setattr(FakeEngineProcess, "made", [])
     yield
     for process in FakeEngineProcess.made:
@@ -49,8 +49,14 @@ def fake_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
-async def llm(model: str) -> AsyncIterator[AsyncLLM]:
-    async with AsyncLLM(model) as llm:
+def settings() -> dict[str, Any]:
+    """Of the engine; a test's own stand in its parameters."""
+    return {}
+
+
+@pytest.fixture
+async def llm(model: str, settings: dict[str, Any]) -> AsyncIterator[AsyncLLM]:
+    async with AsyncLLM(model, **settings) as llm:
         yield llm
 
 
@@ -65,12 +71,6 @@ async def collect(llm: AsyncLLM, *args: Any, **more: Any) -> list[RequestOutput]
 
 def expected(prompt: list[int], max_tokens: int = 16) -> list[int]:
     return invented_tokens(AddRequest("", "", prompt, {"max_tokens": max_tokens}, 0, 0.0, 0, [[]]))
-
-
-async def until(condition: Any) -> None:
-    async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110  # most of what is waited for happens in the fake's thread
-            await asyncio.sleep(0.005)
 
 
 # -- streams ---------------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ async def test_a_slow_reader_sees_many_tokens_at_once_and_costs_no_memory(
 
     reader = asyncio.create_task(slow())
     fast = await collect(llm, [2], LONG)
-    await until(lambda: llm.num_unfinished == 0)
+    await until_async(lambda: llm.num_unfinished == 0)
     gate.set()
     outputs = await reader
     assert len(fast) > 0
@@ -148,7 +148,7 @@ async def test_leaving_the_iteration_aborts_the_request(llm: AsyncLLM, process: 
     process.tokens_of = lambda request: ENDLESS
     async for _ in llm.generate([1], LONG):
         break
-    await until(lambda: len(process.aborted) == 1)
+    await until_async(lambda: len(process.aborted) == 1)
     assert llm.num_unfinished == 0
     assert not llm._news
 
@@ -159,11 +159,11 @@ async def test_cancelling_the_reader_aborts_the_request(llm: AsyncLLM, process: 
     if hold:
         process.hold.set()
     reader = asyncio.create_task(collect(llm, [1], LONG))
-    await until(lambda: process.added)
+    await until_async(lambda: process.added)
     reader.cancel()
     with pytest.raises(asyncio.CancelledError):
         await reader
-    await until(lambda: len(process.aborted) == 1)
+    await until_async(lambda: len(process.aborted) == 1)
     assert llm.num_unfinished == 0
 
 
@@ -173,13 +173,13 @@ async def test_an_abort_by_id_ends_the_stream_as_such(llm: AsyncLLM, process: Fa
     if hold:
         process.hold.set()
     reader = asyncio.create_task(collect(llm, [1], LONG, request_id="a"))
-    await until(lambda: process.added)
+    await until_async(lambda: process.added)
     await llm.abort("a")
     await llm.abort("a")
     await llm.abort("unknown")
     outputs = await reader
     assert outputs[-1].outputs[0].finish_reason == "abort"
-    await until(lambda: len(process.aborted) == 1)
+    await until_async(lambda: len(process.aborted) == 1)
 
 
 # -- errors ----------------------------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ async def test_a_request_that_cannot_be_served_raises_before_the_first_output(ll
 async def test_a_live_request_id_is_refused(llm: AsyncLLM, process: FakeEngineProcess) -> None:
     process.hold.set()
     reader = asyncio.create_task(collect(llm, [1], request_id="a"))
-    await until(lambda: process.added)
+    await until_async(lambda: process.added)
     with pytest.raises(RequestError, match="still runs"):
         await collect(llm, [1], request_id="a")
     process.hold.clear()
@@ -213,17 +213,25 @@ async def test_a_refusal_of_the_scheduler_is_raised_with_its_type(llm: AsyncLLM,
     assert refused.value.code == "context_length_exceeded"
 
 
+@pytest.mark.parametrize("settings", [{"max_restarts": 0}])
 async def test_when_the_engine_dies_each_stream_ends_and_the_next_call_says_why(
     llm: AsyncLLM, process: FakeEngineProcess
 ) -> None:
     process.tokens_of = lambda request: ENDLESS if request.prompt_token_ids == [1] else []
-    begun = asyncio.create_task(collect(llm, [1], LONG))
-    process.script = None
-    await until(lambda: llm._news)
-    await asyncio.sleep(0.05)
+    first = asyncio.Event()
+
+    async def read() -> list[RequestOutput]:
+        outputs = []
+        async for output in llm.generate([1], LONG):
+            outputs.append(output)
+            first.set()
+        return outputs
+
+    begun = asyncio.create_task(read())
+    await first.wait()
     process.hold.set()
     waiting = asyncio.create_task(collect(llm, [2], LONG))
-    await until(lambda: len(process.added) == 2)
+    await until_async(lambda: len(process.added) == 2)
     assert llm.is_ready
     process.die("killed by signal 9")
     outputs = await begun
@@ -237,11 +245,13 @@ async def test_when_the_engine_dies_each_stream_ends_and_the_next_call_says_why(
         await collect(llm, [1])
 
 
+@pytest.mark.parametrize("settings", [{"max_restarts": 0}])
 async def test_a_scheduler_that_hangs_ends_the_streams(
     llm: AsyncLLM, process: FakeEngineProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("nanoengine.async_llm._WATCH_INTERVAL", 0.01)
-    monkeypatch.setattr("nanoengine.engine_client.SILENCE_GRACE", -59.9)
+    assert llm._client is not None
+    monkeypatch.setattr(llm._client._silence, "_limit", 0.1)
     process.hold.set()
     process.is_mute = True
     with pytest.raises(EngineDeadError, match="has not said anything"):
@@ -259,9 +269,8 @@ async def test_the_event_loop_goes_on_while_the_engine_starts(model: str, monkey
     starting = [asyncio.create_task(llm.start()) for _ in range(3)]
     stream = asyncio.create_task(collect(llm, [1]))
     starting[0].cancel()
-    began = time.monotonic()
+    await until_async(lambda: FakeEngineProcess.made)  # the loop goes on
     await asyncio.sleep(0.05)
-    assert time.monotonic() - began < 1
     assert not llm.is_ready
     gate.set()
     assert (await stream)[-1].finished, "cancelling one caller of start stopped it for all"
@@ -287,7 +296,7 @@ async def test_a_start_that_fails_is_raised_to_each_caller_and_kept(
 async def test_close_ends_open_streams_and_is_harmless_twice(llm: AsyncLLM, process: FakeEngineProcess) -> None:
     process.hold.set()
     reader = asyncio.create_task(collect(llm, [1]))
-    await until(lambda: process.added)
+    await until_async(lambda: process.added)
     await asyncio.gather(llm.close(), llm.close())
     await llm.close()
     with pytest.raises(EngineDeadError, match="closed"):
@@ -302,7 +311,7 @@ async def test_close_while_starting_and_before_it(model: str, monkeypatch: pytes
     llm = AsyncLLM(model)
     starting = asyncio.create_task(llm.start())
     await asyncio.sleep(0.02)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         await llm.close()
     with pytest.raises((EngineDeadError, asyncio.CancelledError)):
         await starting
@@ -340,8 +349,7 @@ async def test_the_settings_may_be_given_as_a_config(model: str) -> None:
 async def test_an_idle_engine_keeps_no_timer(llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nanoengine.async_llm._WATCH_INTERVAL", 0.01)
     await collect(llm, [1])
-    await asyncio.sleep(0.05)
-    assert llm._watchdog is None
+    await until_async(lambda: llm._watchdog is None)
 
 
 async def test_a_finished_request_leaves_nothing_behind(llm: AsyncLLM) -> None:
@@ -350,11 +358,14 @@ async def test_a_finished_request_leaves_nothing_behind(llm: AsyncLLM) -> None:
             break
 
     await asyncio.gather(*(collect(llm, [n], LONG) for n in range(20)), *(leave([n]) for n in range(20)))
-    await until(lambda: llm.num_unfinished == 0)
-    await asyncio.sleep(0.01)  # the loop itself holds what it ran last
-    gc.collect()
-    kept = (RequestJournal, IncrementalDetokenizer)
-    assert [thing for thing in gc.get_objects() if issubclass(type(thing), kept)] == []
+    await until_async(lambda: llm.num_unfinished == 0)
+
+    def nothing_is_left() -> bool:
+        gc.collect()
+        kept = (RequestJournal, IncrementalDetokenizer)
+        return not any(issubclass(type(thing), kept) for thing in gc.get_objects())
+
+    await until_async(nothing_is_left)  # the loop itself holds what it ran last
 
 
 # --- a look at the engine ---
@@ -377,6 +388,7 @@ async def test_nobody_asks_for_the_state_unless_somebody_looks(llm: AsyncLLM, pr
     assert view.latencies.ttft.count == view.latencies.tpot.count == 1
 
 
+@pytest.mark.parametrize("settings", [{"max_restarts": 0}])
 async def test_a_look_fails_with_the_engine_and_with_its_silence(
     llm: AsyncLLM, process: FakeEngineProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -389,6 +401,6 @@ async def test_a_look_fails_with_the_engine_and_with_its_silence(
     await asyncio.sleep(0.02)
     process.die()
     with pytest.raises(EngineDeadError, match="signal 9"):
-        await asyncio.wait_for(looking, 5)
+        await asyncio.wait_for(looking, PATIENCE)
     with pytest.raises(EngineDeadError):
         await llm.engine_view()

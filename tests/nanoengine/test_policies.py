@@ -6,8 +6,7 @@ import pytest
 
 from nanoengine.admission import AGEING_SECONDS
 from nanoengine.step import Epoch
-from tests.nanoengine.scheduler_driver import Driver, expected_output
-from tests.nanoengine.test_scheduler import prompt_of
+from tests.nanoengine.scheduler_driver import Driver, expected_output, prompt_of
 
 
 def order_of_ends(driver: Driver) -> list[str]:

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from nanoengine import processes
-from tests.nanoengine.process_tools import alive, eventually
+from tests.nanoengine.process_tools import alive
+from tests.waiting import eventually
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,7 @@ def test_the_end_of_a_pipe_is_noticed() -> None:
     processes.on_end_of(read_fd, ended.set, "test")
     assert not ended.wait(0.1)
     os.close(write_fd)
-    assert ended.wait(2)
+    assert ended.wait(30)
     os.close(read_fd)
 
 
@@ -100,7 +101,7 @@ def test_a_process_shows_its_name() -> None:
     code = "from nanoengine.processes import name_process; name_process('nano-worker-12345'); input()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as process:
         comm = Path(f"/proc/{process.pid}/comm")
-        assert eventually(lambda: comm.read_text() == "nano-worker-123\n", 20)
+        assert eventually(lambda: comm.read_text() == "nano-worker-123\n")
         process.communicate(b"\n")
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from configs.engine import EngineConfig
 from configs.errors import RequestError
 from nanoengine.engine_client import EngineClient
 from nanoengine.forking import Start, find_start
@@ -21,7 +20,6 @@ from nanoengine.sampling_params import SamplingParams
 from nanoengine.sequence import Request, Sequence
 from nanoengine.step import Epoch, PromptLogprobs, RowExtras
 from nanoengine.tokenizer import Tokenizer
-from tests.nanoengine.fake_engine import VOCAB_SIZE, write_model
 from tests.nanoengine.scheduler_driver import Driver, expected_output, expected_prompt_logprobs, output_name, packed
 
 PROMPT = [3 + (7 * i) % 50 for i in range(30)]
@@ -240,21 +238,6 @@ def test_adding_again_tells_again_what_is_missing() -> None:
 
 
 # --- the front end ---
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
-    return EngineConfig.create(model=str(write_model(tmp_path_factory.mktemp("model")))).resolve()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(config: EngineConfig) -> Tokenizer:
-    return Tokenizer(str(config.model_dir), expected_vocab_size=VOCAB_SIZE)
-
-
-@pytest.fixture
-def client(config: EngineConfig, tokenizer: Tokenizer) -> EngineClient:
-    return EngineClient(config, tokenizer, "front", clock=lambda: 0.0)
 
 
 def deltas_of(wire_id: str, prompt: list[int]) -> list[TokenDelta]:

@@ -7,16 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoengine.step import Epoch, StepOutput
-from tests.nanoengine.scheduler_driver import EOS, Driver, expected_output
+from tests.nanoengine.scheduler_driver import EOS, Driver, expected_output, prompt_of
 
 
 @pytest.fixture(params=[False, True], ids=["sync", "async"])
 def async_scheduling(request: pytest.FixtureRequest) -> bool:
     return bool(request.param)
-
-
-def prompt_of(length: int, salt: int = 0) -> list[int]:
-    return [3 + (salt * 131 + i * 7) % 900 for i in range(length)]
 
 
 @pytest.mark.parametrize("budget", [1, 2, 7, 64])
@@ -382,7 +378,6 @@ def test_random_operations_keep_the_invariants_and_the_tokens(
         async_scheduling, max_num_batched_tokens=budget, num_kv_blocks=num_blocks, block_size=block_size, max_num_seqs=5
     )
     asked: dict[str, tuple[list[int], list[int]]] = {}
-    group = 1
     for operation in operations:
         match operation:
             case ("add", length, salt, max_tokens, stop_at):
@@ -391,15 +386,8 @@ def test_random_operations_keep_the_invariants_and_the_tokens(
                 stops = want[stop_at : stop_at + 1]  # a stop token that nobody knows ahead, or none
                 asked[name] = (prompt, want[: want.index(stops[0]) + 1] if stops else want)
                 driver.add(name, prompt, max_tokens=max_tokens, stop_token_ids=stops)
-            case ("abort", number):
-                driver.abort(f"r{number}")
-            case ("step", count):
-                for _ in range(count):
-                    driver.step()
-            case ("epoch",):
-                group += 1
-                driver.new_epoch(Epoch(1, group))
-        driver.scheduler.check_invariants()
+            case _:
+                driver.perform(operation)
     driver.run()
     assert set(driver.finished) == set(asked)
     for name, (prompt, want) in asked.items():

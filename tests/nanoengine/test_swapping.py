@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 
 from nanoengine.sequence import SequenceStatus
 from nanoengine.step import DEVICE_TO_HOST, HOST_TO_DEVICE, Epoch
-from tests.nanoengine.scheduler_driver import Driver, expected_output, output_name
-from tests.nanoengine.test_scheduler import prompt_of
+from tests.nanoengine.scheduler_driver import Driver, expected_output, output_name, prompt_of
 
 both_modes = pytest.mark.parametrize("async_scheduling", [False, True])
 
@@ -260,7 +259,7 @@ def test_random_operations_on_two_tiers_keep_the_invariants_and_the_tokens(
         max_num_seqs=5,
     )
     asked: dict[str, tuple[list[int], list[int]]] = {}
-    num_requests, group = 0, 1
+    num_requests = 0
     for operation in operations:
         match operation:
             case ("add", length, salt, max_tokens, n):
@@ -272,17 +271,8 @@ def test_random_operations_on_two_tiers_keep_the_invariants_and_the_tokens(
                     asked[output_name(f"r{num_requests}", index)] = (prompt, output[:end])
                 driver.add(f"r{num_requests}", prompt, max_tokens=max_tokens, n=n, stop_token_ids=stops)
                 num_requests += 1
-            case ("abort", number, index):
-                driver.abort(f"r{number}", index=index)
-            case ("step", count):
-                for _ in range(count):
-                    driver.step()
-            case ("reset",):
-                driver.scheduler.blocks.reset_prefix_cache()
-            case ("epoch",):
-                group += 1
-                driver.new_epoch(Epoch(1, group))
-        driver.scheduler.check_invariants()
+            case _:
+                driver.perform(operation)
     driver.run()
     assert set(driver.finished) == set(asked)
     for name, (prompt, want) in asked.items():

@@ -70,9 +70,10 @@ def test_setup_and_metadata_agree_on_python_and_torch() -> None:
 def test_every_dependency_has_a_tested_version() -> None:
     """A dependency without a pin installs whatever is newest on the day."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
     ranges = {
         "requirements.txt": project["dependencies"],
-        "requirements-dev.txt": project["optional-dependencies"]["dev"],
+        "requirements-dev.txt": extras["dev"] + extras["eval"],
     }
     for file, requirements in ranges.items():
         pinned = set(re.findall(r"^([\w.-]+)==", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE))

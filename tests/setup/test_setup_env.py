@@ -36,6 +36,8 @@ if arguments[-1].startswith("torch=="):
     cuda = None if "+cpu" in version else "13.0"
     write("torch/version.py", f"__version__ = {version!r}\\ncuda = {cuda!r}\\n")
     write("torch/__init__.py", "class cuda:\\n    is_available = staticmethod(lambda: False)\\n")
+elif arguments[-1] == "lm-eval[api]" and os.environ["FAKE_PIP_SOURCES"] == "no harness":
+    sys.exit("ERROR: No matching distribution found for lm-eval")
 elif "--editable" in arguments:
     names = "transformers tokenizers safetensors llguidance zmq msgpack yaml fastapi uvicorn"
     names += " pytest hypothesis httpx jsonschema openai"
@@ -301,6 +303,18 @@ def test_dev_adds_the_extra(cpu_clone: Clone, options: list[str], what: str) -> 
     cpu_clone.make_venv(torch="2.13.0+cpu")
     assert cpu_clone.run(*options).returncode == 0
     assert [arguments[-1] for arguments, _ in cpu_clone.pip_calls() if "--editable" in arguments] == [what]
+
+
+def test_dev_goes_on_without_the_harness_of_one_test(cpu_clone: Clone) -> None:
+    cpu_clone.make_venv(torch="2.13.0+cpu")
+    assert cpu_clone.run().returncode == 0
+    assert not [arguments for arguments, _ in cpu_clone.pip_calls() if "lm-eval[api]" in arguments]
+    result = cpu_clone.run("--dev", sources="no harness")
+    assert result.returncode == 0
+    assert "test_lm_eval.py will be skipped" in result.stderr
+    assert "lm-eval could not be installed" not in cpu_clone.run("--dev").stderr
+    (first, _) = (arguments for arguments, _ in cpu_clone.pip_calls() if "lm-eval[api]" in arguments)
+    assert first[first.index("-c") + 1] == str(cpu_clone.folder / ".venv" / "constraints.txt")
 
 
 def test_a_dry_run_asks_nothing_of_pip(cpu_clone: Clone) -> None:

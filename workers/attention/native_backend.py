@@ -32,6 +32,33 @@ class NativeBackend(TorchBackend):
             return
         self._kernels.store(cache, _tokens_dense(k), _tokens_dense(v), slot_mapping)
 
+    def rotate_and_store(
+        self,
+        cache: torch.Tensor,
+        qkv: torch.Tensor,
+        num_heads: int,
+        angles: tuple[torch.Tensor, torch.Tensor],
+        head_norm: tuple[torch.Tensor, float] | None,
+        slot_mapping: torch.Tensor,
+    ) -> torch.Tensor:
+        """See `AttentionBackend.rotate_and_store`; overwrites qkv."""
+        if not _applies(cache):
+            return super().rotate_and_store(cache, qkv, num_heads, angles, head_norm, slot_mapping)
+        num_rotated = (qkv.shape[1] + num_heads) // 2
+        qk = qkv[:, :num_rotated]
+        weight, eps = head_norm or (None, 0.0)
+        self._kernels.norm_rotate(qk, weight, eps, *angles)
+        self._kernels.store(cache, qk[:, num_heads:], qkv[:, num_rotated:], slot_mapping)
+        return qk[:, :num_heads]
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `workers.layers.norm.add_rms_norm`; leaves the sum in x."""
+        if x.dtype is not torch.bfloat16 or x.dim() != 2:
+            return super().add_rms_norm(x, residual, weight, eps)
+        return self._kernels.add_rms_norm(x, residual, weight, eps)
+
     def forward(self, q: torch.Tensor, cache: torch.Tensor, metadata: AttentionMetadata, scale: float) -> torch.Tensor:
         """See `AttentionBackend.forward`."""
         if not _applies(cache):

@@ -15,13 +15,12 @@ from configs.checkpoint import CheckpointConfig
 from workers.attention.base import AttentionBackend
 from workers.attention.native_backend import NativeBackend
 from workers.forward_context import get_forward_context
-from workers.layers.activation import silu_and_mul
 from workers.layers.attention import Attention
 from workers.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from workers.layers.linear import LinearBase, MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
-from workers.layers.norm import RMSNorm, rms_norm
+from workers.layers.norm import RMSNorm
 from workers.layers.parameter import ShardedParameter
-from workers.layers.rotary import RotaryEmbedding, rotate
+from workers.layers.rotary import RotaryEmbedding
 from workers.native import NativeKernels, NativeLinear
 from workers.native.decoder import LayerShape, LayerWeights, NativeLayers
 from workers.native.kernels import QUANTUM
@@ -36,7 +35,7 @@ class DecoderSpec:
     Attributes:
         config: the normalised checkpoint config.
         communicator: this rank's.
-        backend: how attention is computed.
+        backend: how attention, and what stands around it in a layer, is computed.
         dtype: of weights and activations.
         device: where it lives.
         max_positions: how many positions a sequence can have.
@@ -78,38 +77,24 @@ class DecoderAttention(nn.Module):
             device,
         )
         self._heads, self._kv_heads = self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads
-        self._head_dim, self.eps = head_dim, config.rms_norm_eps
+        self.head_dim, self.eps = head_dim, config.rms_norm_eps
         self.q_norm = RMSNorm(head_dim, config.rms_norm_eps, dtype, device) if config.qk_norm else None
         self.k_norm = RMSNorm(head_dim, config.rms_norm_eps, dtype, device) if config.qk_norm else None
-        self.head_norm: torch.Tensor | None = None
-        applies = dtype is torch.bfloat16 and head_dim % QUANTUM == 0
-        self._native = spec.native if applies else None
+        self.head_norm: tuple[torch.Tensor, float] | None = None
         self.attn = Attention(layer_index, self._heads, self._kv_heads, head_dim, head_dim**-0.5, spec.backend)
-
-    @property
-    def is_native(self) -> bool:
-        """Whether the native kernels rotate its heads."""
-        return self._native is not None
 
     def finish_loading(self) -> None:
         """Put both norms into one weight, since q and k are normalised together."""
         if self.q_norm is not None and self.k_norm is not None:
             weights = [self.q_norm.weight] * self._heads + [self.k_norm.weight] * self._kv_heads
-            self.head_norm = torch.stack([weight.data for weight in weights])  # (heads + kv_heads, head_dim)
+            stacked = torch.stack([weight.data for weight in weights])  # (heads + kv_heads, head_dim)
+            self.head_norm = (stacked, self.eps)
 
     def forward(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Map (num_tokens, hidden_size) to the same shape."""
-        heads, kv_heads = self._heads, self._kv_heads
-        qkv = self.qkv_proj(hidden).view(len(hidden), heads + 2 * kv_heads, self._head_dim)
-        qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
-        if self._native is not None:
-            self._native.norm_rotate(qk, self.head_norm, self.eps, cos, sin)
-        else:
-            if self.head_norm is not None:
-                qk = rms_norm(qk, self.head_norm, self.eps)
-            qk = rotate(qk, cos, sin)
-        out: torch.Tensor = self.attn(qk[:, :heads], qk[:, heads:], v)  # (num_tokens, heads, head_dim)
-        return self.o_proj(out.reshape(len(hidden), heads * self._head_dim))  # type: ignore[no-any-return]
+        qkv = self.qkv_proj(hidden).view(len(hidden), self._heads + 2 * self._kv_heads, self.head_dim)
+        out = self.attn.forward_projected(qkv, (cos, sin), self.head_norm)  # (num_tokens, heads, head_dim)
+        return self.o_proj(out.reshape(len(hidden), -1))  # type: ignore[no-any-return]
 
 
 class DecoderMLP(nn.Module):
@@ -135,7 +120,7 @@ class DecoderMLP(nn.Module):
             spec.dtype,
             spec.device,
         )
-
+        self._silu_and_mul = spec.backend.silu_and_mul
         self.intermediate_size = config.intermediate_size // spec.communicator.world_size  # of this rank
         self._native = spec.native
         self.gated: NativeLinear | None = None
@@ -151,7 +136,7 @@ class DecoderMLP(nn.Module):
         """Map (num_tokens, hidden_size) to the same shape."""
         if self.gated is not None:
             return self.down_proj(self.gated(hidden, self.gate_up_proj.bias))  # type: ignore[no-any-return]
-        return self.down_proj(silu_and_mul(self.gate_up_proj(hidden)))  # type: ignore[no-any-return]
+        return self.down_proj(self._silu_and_mul(self.gate_up_proj(hidden)))  # type: ignore[no-any-return]
 
 
 class DecoderLayer(nn.Module):
@@ -160,9 +145,10 @@ class DecoderLayer(nn.Module):
     def __init__(self, spec: DecoderSpec, layer_index: int) -> None:
         super().__init__()
         size, eps = spec.config.hidden_size, spec.config.rms_norm_eps
-        self.input_layernorm = RMSNorm(size, eps, spec.dtype, spec.device)
+        kernel = spec.backend.add_rms_norm
+        self.input_layernorm = RMSNorm(size, eps, spec.dtype, spec.device, kernel)
         self.self_attn = DecoderAttention(spec, layer_index)
-        self.post_attention_layernorm = RMSNorm(size, eps, spec.dtype, spec.device)
+        self.post_attention_layernorm = RMSNorm(size, eps, spec.dtype, spec.device, kernel)
         self.mlp = DecoderMLP(spec)
 
     def forward(
@@ -181,13 +167,13 @@ class DecoderLayer(nn.Module):
             return None  # a subclass may compute something else
         kernels = [layer.kernel for layer in (attention.qkv_proj, attention.o_proj, mlp.down_proj)]
         qkv, o, down = (kernel if isinstance(kernel, NativeLinear) else None for kernel in kernels)
-        if qkv is None or o is None or down is None or mlp.gated is None or not attention.is_native:
+        if qkv is None or o is None or down is None or mlp.gated is None or attention.head_dim % QUANTUM:
             return None
         return LayerWeights(
             input_norm=self.input_layernorm.weight,
             qkv=qkv,
             qkv_bias=attention.qkv_proj.bias,
-            head_norm=attention.head_norm,
+            head_norm=None if attention.head_norm is None else attention.head_norm[0],
             o=o,
             o_bias=attention.o_proj.bias,
             post_norm=self.post_attention_layernorm.weight,
@@ -221,7 +207,7 @@ class Decoder(nn.Module):
         self.config = config
         self.embed_tokens = VocabParallelEmbedding(*vocabulary)
         self.layers = nn.ModuleList(DecoderLayer(spec, index) for index in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device, spec.backend.add_rms_norm)
         self.lm_head = ParallelLMHead(*vocabulary, tied_to=self.embed_tokens if config.tie_word_embeddings else None)
         self._rotary = RotaryEmbedding(config.head_dim, spec.max_positions, config.rope, device)
         self._native, self._backend, self._communicator = spec.native, spec.backend, spec.communicator
@@ -277,7 +263,7 @@ class Decoder(nn.Module):
         for module in self.modules():  # an MLP before its projections
             if isinstance(module, DecoderAttention | DecoderMLP):
                 module.finish_loading()
-            elif isinstance(module, RMSNorm) or (isinstance(module, LinearBase) and module.weight is not None):
+            elif isinstance(module, LinearBase) and module.weight is not None:
                 module.finish_loading(self._native)
         if self._native is not None and isinstance(self._backend, NativeBackend):
             layers = [layer for layer in self.layers if isinstance(layer, DecoderLayer)]

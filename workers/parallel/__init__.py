@@ -7,18 +7,22 @@ every sum is taken in rank order with float32 in between, so its bits depend nei
 from workers.parallel.base import (
     Communicator,
     SingleCommunicator,
+    StepGivenUp,
     divide,
     divide_kv_heads,
     sum_in_rank_order,
 )
+from workers.parallel.host import HostCommunicator
 from workers.parallel.shared_memory import SharedMemoryCommunicator
 from workers.parallel.threads import ThreadCommunicator
 from workers.parallel.torch_distributed import TorchCommunicator
 
 __all__ = [
     "Communicator",
+    "HostCommunicator",
     "SharedMemoryCommunicator",
     "SingleCommunicator",
+    "StepGivenUp",
     "ThreadCommunicator",
     "TorchCommunicator",
     "divide",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, WorkerError
 
 # Seconds that a rank waits for another inside a collective. Generous: ranks enter a step together, but the first
 # one may compile or page weights in.
@@ -60,15 +60,23 @@ def sum_in_rank_order(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return total.to(dtype)
 
 
+class StepGivenUp(WorkerError):
+    """Another rank of the group has given up the step that this one computes (see `Communicator.give_up`)."""
+
+
 class Communicator(abc.ABC):
     """Collectives of one tensor-parallel group, seen from one rank.
 
     Every rank makes the same calls in the same order with tensors of the same shape and dtype. A call may overwrite
     the tensor it is given. A wait that comes to its deadline raises WorkerError, whose `rank` was waited for.
+
+    Attributes:
+        capturable: whether a CUDA graph may hold the collectives.
     """
 
     rank: int
     world_size: int
+    capturable = False
 
     @abc.abstractmethod
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -97,9 +105,24 @@ class Communicator(abc.ABC):
     def abort(self) -> None:  # noqa: B027  (optional: by default the others find out at their deadline)
         """Tell the other ranks that this one cannot go on, so that their waits fail now."""
 
+    def give_up(self) -> bool:
+        """Leave the step that is being computed, wherever it stands: the others' waits raise StepGivenUp.
+
+        Each of them gives up as well, and each calls `begin_anew` before its next collective.
+
+        Returns:
+            False where the group cannot go on after that. Then nothing was done.
+        """
+        return False
+
+    def begin_anew(self) -> None:  # noqa: B027  (a group that cannot give up never does)
+        """Forget the collectives of all steps before; every rank does so, whether it gave up or not."""
+
 
 class SingleCommunicator(Communicator):
     """A group of one: every collective is the identity."""
+
+    capturable = True
 
     def __init__(self) -> None:
         self.rank, self.world_size = 0, 1
@@ -125,3 +148,7 @@ class SingleCommunicator(Communicator):
 
     def close(self) -> None:
         """See `Communicator`."""
+
+    def give_up(self) -> bool:
+        """See `Communicator`."""
+        return True

@@ -13,11 +13,15 @@ from collections.abc import Callable
 import torch
 
 from configs.errors import ConfigError, WorkerError
-from workers.parallel.base import CLOSE_DEADLINE, DEFAULT_DEADLINE, Communicator, sum_in_rank_order
+from workers.parallel.base import CLOSE_DEADLINE, DEFAULT_DEADLINE, Communicator, StepGivenUp, sum_in_rank_order
 
 # The file: a page of flags, then two buffers of one slot a rank. A rank's flags lie on a cache line of their own.
 _HEADER_BYTES, _WORDS_PER_RANK, _MAX_RANKS = 4096, 8, 64
 _SLOT_BYTES = 2**20
+# A rank's flags: the exchange that it has reached, whether it has failed, and how many generations it has given up.
+_REACHED, _FAILED, _GIVEN_UP = range(3)
+# Exchanges that a generation has room for.
+_GENERATION = 2**40
 # Seconds of busy waiting, then of giving way to other processes; after that the rank sleeps between looks.
 _SPIN_SECONDS, _YIELD_SECONDS, _SLEEP_SECONDS = 0.001, 0.003, 0.0001
 # x86 keeps the order of stores and of loads, so data written before a flag is seen before it.
@@ -31,6 +35,9 @@ class SharedMemoryCommunicator(Communicator):
     and sets its flag to k; a reader waits until the flags it needs have reached k. A rank overwrites a buffer only
     once every flag has reached k - 1: by then all have read exchange k - 2, which used it last. Tensors larger than a
     slot go in several exchanges. Every rank adds the slots itself, in rank order.
+
+    Ranks that have given up a step count on in another generation, from a number that none has reached: nobody can
+    take an exchange of the step for one behind it, and nobody writes a slot before the last one has left the step.
 
     Args:
         rank: this process's.
@@ -59,7 +66,8 @@ class SharedMemoryCommunicator(Communicator):
         memory = mmap.mmap(fd, size)
         self._flags = memoryview(memory)[:_HEADER_BYTES].cast("q")
         self._bytes = torch.frombuffer(memory, dtype=torch.uint8)
-        self._count = 0
+        self._count = self._generation = 0
+        self._next_generation = _GENERATION
         self._closed = False
         self._others = [other for other in range(world_size) if other != rank]
         self._views: dict[tuple[int, int, torch.dtype], list[torch.Tensor]] = {}
@@ -113,8 +121,19 @@ class SharedMemoryCommunicator(Communicator):
     def abort(self) -> None:
         """See `Communicator`."""
         if not self._closed:
-            self._flags[self.rank * _WORDS_PER_RANK + 1] = 1
+            self._flags[self.rank * _WORDS_PER_RANK + _FAILED] = 1
             self._release()
+
+    def give_up(self) -> bool:
+        """See `Communicator`."""
+        self._flags[self.rank * _WORDS_PER_RANK + _GIVEN_UP] = self._generation + 1
+        return True
+
+    def begin_anew(self) -> None:
+        """See `Communicator`."""
+        self._generation += 1
+        self._count, self._next_generation = self._generation * _GENERATION, (self._generation + 1) * _GENERATION
+        self._flags[self.rank * _WORDS_PER_RANK + _REACHED] = self._count
 
     def _release(self) -> None:
         # The mapping goes with its last view.
@@ -178,16 +197,15 @@ class SharedMemoryCommunicator(Communicator):
     def _wait(self, other: int, count: int) -> None:
         """Return once `other` has reached exchange `count`."""
         flags, word = self._flags, other * _WORDS_PER_RANK
-        if flags[word] >= count:
-            return
-        began = time.perf_counter()
-        waited = 0.0
+        began = time.perf_counter() if flags[word] < count else 0.0
         while flags[word] < count:
             waited = time.perf_counter() - began
             if waited < self._spin:
                 continue
-            if flags[word + 1]:
+            if flags[word + _FAILED]:
                 raise WorkerError(f"rank {other} failed while rank {self.rank} waited for it in a collective", other)
+            if flags[word + _GIVEN_UP] > self._generation:
+                raise StepGivenUp(f"rank {other} has given up the step that rank {self.rank} computes", other)
             if waited > self._deadline:
                 raise WorkerError(
                     f"rank {self.rank} waited {self._deadline:g} s in vain for rank {other} in a collective", other
@@ -196,6 +214,8 @@ class SharedMemoryCommunicator(Communicator):
                 os.sched_yield()
             else:
                 time.sleep(_SLEEP_SECONDS)
+        if flags[word] >= self._next_generation:  # it has left the step already
+            raise StepGivenUp(f"rank {other} has given up the step that rank {self.rank} computes", other)
 
     def _fence(self) -> None:
         # Elsewhere than on x86 (ARM, say) a store may overtake another, and a load too. Releasing and then taking a

@@ -8,7 +8,7 @@ import threading
 import torch
 
 from configs.errors import WorkerError
-from workers.parallel.base import CLOSE_DEADLINE, DEFAULT_DEADLINE, Communicator, sum_in_rank_order
+from workers.parallel.base import CLOSE_DEADLINE, DEFAULT_DEADLINE, Communicator, StepGivenUp, sum_in_rank_order
 
 
 class _ThreadGroup:
@@ -19,6 +19,7 @@ class _ThreadGroup:
         self.slots: list[list[torch.Tensor | None]] = [[None] * world_size for _ in range(2)]
         self.arrived = [0] * world_size
         self.failed: int | None = None
+        self.gave_up: int | None = None
 
 
 class ThreadCommunicator(Communicator):
@@ -67,6 +68,20 @@ class ThreadCommunicator(Communicator):
         self._closed, self._group.failed = True, self.rank
         self._group.barrier.abort()
 
+    def give_up(self) -> bool:
+        """See `Communicator`."""
+        self._group.gave_up = self.rank
+        self._group.barrier.abort()
+        return True
+
+    def begin_anew(self) -> None:
+        """See `Communicator`. No rank may be inside a collective, or come to one, until all have called it."""
+        group = self._group
+        group.arrived[self.rank] = 0
+        group.gave_up = None
+        if group.failed is None:
+            group.barrier.reset()
+
     def _exchange(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         # Two sets of slots: a rank fills a set again only after the next barrier, when all have read it. A copy,
         # because the caller may change its tensor while others still read it.
@@ -82,6 +97,8 @@ class ThreadCommunicator(Communicator):
         try:
             group.barrier.wait(deadline)
         except threading.BrokenBarrierError:
+            if group.failed is None and group.gave_up is not None:
+                raise StepGivenUp(f"rank {group.gave_up} has given up the step", group.gave_up) from None
             late = [rank for rank, count in enumerate(group.arrived) if count < mine]
             culprit = group.failed if group.failed is not None else late[0] if late else None
             raise WorkerError(f"rank {self.rank} waited in vain for rank {culprit} in a collective", culprit) from None

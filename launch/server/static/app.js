@@ -6,6 +6,13 @@ import { startEngineView } from "./engine.js";
 import { setModel, startPlayground } from "./playground.js";
 
 const RETRY_MS = 1000;
+// What the bar shows of a server that answers and does not serve.
+const NOT_SERVING = {
+  loading: ["wait", "loading"],
+  recovering: ["wait", "recovering"],
+  draining: ["wait", "shutting down"],
+  engine_dead: ["bad", "engine failed"],
+};
 const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 
 function setStatus(state, text) {
@@ -74,7 +81,7 @@ async function connect() {
     } catch (error) {
       if (!(error instanceof ApiError)) throw error;
       if (error.status === 401) return setStatus("bad", "key wanted");
-      if (error.status === 503) setStatus("wait", error.code === "loading" ? "loading" : "not serving");
+      if (error.status === 503) setStatus(...(NOT_SERVING[error.code] ?? ["wait", "not serving"]));
       else setStatus("bad", error.status === 0 ? "unreachable" : `error ${error.status}`);
     }
     await pause(RETRY_MS);
