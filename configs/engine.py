@@ -60,6 +60,9 @@ class ModelConfig(_Validated):
         "a GPU where it is installed, else torch",
         choices=("auto", "torch", "triton"),
     )
+    native_kernels: bool = setting(
+        True, "compute bfloat16 on a CPU with AMX by C kernels, compiled at the first start; needs a C compiler"
+    )
     enforce_eager: bool = setting(False, "never capture CUDA graphs: each step launches its kernels one by one")
 
     def __post_init__(self) -> None:

@@ -20,6 +20,8 @@ from workers.layers.parameter import ShardedParameter
 from workers.load_progress import shown_while_read
 from workers.models.decoder import Decoder, DecoderSpec
 from workers.models.registry import get_model_class
+from workers.native import NativeKernels
+from workers.native import load as load_native
 from workers.parallel import Communicator, SingleCommunicator
 from workers.weight_files import WeightTensor, name_some, open_weights
 
@@ -62,14 +64,16 @@ class ModelLoader:
         config, checkpoint = self._config, self._config.resolved_checkpoint
         communicator = communicator or SingleCommunicator()
         dtype = dtype or resolve_dtype(config, device)
+        native = native_kernels(config, device, dtype)
         assert config.model_dir is not None, "resolve() comes first"
         spec = DecoderSpec(
             config=checkpoint,
             communicator=communicator,
-            backend=get_backend(config.model.attention_backend, device),
+            backend=get_backend(config.model.attention_backend, device, native),
             dtype=dtype,
             device=device,
             max_positions=config.max_model_len,
+            native=native,
         )
         with open_weights(Path(config.model_dir)) as tensors:
             _check_size(checkpoint, tensors, config.model_dir)
@@ -167,6 +171,12 @@ def _check_names_and_shapes(
         problems.append(f"of another shape: {name_some(misshapen)}")
     if problems:
         raise CheckpointError(f"the weights in {where} do not fit its config.json; " + "; ".join(problems))
+
+
+def native_kernels(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> NativeKernels | None:
+    """The native kernels, where they are wanted and compute this type on this device."""
+    wanted = config.model.native_kernels and device.type == "cpu" and dtype is torch.bfloat16
+    return load_native() if wanted else None
 
 
 def resolve_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:

@@ -80,16 +80,16 @@ def launch_sample(logits: torch.Tensor, rows: SamplingRows, use_kernel: bool = F
         from workers.kernels import sampling  # Triton need not be installed where nobody asks for it
 
         return sampling.sample(logits, sampling.DeviceRows.make(rows, logits.device))
-    uniform = uniforms(rows.seed, rows.index, rows.position)
     if logits.device.type == "cpu":
-        return torch.from_numpy(_sample_on_cpu(logits.numpy(), rows, uniform))
-    return _sample_on_device(logits, rows, uniform)
+        return torch.from_numpy(_sample_on_cpu(logits.numpy(), rows))
+    return _sample_on_device(logits, rows, uniforms(rows.seed, rows.index, rows.position))
 
 
-def _sample_on_cpu(logits: npt.NDArray[np.float32], rows: SamplingRows, uniform: npt.NDArray[np.float64]) -> Int64Array:
+def _sample_on_cpu(logits: npt.NDArray[np.float32], rows: SamplingRows) -> Int64Array:
     if not (rows.temperature > 0).any():
         largest: Int64Array = logits.argmax(axis=-1)
         return largest
+    uniform = uniforms(rows.seed, rows.index, rows.position)
     columns = (rows.temperature, rows.top_k, rows.top_p, rows.min_p, uniform)
     each = zip(logits, *(column.tolist() for column in columns), strict=True)
     with np.errstate(over="ignore"):  # by a temperature near 0

@@ -6,7 +6,17 @@ import sys
 from typing import Any
 
 from configs.errors import ConfigError, NanoEngineError, UnknownModelError
-from launch.bench import control_plane, decode_gap, front_end, lifecycle, sampling, serve, simulate, throughput
+from launch.bench import (
+    control_plane,
+    decode_gap,
+    front_end,
+    lifecycle,
+    peers,
+    sampling,
+    serve,
+    simulate,
+    throughput,
+)
 from launch.bench.chaos import command as chaos
 from launch.options import OneLineParser
 
@@ -23,6 +33,7 @@ def main() -> int:
     sampling.add_parser(commands)
     decode_gap.add_parser(commands)
     front_end.add_parser(commands)
+    peers.add_parser(commands)
     chaos.add_parser(commands)
     who = parser.prog
     try:

@@ -14,6 +14,7 @@ from configs.engine import EngineConfig
 from nanoengine.step import Epoch, RowExtras, RowParams, SequenceState, StepInput, StepOutput
 from workers.attention import get_backend
 from workers.input_batch import Batch
+from workers.model_loader import native_kernels
 from workers.model_runner import ModelRunner
 from workers.models.decoder import DecoderSpec
 from workers.models.registry import get_model_class
@@ -129,13 +130,15 @@ class RandomModel(_Runner):
     def load_model(self) -> None:
         """Uniform weights, scaled by fan-in; norms are 1."""
         checkpoint = self._config.resolved_checkpoint
+        native = native_kernels(self._config, self._device, self._dtype)
         spec = DecoderSpec(
             config=checkpoint,
             communicator=self._communicator,
-            backend=get_backend(self._config.model.attention_backend, self._device),
+            backend=get_backend(self._config.model.attention_backend, self._device, native),
             dtype=self._dtype,
             device=self._device,
             max_positions=self._config.max_model_len,
+            native=native,
         )
         model = get_model_class(checkpoint.architecture)(spec)
         generator = torch.Generator().manual_seed(0)

@@ -9,6 +9,7 @@ import torch
 
 from configs.errors import ConfigError
 from workers.attention.base import AttentionBackend
+from workers.native import NativeKernels
 
 # name -> "module:class". An optional backend's import may fail where its library is not installed.
 _BACKENDS = {
@@ -17,14 +18,19 @@ _BACKENDS = {
 }
 
 
-def get_backend(name: str, device: torch.device) -> AttentionBackend:
+def get_backend(name: str, device: torch.device, native: NativeKernels | None = None) -> AttentionBackend:
     """Make the backend called `name`, or with `auto` the best one for `device`.
 
-    That is `triton` on a GPU where Triton is installed (it comes with torch's CUDA builds), else `torch`.
+    That is `triton` on a GPU where Triton is installed (it comes with torch's CUDA builds), on a CPU the native kernels
+    if they are given, else `torch`.
 
     Raises:
         ConfigError: an unknown name, a backend whose library is not installed, or one that the device cannot run.
     """
+    if name == "auto" and native is not None and device.type == "cpu":
+        from workers.attention.native_backend import NativeBackend
+
+        return NativeBackend(native)
     chosen = _best(device) if name == "auto" else name
     if chosen not in _BACKENDS:
         known = ", ".join(["auto", *sorted(_BACKENDS)])

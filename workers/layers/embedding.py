@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from workers.layers.linear import LinearBase
 from workers.layers.parameter import Shard, ShardedParameter
+from workers.native import NativeKernels, NativeLinear
+from workers.packed_linear import native_applies
 from workers.parallel import Communicator
 
 
@@ -65,6 +67,15 @@ class ParallelLMHead(LinearBase):
             # One storage. On CPU the packed form is a second one: a lookup table cannot be packed.
             self.weight = tied_to.weight
         self.bias = None
+
+    def finish_loading(self, native: NativeKernels | None = None) -> None:
+        """See `LinearBase`. The native kernel gives logits in float32, so that they are not rounded on their way."""
+        assert self.weight is not None
+        if native is None or not native_applies(self.weight):
+            super().finish_loading(native)
+            return
+        self._kernel = NativeLinear(native, self.weight, "wide")
+        self.weight = None
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """Map (num_rows, hidden_size) to (num_rows, vocab_size) float32 on rank 0, to None on the others."""

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from workers.layers.parameter import Shard, ShardedParameter
+from workers.native import NativeKernels
 from workers.packed_linear import LinearKernel, make_kernel
 from workers.parallel import Communicator, divide, divide_kv_heads
 
@@ -27,11 +28,16 @@ class LinearBase(nn.Module):
         super().__init__()
         self._kernel: LinearKernel | None = None
 
-    def finish_loading(self) -> None:
+    def finish_loading(self, native: NativeKernels | None = None) -> None:
         """Choose the kernel; call once, when the weight is loaded."""
         assert self.weight is not None
-        self._kernel = make_kernel(self.weight.data)
+        self._kernel = make_kernel(self.weight.data, native)
         self.weight = None  # the kernel has it
+
+    @property
+    def kernel(self) -> LinearKernel | None:
+        """What computes, after `finish_loading`."""
+        return self._kernel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (num_tokens, in_features) to (num_tokens, this rank's out_features)."""
@@ -138,9 +144,9 @@ class RowParallelLinear(LinearBase):
             size = out_features if communicator.rank == 0 else 0
             self.bias = ShardedParameter((size,), {"": Shard((out_features,), size=size)}, dtype, device)
 
-    def finish_loading(self) -> None:
+    def finish_loading(self, native: NativeKernels | None = None) -> None:
         """See `LinearBase`."""
-        super().finish_loading()
+        super().finish_loading(native)
         if self._communicator.rank != 0:
             self.bias = None
 

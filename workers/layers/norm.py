@@ -41,7 +41,10 @@ class RMSNorm(nn.Module):
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x + residual (0 when it is None), of any shape (..., size), normalised; and that sum."""
+    """x + residual (0 when it is None), of any shape (..., size), normalised; and that sum.
+
+    Another kernel may leave the sum in x.
+    """
     if residual is not None:
         x = x + residual
     return rms_norm(x, weight, eps), x

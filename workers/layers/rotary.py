@@ -32,7 +32,7 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines of (num_tokens,) int64 positions, each (num_tokens, 1, head_dim / 2) float32."""
-        cos, sin = self.table[positions].unbind(1)
+        cos, sin = self.table.index_select(0, positions).unbind(1)
         return cos[:, None], sin[:, None]
 
 

@@ -13,12 +13,18 @@ from torch import nn
 
 from configs.checkpoint import CheckpointConfig
 from workers.attention.base import AttentionBackend
+from workers.attention.native_backend import NativeBackend
+from workers.forward_context import get_forward_context
 from workers.layers.attention import Attention
 from workers.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from workers.layers.linear import LinearBase, MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from workers.layers.norm import RMSNorm
 from workers.layers.parameter import ShardedParameter
 from workers.layers.rotary import RotaryEmbedding
+from workers.native import NativeKernels, NativeLinear
+from workers.native.decoder import LayerShape, LayerWeights, NativeLayers
+from workers.native.kernels import QUANTUM
+from workers.packed_linear import native_applies
 from workers.parallel import Communicator
 
 
@@ -33,6 +39,7 @@ class DecoderSpec:
         dtype: of weights and activations.
         device: where it lives.
         max_positions: how many positions a sequence can have.
+        native: kernels that compute what they apply to, on CPU.
     """
 
     config: CheckpointConfig
@@ -41,6 +48,7 @@ class DecoderSpec:
     dtype: torch.dtype
     device: torch.device
     max_positions: int
+    native: NativeKernels | None = None
 
 
 class DecoderAttention(nn.Module):
@@ -69,10 +77,10 @@ class DecoderAttention(nn.Module):
             device,
         )
         self._heads, self._kv_heads = self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads
-        self._head_dim, self._eps = head_dim, config.rms_norm_eps
+        self.head_dim, self.eps = head_dim, config.rms_norm_eps
         self.q_norm = RMSNorm(head_dim, config.rms_norm_eps, dtype, device) if config.qk_norm else None
         self.k_norm = RMSNorm(head_dim, config.rms_norm_eps, dtype, device) if config.qk_norm else None
-        self._head_norm: tuple[torch.Tensor, float] | None = None
+        self.head_norm: tuple[torch.Tensor, float] | None = None
         self.attn = Attention(layer_index, self._heads, self._kv_heads, head_dim, head_dim**-0.5, spec.backend)
 
     def finish_loading(self) -> None:
@@ -80,17 +88,17 @@ class DecoderAttention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             weights = [self.q_norm.weight] * self._heads + [self.k_norm.weight] * self._kv_heads
             stacked = torch.stack([weight.data for weight in weights])  # (heads + kv_heads, head_dim)
-            self._head_norm = (stacked, self._eps)
+            self.head_norm = (stacked, self.eps)
 
     def forward(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Map (num_tokens, hidden_size) to the same shape."""
-        qkv = self.qkv_proj(hidden).view(len(hidden), self._heads + 2 * self._kv_heads, self._head_dim)
-        out = self.attn.forward_projected(qkv, (cos, sin), self._head_norm)  # (num_tokens, heads, head_dim)
+        qkv = self.qkv_proj(hidden).view(len(hidden), self._heads + 2 * self._kv_heads, self.head_dim)
+        out = self.attn.forward_projected(qkv, (cos, sin), self.head_norm)  # (num_tokens, heads, head_dim)
         return self.o_proj(out.reshape(len(hidden), -1))  # type: ignore[no-any-return]
 
 
 class DecoderMLP(nn.Module):
-    """SwiGLU between two projections."""
+    """SwiGLU between two projections; the native kernel computes it with the first of them."""
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
@@ -113,9 +121,21 @@ class DecoderMLP(nn.Module):
             spec.device,
         )
         self._silu_and_mul = spec.backend.silu_and_mul
+        self.intermediate_size = config.intermediate_size // spec.communicator.world_size  # of this rank
+        self._native = spec.native
+        self.gated: NativeLinear | None = None
+
+    def finish_loading(self) -> None:
+        """Fuse the activation into the first projection where the native kernel can. Before the projections' own."""
+        weight = self.gate_up_proj.weight
+        if self._native is not None and weight is not None and native_applies(weight):
+            self.gated = NativeLinear(self._native, weight, "swiglu")
+            self.gate_up_proj.weight = None
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Map (num_tokens, hidden_size) to the same shape."""
+        if self.gated is not None:
+            return self.down_proj(self.gated(hidden, self.gate_up_proj.bias))  # type: ignore[no-any-return]
         return self.down_proj(self._silu_and_mul(self.gate_up_proj(hidden)))  # type: ignore[no-any-return]
 
 
@@ -140,6 +160,42 @@ class DecoderLayer(nn.Module):
         hidden, residual = self.post_attention_layernorm(hidden, residual)
         return self.mlp(hidden), residual
 
+    def native_weights(self) -> LayerWeights | None:
+        """What the native kernels need to compute the whole layer; None where one of its parts is not theirs."""
+        attention, mlp = self.self_attn, self.mlp
+        if (type(self), type(attention), type(mlp)) != (DecoderLayer, DecoderAttention, DecoderMLP):
+            return None  # a subclass may compute something else
+        kernels = [layer.kernel for layer in (attention.qkv_proj, attention.o_proj, mlp.down_proj)]
+        qkv, o, down = (kernel if isinstance(kernel, NativeLinear) else None for kernel in kernels)
+        if qkv is None or o is None or down is None or mlp.gated is None or attention.head_dim % QUANTUM:
+            return None
+        return LayerWeights(
+            input_norm=self.input_layernorm.weight,
+            qkv=qkv,
+            qkv_bias=attention.qkv_proj.bias,
+            head_norm=None if attention.head_norm is None else attention.head_norm[0],
+            o=o,
+            o_bias=attention.o_proj.bias,
+            post_norm=self.post_attention_layernorm.weight,
+            gate_up=mlp.gated,
+            gate_up_bias=mlp.gate_up_proj.bias,
+            down=down,
+            down_bias=mlp.down_proj.bias,
+        )
+
+    def native_shape(self) -> LayerShape:
+        """The sizes that belong to `native_weights`."""
+        attention = self.self_attn.attn
+        return LayerShape(
+            size=self.input_layernorm.weight.shape[0],
+            heads=attention.num_heads,
+            kv_heads=attention.num_kv_heads,
+            head_dim=attention.head_dim,
+            intermediate=self.mlp.intermediate_size,
+            eps=self.self_attn.eps,
+            scale=attention.scale,
+        )
+
 
 class Decoder(nn.Module):
     """Token ids and positions to hidden states, and hidden states to logits; this rank's share of it."""
@@ -154,6 +210,8 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device, spec.backend.add_rms_norm)
         self.lm_head = ParallelLMHead(*vocabulary, tied_to=self.embed_tokens if config.tie_word_embeddings else None)
         self._rotary = RotaryEmbedding(config.head_dim, spec.max_positions, config.rope, device)
+        self._native, self._backend, self._communicator = spec.native, spec.backend, spec.communicator
+        self._native_layers: NativeLayers | None = None
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Compute one step's tokens inside a forward context.
@@ -166,7 +224,13 @@ class Decoder(nn.Module):
             (num_tokens, hidden_size), normalised, whole on every rank.
         """
         cos, sin = self._rotary(positions)
-        hidden, residual = self.embed_tokens(input_ids), None
+        hidden: torch.Tensor = self.embed_tokens(input_ids)
+        residual: torch.Tensor | None = None
+        if self._native_layers is not None and isinstance(self._backend, NativeBackend):
+            context, shape = get_forward_context(), self._native_layers.shape
+            plan = self._backend.plan(context.metadata, shape.kv_heads, shape.heads // shape.kv_heads, shape.head_dim)
+            hidden, residual = self._native_layers(hidden, cos, sin, context.kv_caches, plan)
+            return self.norm(hidden, residual)[0]  # type: ignore[no-any-return]
         for layer in self.layers:
             hidden, residual = layer(hidden, residual, cos, sin)
         normalised: torch.Tensor = self.norm(hidden, residual)[0]
@@ -196,6 +260,14 @@ class Decoder(nn.Module):
 
     def finish_loading(self) -> None:
         """Bring the loaded weights into the form that is computed with. Call once."""
-        for module in self.modules():
-            if isinstance(module, LinearBase | DecoderAttention):
+        for module in self.modules():  # an MLP before its projections
+            if isinstance(module, DecoderAttention | DecoderMLP):
                 module.finish_loading()
+            elif isinstance(module, LinearBase) and module.weight is not None:
+                module.finish_loading(self._native)
+        if self._native is not None and isinstance(self._backend, NativeBackend):
+            layers = [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
+            found = [weights for layer in layers if (weights := layer.native_weights()) is not None]
+            if len(found) == len(self.layers):
+                shape = layers[0].native_shape()
+                self._native_layers = NativeLayers(self._native, found, shape, self._communicator)

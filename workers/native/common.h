@@ -1,0 +1,120 @@
+// What the kernels share: bfloat16 in AVX-512 registers, AMX tiles, and who computes what. Knows no tensor.
+#ifndef NANOENGINE_COMMON_H
+#define NANOENGINE_COMMON_H
+
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+
+typedef uint16_t bf16;  // the upper half of a float
+
+enum { TILE_ROWS = 16, TILE_K = 32, TILE = TILE_ROWS * TILE_K };  // of bfloat16; a tile is 1 KiB
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static inline float widen(bf16 x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float wide;
+    memcpy(&wide, &bits, sizeof wide);
+    return wide;
+}
+
+static inline __m512 load_wide(const bf16 *from) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)from)), 16));
+}
+
+static inline __m512 load_wide_some(const bf16 *from, __mmask16 which) {
+    __m256i narrow = _mm256_maskz_loadu_epi16(which, from);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
+}
+
+// Rounds to the nearest, ties to even.
+static inline __m256i narrow(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+
+static inline __m512 rounded(__m512 x) {  // to bfloat16 and back
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow(x)), 16));
+}
+
+static inline __mmask16 first(int64_t count) { return count >= 16 ? 0xFFFF : (__mmask16)((1u << count) - 1); }
+
+// exp(x) for x <= 88, relative error about 1e-7; 0 below -87.3. 2^n * exp(r), |r| <= log(2) / 2, by Taylor's series.
+static inline __m512 exponential(__m512 x) {
+    const __m512 log2e = _mm512_set1_ps(1.44269504f), high = _mm512_set1_ps(0.693359375f),
+                 low = _mm512_set1_ps(-2.12194440e-4f);
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, log2e), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m512 r = _mm512_fnmadd_ps(n, low, _mm512_fnmadd_ps(n, high, x));
+    __m512 sum = _mm512_set1_ps(1.0f / 5040);
+    sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(1.0f / 720));
+    sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(1.0f / 120));
+    sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(1.0f / 24));
+    sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(1.0f / 6));
+    sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(0.5f));
+    sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(1.0f));
+    sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(1.0f));
+    __mmask16 tiny = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.3f), _CMP_LT_OQ);
+    return _mm512_mask_mov_ps(_mm512_scalef_ps(sum, n), tiny, _mm512_setzero_ps());
+}
+
+static inline void transpose(__m512i r[16]) {  // 16 x 16 of 32 bits
+    __m512i t[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+        r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
+        t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xDD);
+        t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+        t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xDD);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+        r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
+        r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xDD);
+        r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xDD);
+    }
+}
+
+// Tiles 0 to 3 are results (0 and 1 of the upper rows, 2 and 3 of the lower), 4 and 5 left operands, 6 and 7 right ones.
+static inline void shape_tiles(int upper_rows, int lower_rows) {
+    struct {
+        uint8_t palette, start, reserved[14];
+        uint16_t bytes_per_row[16];
+        uint8_t rows[16];
+    } shape;
+    memset(&shape, 0, sizeof shape);
+    shape.palette = 1;
+    const int rows[8] = {upper_rows, upper_rows, lower_rows, lower_rows, upper_rows, lower_rows, TILE_ROWS, TILE_ROWS};
+    for (int tile = 0; tile < 8; tile++) {
+        shape.bytes_per_row[tile] = rows[tile] ? 64 : 0;
+        shape.rows[tile] = (uint8_t)rows[tile];
+    }
+    _tile_loadconfig(&shape);
+}
+
+enum { NARROW, WIDE, SWIGLU };  // what a linear writes: bfloat16, float32, or silu(gate) * up in bfloat16
+
+void nano_add_rms_norm(bf16 *x, const bf16 *residual, const bf16 *weight, bf16 *out, int64_t rows, int64_t size,
+                       float eps, int threads);
+void nano_linear(const bf16 *x, const bf16 *packed, const bf16 *bias, void *out, int64_t m, int64_t n, int64_t k,
+                 int64_t x_stride, int64_t out_stride, int kind, int threads);
+void nano_norm_rotate(bf16 *x, const bf16 *weight, const float *cos, const float *sin, int64_t tokens, int64_t heads,
+                      int64_t dim, int64_t stride, int64_t angle_stride, float eps, int threads);
+void nano_store(const bf16 *k, const bf16 *v, const int64_t *slots, bf16 *cache, int64_t tokens, int64_t size,
+                int64_t k_stride, int64_t v_stride, int threads);
+void nano_attention(const bf16 *q, const bf16 *cache, bf16 *out, const int64_t *items, int64_t num_items,
+                    const int64_t *tables, int64_t table_stride, const int64_t *starts, const int64_t *query_lens,
+                    const int64_t *seq_lens, int64_t block_size, int64_t group, int64_t kv_heads, int64_t dim,
+                    int64_t q_stride, float scale, char *scratch, int threads);
+
+#endif

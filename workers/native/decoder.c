@@ -1,0 +1,58 @@
+// The layers of a decoder as one call, or as one for each half of a layer where ranks must add up in between: what
+// workers/models/decoder.py does kernel by kernel, with the same bits, without Python in between. Knows no sequence.
+#include "common.h"
+
+typedef struct {  // a bias or head_norm may be NULL
+    const bf16 *input_norm, *qkv, *qkv_bias, *head_norm, *o, *o_bias, *post_norm, *gate_up, *gate_up_bias, *down, *down_bias;
+} Layer;
+
+typedef struct {
+    const Layer *layers;
+    int64_t num_layers, size, heads, kv_heads, dim, intermediate;
+    float eps, scale;
+} Model;
+
+typedef struct {
+    int64_t tokens, angle_stride, num_items, table_stride, block_size, threads;
+    const float *cos, *sin;
+    const int64_t *slots, *items, *tables, *starts, *query_lens, *seq_lens;
+    bf16 *const *caches;
+    char *scratch;
+    bf16 *normed, *qkv, *attended, *gated;  // (tokens, …) each: size, (heads + 2 kv_heads) dim, heads dim, intermediate
+} Step;
+
+// x (tokens, size) += residual, if there is one; out = o_proj(attention(qkv_proj(norm(x)))), this rank's part of it.
+void nano_attention_half(const Model *m, const Step *s, int64_t index, bf16 *x, const bf16 *residual, bf16 *out) {
+    const Layer *layer = m->layers + index;
+    int64_t own = m->heads * m->dim, kv = m->kv_heads * m->dim, width = own + 2 * kv;
+    int threads = (int)s->threads;
+    bf16 *cache = s->caches[index], *k = s->qkv + own, *v = k + kv;
+    nano_add_rms_norm(x, residual, layer->input_norm, s->normed, s->tokens, m->size, m->eps, threads);
+    nano_linear(s->normed, layer->qkv, layer->qkv_bias, s->qkv, s->tokens, width, m->size, m->size, width, NARROW, threads);
+    nano_norm_rotate(s->qkv, layer->head_norm, s->cos, s->sin, s->tokens, m->heads + m->kv_heads, m->dim, width,
+                     s->angle_stride, m->eps, threads);
+    nano_store(k, v, s->slots, cache, s->tokens, kv, width, width, threads);
+    nano_attention(s->qkv, cache, s->attended, s->items, s->num_items, s->tables, s->table_stride, s->starts,
+                   s->query_lens, s->seq_lens, s->block_size, m->heads / m->kv_heads, m->kv_heads, m->dim, width,
+                   m->scale, s->scratch, threads);
+    nano_linear(s->attended, layer->o, layer->o_bias, out, s->tokens, m->size, own, own, m->size, NARROW, threads);
+}
+
+// x (tokens, size) += residual; out = down_proj(silu(gate) * up), gate and up of norm(x), this rank's part of it.
+void nano_mlp_half(const Model *m, const Step *s, int64_t index, bf16 *x, const bf16 *residual, bf16 *out) {
+    const Layer *layer = m->layers + index;
+    int64_t wide = m->intermediate;
+    int threads = (int)s->threads;
+    nano_add_rms_norm(x, residual, layer->post_norm, s->normed, s->tokens, m->size, m->eps, threads);
+    nano_linear(s->normed, layer->gate_up, layer->gate_up_bias, s->gated, s->tokens, 2 * wide, m->size, m->size, wide,
+                SWIGLU, threads);
+    nano_linear(s->gated, layer->down, layer->down_bias, out, s->tokens, m->size, wide, wide, m->size, NARROW, threads);
+}
+
+// All layers: x in, their contribution out; residual (tokens, size) out, which x has not been added to yet.
+void nano_layers(const Model *m, const Step *s, bf16 *x, bf16 *residual) {
+    for (int64_t index = 0; index < m->num_layers; index++) {
+        nano_attention_half(m, s, index, x, index ? residual : 0, residual);  // read before it is written
+        nano_mlp_half(m, s, index, residual, x, x);
+    }
+}
