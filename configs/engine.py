@@ -54,8 +54,13 @@ class ModelConfig(_Validated):
     allow_download: bool = setting(
         False, "let huggingface_hub fetch a name with a slash that is not in the local cache"
     )
-    attention_backend: str = setting("auto", "attention implementation", choices=("auto", "torch"))
-    enforce_eager: bool = setting(False, "never capture CUDA graphs (nothing is captured yet: always so)")
+    attention_backend: str = setting(
+        "auto",
+        "kernels of attention and the layers around it: triton = compiled for the GPU; torch = plain; auto = triton on "
+        "a GPU where it is installed, else torch",
+        choices=("auto", "torch", "triton"),
+    )
+    enforce_eager: bool = setting(False, "never capture CUDA graphs: each step launches its kernels one by one")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -135,6 +140,9 @@ class ParallelConfig(_Validated):
         "auto",
         "where the ranks run; auto = cuda where there are enough GPUs",
         choices=("auto", "cpu", "cuda"),
+    )
+    share_gpus: bool = setting(
+        False, "let several ranks use one GPU where there are fewer GPUs than ranks (slow; to try a tp on one GPU)"
     )
     executor: str = setting(
         "multiprocess", "multiprocess: one process a rank; inprocess: threads of the scheduler, for debugging",

@@ -458,6 +458,10 @@ class RankPort:
             yield command
             self._words.end(command.step_id)
 
+    def is_command_waiting(self) -> bool:
+        """Whether the next step, or another command, is there already."""
+        return self._link.is_readable()
+
     def send_output(self, output: StepOutput | GaveUp) -> None:
         """Send what came of a step: its output, which rank 0 alone does, or that there was no memory for it."""
         self._link.send(output)

@@ -22,7 +22,7 @@ from configs.engine import EngineConfig
 from configs.errors import EngineError, NanoEngineError, StepError, to_wire
 from nanoengine.engine_process import Bootstrap, receive_bootstrap
 from nanoengine.engine_state import engine_state
-from nanoengine.engine_stats import SETTLE_SECONDS, ReportTimes, StatusLine, engine_stats
+from nanoengine.engine_stats import SETTLE_SECONDS, PastTotals, ReportTimes, StatusLine, engine_stats
 from nanoengine.executor import MAX_IN_FLIGHT, Executor, ExecutorFacts, create_executor
 from nanoengine.front_socket import FrontSocket
 from nanoengine.messages import (
@@ -36,6 +36,7 @@ from nanoengine.messages import (
     Recovering,
     ResetPrefixCache,
     StateRequest,
+    Stats,
 )
 from nanoengine.outbox import Outbox
 from nanoengine.processes import name_process
@@ -68,6 +69,7 @@ class EngineCore:
         self.recovery = Recovery(self.scheduler, config.parallel.max_restarts, config.parallel.restart_window)
         self.clients: set[str] = set()
         self.on_progress: Callable[[], None] | None = None  # called once, when front ends were sent a first token
+        self._past = PastTotals()
         self._report_times = ReportTimes()
         self._status_line = StatusLine(config.server.log_stats_interval or 0.0)
         self._stopping = False
@@ -138,9 +140,9 @@ class EngineCore:
         self.front.post(self.scheduler.take_deltas())
         now = time.monotonic()
         if self._report_times.is_due(now, self.scheduler.has_work):
-            stats = engine_stats(self.scheduler, self.front.incarnation, self.recovery.stats, self.frames_rejected)
+            stats = self._stats()
             self._status_line.update(stats, now)
-            self.front.post_stats(sorted(self.clients), stats)
+            self.front.post_stats(sorted(self.clients), self._past.under(stats))
         for client_id in self.front.flush():
             logger.info("front end %s is gone; its requests are aborted", client_id)
             self.scheduler.abort_client(client_id)
@@ -154,6 +156,9 @@ class EngineCore:
     def frames_rejected(self) -> int:
         """Frames of ranks and messages of front ends that were refused."""
         return self.executor.frames_rejected + self.front.rejected.total()
+
+    def _stats(self) -> Stats:
+        return engine_stats(self.scheduler, self.front.incarnation, self.recovery.stats, self.frames_rejected)
 
     def _take_outputs(self) -> None:
         while (output := self.executor.collect(0)) is not None:
@@ -302,6 +307,8 @@ class EngineCore:
         elif isinstance(message, Hello):
             self.clients.add(client_id)
             self._untold.add(client_id)
+            self._past.hear(message.totals or {})
+            self.front.post_stats([client_id], self._past.under(self._stats()))  # or it would show totals of 0
         else:
             self.front.reject("unexpected", f"front end {client_id!r:.100} sent a {type(message).__name__}")
 

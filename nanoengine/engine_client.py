@@ -16,7 +16,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from configs.engine import EngineConfig
 from configs.errors import (
@@ -30,7 +30,7 @@ from configs.errors import (
     from_wire,
 )
 from nanoengine.beam_params import BeamSearchParams
-from nanoengine.engine_stats import LastingTotals
+from nanoengine.engine_stats import totals_of
 from nanoengine.engine_status import EngineCondition, SchedulerRestartStats
 from nanoengine.engine_view import Observer
 from nanoengine.journal import CheckedRequest, RequestJournal, SequenceJournal
@@ -96,8 +96,8 @@ class EngineClient:
         self.client_id = client_id or uuid.uuid4().hex
         self.outbox: deque[Message] = deque()
         self.facts: Ready | None = None  # what the scheduler told of itself; None until it is ready
-        self.stats: Stats | None = None  # the latest that the scheduler told, on top of those before it
-        self._totals = LastingTotals()
+        self.stats: Stats | None = None  # the latest that the scheduler told
+        self._past_totals: dict[str, Any] | None = None  # of the schedulers before the one that is attached
         self.failure: EngineDeadError | None = None  # why no request can be served any more
         self.recovering_from: NanoEngineError | None = None  # why open requests pause for a moment
         self.restart_stats = SchedulerRestartStats()
@@ -281,11 +281,14 @@ class EngineClient:
         self.restart_stats = dataclasses.replace(
             condition.restarts, requests_resumed=self.restart_stats.requests_resumed
         )
+        if self.stats is not None:
+            self._past_totals = totals_of(self.stats)
         others = [message for message in self.outbox if isinstance(message, AbortNamed | StateRequest)]
         self.outbox.clear()  # of this front end's requests the journals know better
         self.hello()
         if self._incarnation:
             self.restart_stats.requests_resumed += len(self._live)
+            self._recorder.resumed(len(self._live))
         self.outbox.extend(self.resubmit_all())
         self.outbox.extend(others)
         self._incarnation, self._is_attached = condition.incarnation, True
@@ -302,7 +305,7 @@ class EngineClient:
 
     def hello(self) -> None:
         """Queue a greeting; the scheduler answers with Ready."""
-        self.outbox.append(Hello(self.client_id))
+        self.outbox.append(Hello(self.client_id, self._past_totals))
 
     def handle(self, message: Message) -> list[RequestJournal]:
         """Take a message of the scheduler; returns the requests that have news, each once.
@@ -330,7 +333,7 @@ class EngineClient:
             case EngineState():
                 self.observer.state = message
             case Stats():
-                self.stats = self._totals.take(message)
+                self.stats = message
             case EngineFailure():
                 return self.fail(from_wire(message.error))
             case Deltas():

@@ -1,18 +1,20 @@
 """Statistics of the engine: totals of the scheduler, when front ends are told of them, and the status line.
 
 A step costs two additions and a look into a table of bounds; the rest is done about once a second. It reads the
-scheduler and changes nothing in it, and knows no socket. `LastingTotals` is the front ends' part of it.
+scheduler and changes nothing in it, and knows no socket.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+import operator
 from bisect import bisect_left
-from itertools import zip_longest
+from collections.abc import Callable
+from itertools import starmap, zip_longest
 from typing import TYPE_CHECKING, Any
 
-from nanoengine.messages import Stats
+from nanoengine.messages import TOTALS, Stats
 from nanoengine.sequence import SequenceStatus
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ REPORT_SECONDS = 1.0
 SETTLE_SECONDS = 0.25
 # Why ranks are started again: `WorkerError.reason`, or "start" for ranks that failed while they started.
 RESTART_REASONS = ("died", "raised", "silent", "overdue", "broken", "failed", "start")
+# The same of the scheduler; see `engine_status.SchedulerRestartStats`.
+SCHEDULER_RESTART_REASONS = ("died", "raised", "silent", "stopped", "start")
 
 
 class StepTotals:
@@ -92,44 +96,40 @@ def engine_stats(scheduler: Scheduler, incarnation: int, recovery: RecoveryStats
     )
 
 
-# What in `Stats` only grows, as long as one scheduler lives.
-TOTALS = (
-    "num_query_tokens", "num_hit_tokens", "num_host_hit_tokens", "num_preemptions", "num_swaps", "num_prefill_tokens",
-    "num_generated_tokens", "num_step_tokens", "steps_by_tokens", "restarts", "recovery_seconds",
-    "num_requests_resumed", "num_tokens_recomputed", "num_requests_condemned", "num_steps_given_up",
-    "num_scheduler_faults", "num_frames_rejected",
-)  # fmt: skip
+def totals_of(stats: Stats) -> dict[str, Any]:
+    """What the next scheduler is told, should this one end: it counts from 0, and its totals must not go back.
 
-
-class LastingTotals:
-    """Keeps totals from going back: a scheduler counts from 0, and so does the one that is started in its place.
-
-    What the one before counted behind its last report, at most a second's work, is lost with it.
+    What was counted behind these statistics, at most a second's work, is lost.
     """
+    return {name: getattr(stats, name) for name in TOTALS}
+
+
+class PastTotals:
+    """What the schedulers before this one have counted, as the front ends tell it that heard of them."""
 
     def __init__(self) -> None:
-        self.past: dict[str, Any] = {}  # totals of the schedulers that are gone
-        self._latest: Stats | None = None
+        self._totals: dict[str, Any] = {}
 
-    def take(self, told: Stats) -> Stats:
-        """What a scheduler told, with the totals of those before it added."""
-        if self._latest is not None and told.incarnation > self._latest.incarnation:
-            self.past = {name: _added(getattr(self._latest, name), self.past.get(name)) for name in TOTALS}
-        self._latest = told
-        return dataclasses.replace(
-            told, **{name: _added(getattr(told, name), past) for name, past in self.past.items()}
-        )
+    def hear(self, totals: dict[str, Any]) -> None:
+        """A front end tells; it may have heard less than others, and tells the same again."""
+        self._totals |= {name: _merged(max, total, self._totals.get(name)) for name, total in totals.items()}
+
+    def under(self, stats: Stats) -> Stats:
+        """The statistics with these totals added."""
+        added = {name: _merged(operator.add, getattr(stats, name), past) for name, past in self._totals.items()}
+        return dataclasses.replace(stats, **added)
 
 
-def _added(total: Any, past: Any) -> Any:
-    """The sum of two totals: of numbers, of lists place by place, of dictionaries key by key."""
-    if past is None:
+def _merged(operation: Callable[[Any, Any], Any], total: Any, other: Any) -> Any:
+    """Two totals as one: of numbers, of lists place by place, of dictionaries key by key."""
+    if other is None:
         return total
     if isinstance(total, list):
-        return [one + other for one, other in zip_longest(total, past, fillvalue=0)]
+        return list(starmap(operation, zip_longest(total, other, fillvalue=0)))
     if isinstance(total, dict):
-        return {key: total.get(key, 0) + past.get(key, 0) for key in [*total, *(past.keys() - total.keys())]}
-    return total + past
+        keys = [*total, *(key for key in other if key not in total)]
+        return {key: operation(total.get(key, 0), other.get(key, 0)) for key in keys}
+    return operation(total, other)
 
 
 class ReportTimes:

@@ -21,9 +21,13 @@ MAX_MESSAGE_BYTES = 256 * 2**20
 
 @dataclasses.dataclass(slots=True)
 class Hello:
-    """Front end → scheduler: here I am; answer with Ready as soon as the engine is."""
+    """Front end → scheduler: here I am; answer with Ready as soon as the engine is.
+
+    `totals` is what the schedulers before this one have counted, as far as they told: those of `Stats` in `TOTALS`.
+    """
 
     client_id: str
+    totals: dict[str, Any] | None = None
 
 
 @dataclasses.dataclass(slots=True)
@@ -267,8 +271,8 @@ class Stats:
     """Scheduler → front end: what goes on, about once a second while there is work and once when it is done.
 
     Sequences by state; blocks of the device and of the host tier: all, held by sequences, and cached (the rest is
-    free). Then totals since the scheduler started: tokens that were looked up in the prefix cache and found there (on
-    the host, of those), preemptions (by swapping, of those), what `engine_stats.StepTotals` and
+    free). Then totals of the engine's life, over all of its schedulers: tokens that were looked up in the prefix cache
+    and found there (on the host, of those), preemptions (by swapping, of those), what `engine_stats.StepTotals` and
     `recovery.RecoveryStats` count, and the frames of ranks and messages of front ends that were refused.
     """
 
@@ -300,6 +304,15 @@ class Stats:
     num_steps_given_up: int = 0
     num_scheduler_faults: int = 0
     num_frames_rejected: int = 0
+
+
+TOTALS = (
+    "num_query_tokens", "num_hit_tokens", "num_host_hit_tokens", "num_preemptions", "num_swaps", "num_prefill_tokens",
+    "num_generated_tokens", "num_step_tokens", "steps_by_tokens", "restarts", "recovery_seconds",
+    "num_requests_resumed", "num_tokens_recomputed", "num_requests_condemned", "num_steps_given_up",
+    "num_scheduler_faults", "num_frames_rejected",
+)  # fmt: skip
+"""What in `Stats` only grows."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -381,7 +394,9 @@ def decode(frame: bytes) -> Message:
 
 # ------------------------------------------------------------------- what the scheduler takes from a front end
 
-_MAX_INT, _MAX_TEXT = 2**63 - 1, 1024
+_NO_STATS = Stats(0, 0)
+
+_MAX_INT, _MAX_TEXT, _MAX_TOTALS = 2**63 - 1, 1024, 64
 
 
 def decode_from_front(frame: bytes) -> Message:
@@ -412,7 +427,10 @@ def _wrong_field(message: Message) -> str:
         case AbortNamed():
             fits = {"names": message.names is None or _are_texts(message.names)}
         case Hello():
-            fits = {"client_id": _is_text(message.client_id)}
+            fits = {
+                "client_id": _is_text(message.client_id),
+                "totals": message.totals is None or _are_totals(message.totals),
+            }
         case _:
             fits = {}  # one without fields
     return next((name for name, fit in fits.items() if not fit), "")
@@ -458,6 +476,19 @@ def _are_ints(values: object) -> bool:
     if not isinstance(values, list) or not set(map(type, values)) <= {int}:
         return False
     return not values or (min(values) >= -_MAX_INT and max(values) <= _MAX_INT)
+
+
+def _are_totals(values: object) -> bool:
+    """Of the names and types that `Stats` has, and no more than a scheduler tells."""
+    return isinstance(values, dict) and values.keys() <= set(TOTALS) and all(map(_is_total, values.items()))
+
+
+def _is_total(entry: tuple[str, Any]) -> bool:
+    name, value = entry
+    keys = value if isinstance(value, dict) else ()
+    numbers = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    fits = all(map(_is_text, keys)) and all(type(each) in (int, float) and 0 <= each <= _MAX_INT for each in numbers)
+    return fits and len(numbers) <= _MAX_TOTALS and type(value) is type(getattr(_NO_STATS, name))
 
 
 def _is_seconds(value: object) -> bool:

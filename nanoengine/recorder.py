@@ -20,5 +20,8 @@ class RequestRecorder:
     def got_tokens(self, journal: RequestJournal, sequence: SequenceJournal, num_tokens: int, now: float) -> None:
         """So many tokens of a sequence arrived at `now`; the journals still know the times of those before."""
 
+    def resumed(self, num_requests: int) -> None:
+        """So many open requests were handed to another scheduler, in place of one that is gone."""
+
     def ended(self, journal: RequestJournal) -> None:
         """It is over: complete, aborted or failed."""

@@ -1,15 +1,22 @@
 """What all tests share: the option --slow, the skips of the markers `gpu` and `slow`, Ctrl-C, and one thread for torch.
 
+Where there is no GPU, Triton's kernels run under its interpreter; it must be told before anybody imports triton.
+
 It imports no torch unless a test marked `gpu` was collected, so that the tests of text and folders start at once.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+if not Path("/dev/nvidia0").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -24,6 +24,7 @@ class AttentionMetadata:
         slot_mapping: (num_tokens,) int64, where each token's K/V is stored: block * block_size + offset.
         block_tables: (num_seqs, max_blocks) int64, padded with block 0 behind a sequence's own blocks.
         block_size: tokens in a block.
+        device_seq_lens: (num_seqs,) int64, `seq_lens` beside the other tensors, for kernels that read them there.
         plan: what the attention backend derived from the rest, in the step's first layer, for its other layers.
     """
 
@@ -32,6 +33,7 @@ class AttentionMetadata:
     slot_mapping: torch.Tensor
     block_tables: torch.Tensor
     block_size: int
+    device_seq_lens: torch.Tensor | None = None
     plan: object | None = None
 
 

@@ -30,6 +30,7 @@ from workers.forward_context import AttentionMetadata
 from workers.logits_processors import RowProcessor
 from workers.prompt_logprobs import PromptRows, PromptSpan
 from workers.sampler import SamplingRows
+from workers.staging import Staging
 from workers.structured import GrammarMatchers
 
 Int64Array = npt.NDArray[np.int64]
@@ -167,7 +168,7 @@ class InputBatch:
         self._block_size = block_size
         self._max_model_len = max_model_len
         self._vocab_size = vocab_size
-        self._device = device
+        self._staging = Staging(device)
         self._samples = samples
         self._grammars = grammars
         self._rows = _Rows(-(-max_model_len // block_size))
@@ -198,6 +199,10 @@ class InputBatch:
         self._advance(step.decodes)
         lines = [self._update(state) for state in step.states]
         return self._build(step, seq_ids, lines, all_logits) if seq_ids else None
+
+    def observes(self, seq_id: int) -> bool:
+        """Whether a row wants to be told, by `observe_previous`, which token its PREVIOUS_SAMPLE stood for."""
+        return seq_id in self._processors
 
     def observe_previous(self, seq_id: int, token: int) -> None:
         """Tell a row, after `apply`, which token its PREVIOUS_SAMPLE stood for."""
@@ -346,8 +351,9 @@ class InputBatch:
             only_argmax = rows.only_argmax[lines].tolist()
             sampled.sort(key=only_argmax.__getitem__)
             num_logits -= sum(only_argmax[row] for row in sampled)
-        input_ids, at, slots, which, block_tables = self._to_device(
-            tokens, positions, blocks * self._block_size + positions % self._block_size, ends[sampled] - 1, tables
+        slots = blocks * self._block_size + positions % self._block_size
+        input_ids, at, slot_mapping, which, device_seq_lens, block_tables = self._staging.send(
+            (tokens, positions, slots, ends[sampled] - 1, seq_lens, tables)
         )
         return Batch(
             seq_ids=seq_ids,
@@ -356,9 +362,10 @@ class InputBatch:
             metadata=AttentionMetadata(
                 query_lens=query_lens.tolist(),
                 seq_lens=seq_lens.tolist(),
-                slot_mapping=slots,
+                slot_mapping=slot_mapping,
                 block_tables=block_tables,
                 block_size=self._block_size,
+                device_seq_lens=device_seq_lens,
             ),
             logits_rows=which,
             sampled=sampled,
@@ -388,12 +395,6 @@ class InputBatch:
             return []
         found = ((number, row, self._processors.get(seq_ids[row])) for number, row in enumerate(sampled))
         return [(number, int(seq_lens[row]), processor) for number, row, processor in found if processor is not None]
-
-    def _to_device(self, *arrays: Int64Array) -> list[torch.Tensor]:
-        """All arrays in one transfer: each costs a launch and a wait of its own on a GPU."""
-        flat = torch.from_numpy(np.concatenate([array.ravel() for array in arrays])).to(self._device)
-        parts = torch.split(flat, [array.size for array in arrays])
-        return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
     # -- what may be wrong --------------------------------------------------------------------------------------
 

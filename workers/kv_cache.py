@@ -301,13 +301,17 @@ def _group_rest(group: Path, limit_name: str, usage_name: str, cache_name: str) 
     return None if limit == "max" else int(limit) - usage + int(stat.get(cache_name, 0))
 
 
-def free_gpu_memory(device: torch.device, utilization: float, profile: Callable[[], None]) -> int:
-    """Bytes left for K/V on a GPU when everything else, the largest step's activations included, has its share.
+def free_gpu_memory(
+    device: torch.device, utilization: float, profile: Callable[[], None], num_sharing: int, meet: Callable[[], None]
+) -> int:
+    """Bytes left for a rank's K/V on a GPU when all else, the largest step's activations included, has its share.
 
     Args:
         device: this rank's.
         utilization: share of the GPU's memory that may be used in all.
         profile: runs the largest step, on a cache of next to nothing.
+        num_sharing: ranks on this GPU.
+        meet: returns once every rank has called it.
     """
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
@@ -316,9 +320,11 @@ def free_gpu_memory(device: torch.device, utilization: float, profile: Callable[
     torch.cuda.synchronize(device)
     activations = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()
+    meet()  # ranks on this GPU have given back what they took for the profile, and none has made its cache
     # Other processes' memory, the weights and whatever the libraries took in their first call.
     free, total = torch.cuda.mem_get_info(device)
-    return int(total * utilization) - (total - free) - activations
+    meet()
+    return (int(total * utilization) - (total - free)) // num_sharing - activations
 
 
 def _gib(number: int) -> str:

@@ -19,7 +19,8 @@ from configs.engine import EngineConfig
 from configs.errors import EngineError
 from nanoengine.step import PREVIOUS_SAMPLE, Epoch, RowParams, SequenceState, StepInput, StepOutput, TokenLogprobs
 from workers.attention import get_backend
-from workers.forward_context import ForwardContext, forward_context
+from workers.cuda_graph import DecodeGraphs, Recorder
+from workers.forward_context import AttentionMetadata, ForwardContext, forward_context
 from workers.input_batch import Batch, InputBatch
 from workers.kv_cache import (
     KVCacheSpec,
@@ -29,14 +30,17 @@ from workers.kv_cache import (
     max_host_blocks,
     max_kv_blocks,
 )
+from workers.launched_step import LaunchedStep, SampledIds
 from workers.layers.attention import Attention
 from workers.logits_processors import process
 from workers.logprobs import log_probabilities, token_logprobs
+from workers.memory import explained
 from workers.model_loader import ModelLoader, resolve_dtype
 from workers.models.decoder import Decoder
 from workers.parallel import Communicator
 from workers.prompt_logprobs import tell_prompts
-from workers.sampler import sample
+from workers.sampler import launch_sample
+from workers.staging import Staging
 from workers.structured import BoolArray, GrammarMatchers, constrain
 
 logger = logging.getLogger(__name__)
@@ -61,6 +65,7 @@ class ModelRunner:
     def __init__(self, config: EngineConfig, device: torch.device, communicator: Communicator) -> None:
         self._config = config
         self._device = device
+        self._staging = Staging(device)
         self._communicator = communicator
         self.all_logits = communicator.world_size == 1
         self._dtype = resolve_dtype(config, device)
@@ -68,8 +73,12 @@ class ModelRunner:
         self._kv_caches: list[torch.Tensor] = []
         self._host_cache: torch.Tensor | None = None
         self._batch: InputBatch | None = None
-        # Rank 0 only: what the last step sampled, for rows of the next step that say PREVIOUS_SAMPLE.
+        self._graphs: DecodeGraphs | None = None
+        self._use_kernel = False
+        # Rank 0 only: what the last step sampled, for rows of the next step that say PREVIOUS_SAMPLE: where a
+        # sequence's token stands in the ids, which may still be under way on the device.
         self._previous: dict[int, int] = {}
+        self._previous_ids = SampledIds.none()
         # Rank 0 only: what the outputs' grammars allow, computed beside the forward pass.
         self._grammars = GrammarMatchers(config, torch.get_num_threads()) if communicator.rank == 0 else None
         self._masks: Future[BoolArray] | None = None
@@ -90,10 +99,14 @@ class ModelRunner:
 
         Raises:
             CheckpointError: the checkpoint is incomplete, misshapen or of a refused format.
+            CapacityError: the GPU has not enough memory for it.
         """
         if self._grammars is not None:
             self._grammars.load()
-        self._model = ModelLoader(self._config).load_model(self._device, self._communicator, self._dtype)
+        what = f"this rank's share of {self._config.model.model} as {self.dtype_name}"
+        with explained(self._device, what, "use more ranks (--tp) or a smaller dtype"):
+            self._model = ModelLoader(self._config).load_model(self._device, self._communicator, self._dtype)
+        self._use_kernel = self._spec().backend.uses_triton
 
     def max_kv_blocks(self) -> int:
         """How many K/V blocks this rank can hold; on a GPU this runs the largest step to see what it leaves.
@@ -103,13 +116,18 @@ class ModelRunner:
         """
         if self._device.type != "cuda":
             return max_kv_blocks(self._config, self._spec(), False, free_host_memory)
-        share = self._config.cache.gpu_memory_utilization
-        return max_kv_blocks(
-            self._config,
-            self._spec(),
-            True,
-            lambda: free_gpu_memory(self._device, share, self._run_largest_step),
-        )
+        config = self._config
+        num_sharing = -(-self._communicator.world_size // torch.cuda.device_count())
+        what = f"a step of max_num_batched_tokens {config.scheduler.max_num_batched_tokens}"
+        with explained(self._device, what, "lower --max-num-batched-tokens or --max-num-seqs, or use more ranks"):
+            free = free_gpu_memory(
+                self._device,
+                config.cache.gpu_memory_utilization,
+                self._run_largest_step,
+                num_sharing,
+                self._communicator.barrier,
+            )
+        return max_kv_blocks(config, self._spec(), True, lambda: free)
 
     def max_host_blocks(self) -> int:
         """How many K/V blocks this rank's swap space holds.
@@ -127,6 +145,7 @@ class ModelRunner:
         """
         self._kv_caches = self._spec().allocate(num_blocks, self._device)
         self._host_cache = self._spec().allocate_host(num_host_blocks, self._device)
+        self._graphs = None  # they hold the old cache
         self.forget_rows()
 
     def forget_rows(self) -> None:
@@ -144,7 +163,7 @@ class ModelRunner:
     def warm_up(self) -> None:
         """Run one small prefill and one decode through model and sampler, so that no request waits for first calls.
 
-        Leaves no row; what it wrote into the cache, nobody reads.
+        Leaves no row; what it wrote into the cache, nobody reads. On a GPU decode batches are captured then.
         """
         config = self._config
         room = min(config.max_model_len, len(self._kv_caches[0]) * config.cache.block_size)
@@ -156,6 +175,27 @@ class ModelRunner:
             decode = SequenceState(-1, [PREVIOUS_SAMPLE], length, [], True)
             self.execute(StepInput(_PROBE_EPOCH, 2, [], [decode], []))
         self.execute(StepInput(_PROBE_EPOCH, 3, [], [], [-1]))
+        on_gpu = self._device.type == "cuda" and self._use_kernel  # plain torch waits for the device within a step
+        if on_gpu and self._communicator.capturable and not config.model.enforce_eager:
+            self.capture_graphs()
+
+    @torch.inference_mode()
+    def capture_graphs(self, record: Recorder | None = None) -> None:
+        """Capture the forward passes of decode batches, for the cache as it is. Every rank must call it together.
+
+        Args:
+            record: how; by default as CUDA graphs.
+        """
+        graphs = DecodeGraphs(
+            self._compute_hidden,
+            self._config.scheduler.max_num_seqs,
+            self._config.max_model_len,
+            self._config.cache.block_size,
+            self._device,
+            record,
+        )
+        graphs.capture()
+        self._graphs = graphs
 
     def execute(self, step: StepInput) -> StepOutput | None:
         """Compute a step and, on rank 0, sample.
@@ -166,23 +206,25 @@ class ModelRunner:
         Raises:
             EngineError: the step does not continue what this rank knows.
         """
+        return self.launch(step).finish()
+
+    def launch(self, step: StepInput) -> LaunchedStep:
+        """Like `execute`, but on a GPU the ids may be under way still: the next step can be launched before `finish`.
+
+        The ids of its rows that go on from this step are taken on the device.
+        """
         began = time.perf_counter()
         batch, logits = self.compute_logits(step)
         if self._communicator.rank != 0:
-            return None
-        token_ids: list[list[int]] = [[] for _ in range(step.num_rows)]
-        logprobs: dict[int, list[TokenLogprobs]] = {}
-        errors: dict[int, dict[str, Any]] = {}
+            return LaunchedStep(step, began)
         self._previous = {}
-        if batch is not None:
-            ids, logprobs, errors = _sample(logits, batch, self._constrain)
-            for row, token in zip(batch.sampled, ids, strict=True):
-                # The next step may hold a row behind one that failed; it goes on with any token, to no avail.
-                token_ids[row] = [] if row in errors else [token]
-                self._previous[batch.seq_ids[row]] = token
-        seq_ids, told = ([], {}) if batch is None else (batch.seq_ids, batch.prompt_logprobs)
-        seconds = time.perf_counter() - began
-        return StepOutput(step.epoch, step.step_id, seq_ids, token_ids, seconds, logprobs, told, errors)
+        if batch is None:
+            return LaunchedStep(step, began, SampledIds.none())
+        ids, logprobs, errors = _sample(logits, batch, self._constrain, self._use_kernel)
+        # The next step may hold a row behind one that failed; it goes on with any token, to no avail.
+        self._previous = {batch.seq_ids[row]: at for at, row in enumerate(batch.sampled)}
+        self._previous_ids = SampledIds(ids)
+        return LaunchedStep(step, began, self._previous_ids, batch, logprobs, errors)
 
     @torch.inference_mode()
     def compute_logits(self, step: StepInput) -> tuple[Batch | None, torch.Tensor | None]:
@@ -206,8 +248,9 @@ class ModelRunner:
         return batch, self._forward(batch, self._kv_caches)
 
     def _forward(self, batch: Batch, kv_caches: list[torch.Tensor]) -> torch.Tensor | None:
-        with forward_context(ForwardContext(batch.metadata, kv_caches)):
-            hidden = self.model(batch.input_ids, batch.positions)  # (num_tokens, hidden_size)
+        hidden = None if self._graphs is None else self._graphs.run(batch)
+        if hidden is None:
+            hidden = self._compute_hidden(batch.input_ids, batch.positions, batch.metadata, kv_caches)
         if batch.prompt_spans:
             vocab_size = self._config.resolved_checkpoint.vocab_size
             batch.prompt_logprobs = tell_prompts(self.model.compute_logits, hidden, batch.prompt_spans, vocab_size)
@@ -218,19 +261,35 @@ class ModelRunner:
         logits, batch.argmax_ids = self.model.compute_logits_and_argmax(rows, batch.num_logits)
         return logits
 
+    def _compute_hidden(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        metadata: AttentionMetadata,
+        kv_caches: list[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """(num_tokens, hidden_size); on the cache, unless another one is given."""
+        with forward_context(ForwardContext(metadata, self._kv_caches if kv_caches is None else kv_caches)):
+            hidden: torch.Tensor = self.model(input_ids, positions)
+        return hidden
+
     def _fill_previous(self, batch: Batch, rows: InputBatch) -> None:
         """Put in the ids that the step before sampled. Every rank sees from the step that rank 0 will send them."""
-        ids = np.zeros(len(batch.previous), dtype=np.int64)
+        places = np.array([token for token, _ in batch.previous], dtype=np.int64)
         if self._communicator.rank == 0:
             unknown = [seq_id for _, seq_id in batch.previous if seq_id not in self._previous]
             if unknown:
                 raise EngineError(f"sequence {unknown[0]} continues a sample that the step before did not make")
-            ids[:] = [self._previous[seq_id] for _, seq_id in batch.previous]
-            for (_, seq_id), token in zip(batch.previous, ids.tolist(), strict=True):
-                rows.observe_previous(seq_id, token)
-        sampled = self._communicator.broadcast(torch.from_numpy(ids).to(self._device), source=0)
-        tokens = torch.tensor([token for token, _ in batch.previous], device=self._device)
-        batch.input_ids.index_copy_(0, tokens, sampled)
+            sources = np.array([self._previous[seq_id] for _, seq_id in batch.previous], dtype=np.int64)
+            to, taken = self._staging.send((places, sources))
+            sampled = self._previous_ids.on_device.index_select(0, taken)
+            for (_, seq_id), at in zip(batch.previous, sources.tolist(), strict=True):
+                if rows.observes(seq_id):  # only these wait for the device
+                    rows.observe_previous(seq_id, self._previous_ids.on_host[at])
+        else:
+            (to,) = self._staging.send((places,))
+            sampled = torch.zeros_like(to)
+        batch.input_ids.index_copy_(0, to, self._communicator.broadcast(sampled, source=0))
 
     def _constrain(self, logits: torch.Tensor, batch: Batch) -> dict[int, dict[str, Any]]:
         """Keep the rows that have a grammar to it; returns the errors of those that failed, by row of the logits."""
@@ -280,7 +339,7 @@ class ModelRunner:
         assert batch is not None
         logits = self._forward(batch, self._spec().allocate(1, self._device))
         if logits is not None:
-            sample(logits, batch.sampling)
+            launch_sample(logits, batch.sampling, self._use_kernel)
 
 
 @torch.inference_mode()
@@ -288,24 +347,30 @@ def _sample(
     logits: torch.Tensor | None,
     batch: Batch,
     keep_to_grammars: Callable[[torch.Tensor, Batch], dict[int, dict[str, Any]]],
-) -> tuple[list[int], dict[int, list[TokenLogprobs]], dict[int, dict[str, Any]]]:
+    use_kernel: bool,
+) -> tuple[torch.Tensor, dict[int, list[TokenLogprobs]], dict[int, dict[str, Any]]]:
     """A token for each of `batch.sampled`; log-probabilities, of the untouched logits, and errors by row of the step.
 
     The token of a row that has an error is any.
     """
-    ids: list[int] = [] if batch.argmax_ids is None else batch.argmax_ids.tolist()
+    argmax_ids = batch.argmax_ids
     if logits is None:
-        return ids, {}, {}
+        return torch.zeros(0, dtype=torch.int64) if argmax_ids is None else argmax_ids, {}, {}
     if not batch.processors:
-        return sample(logits, batch.sampling).tolist() + ids, {}, {}
+        return _joined(launch_sample(logits, batch.sampling, use_kernel), argmax_ids), {}, {}
     asked = [(row, each.extras.num_logprobs) for row, _, each in batch.processors if each.extras.num_logprobs >= 0]
     raw = log_probabilities(logits, [row for row, _ in asked]) if asked else None
     process(logits, batch.processors)
     failed = keep_to_grammars(logits, batch)
-    ids = sample(logits, batch.sampling).tolist() + ids
+    ids = _joined(launch_sample(logits, batch.sampling, use_kernel), argmax_ids)
     errors = {batch.sampled[row]: error for row, error in failed.items()}
     if raw is None:
         return ids, {}, errors
-    told = token_logprobs(raw, [ids[row] for row, _ in asked], [number for _, number in asked])
+    on_host = ids.tolist()
+    told = token_logprobs(raw, [on_host[row] for row, _ in asked], [number for _, number in asked])
     entries = {batch.sampled[row]: [entry] for (row, _), entry in zip(asked, told, strict=True) if row not in failed}
     return ids, entries, errors
+
+
+def _joined(ids: torch.Tensor, more: torch.Tensor | None) -> torch.Tensor:
+    return ids if more is None else torch.cat((ids, more))

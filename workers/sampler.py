@@ -1,7 +1,7 @@
 """Turns logits into token ids: temperature, top-k, top-p, min-p, draw; knows no sequence, cache or model.
 
 What is written here runs on any device, all rows of a batch together; on the CPU `cpu_sampler.py` chooses the same
-tokens faster, row by row.
+tokens faster, row by row, and on a GPU `kernels/sampling.py` does, without a sort.
 
 A token is a function of (its row of logits, its parameters, seed, sequence index, position) and of nothing else
 (DESIGN.md, 3.5): no generator state lives anywhere. The draw is an inverse CDF in token-id order under one
@@ -56,7 +56,7 @@ class SamplingRows:
         return SamplingRows(*(getattr(self, field.name)[rows] for field in dataclasses.fields(self)))
 
 
-def sample(logits: torch.Tensor, rows: SamplingRows) -> npt.NDArray[np.int64]:
+def sample(logits: torch.Tensor, rows: SamplingRows) -> Int64Array:
     """Choose a token for each row.
 
     Args:
@@ -66,9 +66,23 @@ def sample(logits: torch.Tensor, rows: SamplingRows) -> npt.NDArray[np.int64]:
     Returns:
         (num_rows,) int64 ids on the host. Greedy rows take the lowest id among the largest logits (NaN is the largest).
     """
+    ids: Int64Array = launch_sample(logits, rows).cpu().numpy()
+    return ids
+
+
+def launch_sample(logits: torch.Tensor, rows: SamplingRows, use_kernel: bool = False) -> torch.Tensor:
+    """Like `sample`, but the ids stay where the logits are, and the host does not wait for them.
+
+    Args:
+        use_kernel: choose by the Triton kernel.
+    """
+    if use_kernel:
+        from workers.kernels import sampling  # Triton need not be installed where nobody asks for it
+
+        return sampling.sample(logits, sampling.DeviceRows.make(rows, logits.device))
     uniform = uniforms(rows.seed, rows.index, rows.position)
     if logits.device.type == "cpu":
-        return _sample_on_cpu(logits.numpy(), rows, uniform)
+        return torch.from_numpy(_sample_on_cpu(logits.numpy(), rows, uniform))
     return _sample_on_device(logits, rows, uniform)
 
 
@@ -86,8 +100,8 @@ def _sample_on_cpu(logits: npt.NDArray[np.float32], rows: SamplingRows, uniform:
     return np.array(ids, dtype=np.int64)
 
 
-def _sample_on_device(logits: torch.Tensor, rows: SamplingRows, uniform: npt.NDArray[np.float64]) -> Int64Array:
-    """The twin that runs anywhere, many rows at a time, as suits a GPU."""
+def _sample_on_device(logits: torch.Tensor, rows: SamplingRows, uniform: npt.NDArray[np.float64]) -> torch.Tensor:
+    """The twin that runs anywhere, many rows at a time."""
     ids = torch.argmax(logits, dim=-1)  # (num_rows,), the first of equal ones
     drawn = np.flatnonzero(rows.temperature > 0)
     at_once = max(1, CHUNK_ELEMENTS // logits.shape[-1])
@@ -95,8 +109,7 @@ def _sample_on_device(logits: torch.Tensor, rows: SamplingRows, uniform: npt.NDA
         some = drawn[first : first + at_once]
         where = torch.from_numpy(some).to(logits.device)
         ids.index_copy_(0, where, _draw(logits.index_select(0, where), rows.take(some), uniform[some]))
-    result: Int64Array = ids.cpu().numpy()
-    return result
+    return ids
 
 
 def uniforms(

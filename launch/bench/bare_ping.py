@@ -5,6 +5,7 @@ The pattern is a step's: one message to each peer, one answer from the first; ev
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -53,14 +54,16 @@ class BarePing:
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         for socket, peer in zip(self._sockets, self._peers, strict=True):
-            socket.send(b"", zmq.NOBLOCK)
-            peer.join(_DEADLINE_MS / 1000)
+            with contextlib.suppress(zmq.Again):  # it is gone, or has not come yet
+                socket.send(b"", zmq.NOBLOCK)
+                peer.join(_DEADLINE_MS / 1000)
             peer.kill()
             peer.join()
             socket.close(linger=0)
 
 
 def _answer(address: str, parent_pid: int) -> None:
+    processes.ignore_interrupts()  # Ctrl-C ends the measurement, which ends this
     if not processes.set_death_signal(signal.SIGKILL, parent_pid):
         return
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)

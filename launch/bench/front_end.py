@@ -49,6 +49,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--seconds", type=real(above=0), default=5, help="how long each combination is measured (default: 5)"
     )
+    parser.add_argument(
+        "--crowd", action="store_true", help="measure from the moment on when all streams are asked for at once"
+    )
     parser.add_argument("--chat", action="store_true", help="chat completions instead of completions")
     parser.set_defaults(run=run)
 
@@ -94,7 +97,7 @@ class _Counts:
 
 
 class _Stream(asyncio.Protocol):
-    """Asks for a stream and counts its events; asks again when it ends."""
+    """Counts the events of a stream that was asked for on its connection; asks again when it ends."""
 
     def __init__(self, request: bytes, counts: _Counts) -> None:
         self._request, self._counts = request, counts
@@ -103,7 +106,6 @@ class _Stream(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        transport.write(self._request)
 
     def data_received(self, data: bytes) -> None:
         self._counts.num_events += data.count(b"data: {")
@@ -121,14 +123,23 @@ async def _measure(
 ) -> list[str]:
     loop = asyncio.get_running_loop()
     counts, request = _Counts(), _request(arguments.chat)
-    open_streams = [
-        (await loop.create_connection(lambda: _Stream(request, counts), "127.0.0.1", port))[0] for _ in range(streams)
-    ]
-    await asyncio.sleep(_WARM_UP_SECONDS)
-    before, cpu, began = dataclasses.replace(counts), processes.cpu_seconds([front.pid]), time.perf_counter()
     # In a process of its own: a client that is busy counting would not notice an answer at once.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        latencies = sorted(await loop.run_in_executor(pool, _probe, port, arguments.seconds))
+        await loop.run_in_executor(pool, _probe, port, _PROBE_SECONDS)
+        open_streams = [
+            (await loop.create_connection(lambda: _Stream(request, counts), "127.0.0.1", port))[0]
+            for _ in range(streams)
+        ]
+        if not arguments.crowd:
+            for stream in open_streams:
+                stream.write(request)
+            await asyncio.sleep(_WARM_UP_SECONDS)
+        before, cpu, began = dataclasses.replace(counts), processes.cpu_seconds([front.pid]), time.perf_counter()
+        probing = loop.run_in_executor(pool, _probe, port, arguments.seconds)
+        if arguments.crowd:
+            for stream in open_streams:
+                stream.write(request)
+        latencies = sorted(await probing)
     seconds = time.perf_counter() - began
     cpu = processes.cpu_seconds([front.pid]) - cpu
     tokens, events = counts.num_tokens - before.num_tokens, counts.num_events - before.num_events

@@ -8,6 +8,7 @@ from typing import Protocol
 from configs.engine import EngineConfig
 from configs.errors import NanoEngineError
 from nanoengine.beam_params import BeamSearchParams
+from nanoengine.engine_status import SchedulerRestartStats
 from nanoengine.engine_view import EngineView
 from nanoengine.messages import Stats
 from nanoengine.outputs import RequestOutput
@@ -28,6 +29,8 @@ class Engine(Protocol):
     def tokenizer(self) -> Tokenizer | None: ...
     @property
     def stats(self) -> Stats | None: ...
+    @property
+    def restart_stats(self) -> SchedulerRestartStats: ...
     @property
     def is_ready(self) -> bool: ...
     @property

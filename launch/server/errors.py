@@ -31,6 +31,13 @@ RATE_LIMIT = "rate_limit_error"
 TIMEOUT = "timeout_error"
 UNAVAILABLE = "service_unavailable_error"
 SERVER = "server_error"
+# Routes of OpenAI's and vLLM's servers that a client may well ask for, and that are not here.
+NOT_IMPLEMENTED = (
+    "/v1/assistants", "/v1/audio/", "/v1/batches", "/v1/conversations", "/v1/embeddings", "/v1/files",
+    "/v1/fine_tuning/", "/v1/images/", "/v1/messages", "/v1/moderations", "/v1/realtime", "/v1/rerank",
+    "/v1/responses", "/v1/score", "/v1/threads", "/v1/vector_stores", "/v1/videos", "/classify", "/embed", "/pooling",
+    "/rerank", "/score",
+)  # fmt: skip
 
 
 class ApiError(Exception):
@@ -60,6 +67,8 @@ class ApiError(Exception):
             headers["WWW-Authenticate"] = "Bearer"
         if self.status in (429, 503):
             headers["Retry-After"] = "1"
+        if self.status == 501:
+            headers["X-Should-Retry"] = "false"  # openai's client would ask twice more
         return JSONResponse(self.body(), self.status, headers)
 
 
@@ -127,6 +136,9 @@ def install(app: FastAPI) -> None:
 
 def _from_http(error: HTTPException, request: Request) -> ApiError:
     where = f"{request.method} {request.url.path}"
+    if error.status_code == 404 and request.url.path.startswith(NOT_IMPLEMENTED):
+        message = f"{where:.200} is not implemented: this server generates text, see GET /openapi.json"
+        return ApiError(501, message, SERVER, code="not_implemented")
     if error.status_code == 404:
         return ApiError(404, f"there is no {where:.200}", NOT_FOUND, code="route_not_found")
     if error.status_code == 405:

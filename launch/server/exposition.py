@@ -19,21 +19,29 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from launch.server.engine import Engine
+from launch.server.errors import UNAVAILABLE, ApiError
 from launch.server.metrics import COUNTERS, HISTOGRAMS, Numbers, ServerMetrics
 from launch.server.shared_numbers import SharedNumbers
-from nanoengine.engine_stats import RESTART_REASONS, STEP_TOKEN_BOUNDS
+from nanoengine.engine_stats import RESTART_REASONS, SCHEDULER_RESTART_REASONS, STEP_TOKEN_BOUNDS
 from nanoengine.messages import Stats
 from nanoengine.version import __version__
 
 PREFIX = "nanoengine:"
 router = APIRouter()
 
+_RESUMED = "requests_resumed"
 _NOTHING = Stats(0, 0, steps_by_tokens=[0] * (len(STEP_TOKEN_BOUNDS) + 1))
 
 
 @router.get("/metrics", include_in_schema=False)
 async def metrics(request: Request) -> Response:
-    """Everything that is counted, as Prometheus reads it."""
+    """Everything that is counted, as Prometheus reads it.
+
+    A front end that was started again does not know the engine's totals at first. Answering 0 would look like a new
+    engine, and then like a burst.
+    """
+    if request.app.state.front_dir is not None and request.app.state.engine.stats is None:
+        raise ApiError(503, "this front end does not know the engine's totals yet", UNAVAILABLE, code="loading")
     registry: CollectorRegistry = request.app.state.metrics_registry
     encode, content_type = choose_encoder(request.headers.get("accept", ""))
     return Response(encode(registry), headers={"Content-Type": content_type})
@@ -60,8 +68,9 @@ class MetricsCollector(Collector):
             stats = _NOTHING if stats is None else _at_rest(stats)
         yield from self._engine_state(stats)
         yield from self._engine_totals(stats)
-        yield from self._recovery(stats)
-        yield from self._requests(self._metrics.numbers if self._shared is None else self._shared.sum())
+        numbers = self._metrics.numbers if self._shared is None else self._shared.sum()
+        yield from self._recovery(stats, numbers)
+        yield from self._requests(numbers)
         yield from self._facts()
 
     def _engine_state(self, stats: Stats) -> Iterator[Metric]:
@@ -102,20 +111,21 @@ class MetricsCollector(Collector):
             stats.steps_by_tokens, stats.num_step_tokens,
         )  # fmt: skip
 
-    def _recovery(self, stats: Stats) -> Iterator[Metric]:
-        restarts = dict.fromkeys(RESTART_REASONS, 0) | stats.restarts
-        yield self._counter(
-            "worker_restarts", "Groups of ranks that were started in place of failed ones.",
-            {(reason,): number for reason, number in restarts.items()}, ["reason"],
-        )  # fmt: skip
+    def _recovery(self, stats: Stats, numbers: Numbers) -> Iterator[Metric]:
+        workers = dict.fromkeys(RESTART_REASONS, 0) | stats.restarts
+        told = self._engine.restart_stats
+        schedulers = dict.fromkeys(SCHEDULER_RESTART_REASONS, 0) | told.restarts
+        for name, help, restarts in (
+            ("worker_restarts", "Groups of ranks that were started in place of failed ones.", workers),
+            ("scheduler_restarts", "Schedulers that were started in place of failed ones.", schedulers),
+        ):
+            yield self._counter(name, help, {(reason,): number for reason, number in restarts.items()}, ["reason"])
         yield self._counter(
             "recovery_seconds", "Seconds from each failure until the engine served again.",
-            {("worker",): stats.recovery_seconds}, ["process"],
+            {("worker",): stats.recovery_seconds, ("scheduler",): told.seconds}, ["process"],
         )  # fmt: skip
-        yield self._counter(
-            "requests_resumed", "Open requests that went on after a failure, once for each.",
-            {("worker",): stats.num_requests_resumed}, ["process"],
-        )  # fmt: skip
+        resumed = numbers.counters[_RESUMED] | {("worker",): stats.num_requests_resumed}
+        yield self._counter(_RESUMED, COUNTERS[_RESUMED].help, resumed, COUNTERS[_RESUMED].labels)
         totals = (
             ("tokens_recomputed", "Tokens whose keys and values were lost with ranks.", stats.num_tokens_recomputed),
             ("requests_condemned", "Requests that ended because ranks fail of them.", stats.num_requests_condemned),
@@ -131,6 +141,8 @@ class MetricsCollector(Collector):
             help = HISTOGRAMS[name].help
             yield self._histogram(name, help, histogram.bounds, histogram.counts, histogram.total)
         for name, values in numbers.counters.items():
+            if name == _RESUMED:
+                continue  # shown with what the scheduler counts of it
             yield self._counter(name, COUNTERS[name].help, values, COUNTERS[name].labels)
 
     def _facts(self) -> Iterator[Metric]:

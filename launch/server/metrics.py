@@ -93,6 +93,9 @@ COUNTERS = {
     ),
     "prompt_tokens": CounterKind("Tokens of the prompts of requests that got a token, cached ones included."),
     "generation_tokens": CounterKind("Tokens that were generated and accepted."),
+    "requests_resumed": CounterKind(
+        "Open requests that went on after a failure, once for each.", ("process",), (("worker",), ("scheduler",))
+    ),
     "front_end_restarts": CounterKind("Front ends that were started in place of dead ones."),
     "http_requests": CounterKind("HTTP requests answered.", ("method", "handler", "status"), ()),
 }
@@ -200,6 +203,10 @@ class ServerMetrics(RequestRecorder):
         elif journal.metrics.first_token_time is None:
             self.numbers.count("prompt_tokens", by=journal.num_prompt_tokens)
             self._observe("time_to_first_token_seconds", max(0.0, now - journal.metrics.arrival_time))
+
+    def resumed(self, num_requests: int) -> None:
+        self.numbers.count("requests_resumed", "scheduler", by=num_requests)
+        self.on_change()
 
     def ended(self, journal: RequestJournal) -> None:
         self.num_open -= 1

@@ -12,6 +12,7 @@ from collections import deque
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from launch.server.access import GENERATION_PATHS
+from nanoengine.watched import vital
 
 # In one turn of the event loop: some milliseconds, of the 100 in which a probe is to be answered under full load.
 BEGIN_BATCH = 4
@@ -43,9 +44,10 @@ class BeginInTurns:
         self._waiting.append(turn)
         await turn
 
+    @vital
     def _next_turn(self) -> None:
         """The loop has looked at its sockets meanwhile."""
-        self._num_left = BEGIN_BATCH
+        self._num_left, self._is_turning = BEGIN_BATCH, False  # also should it break off: the next arrival goes on
         while self._waiting and self._num_left:
             turn = self._waiting.popleft()
             if not turn.done():  # its client has gone
@@ -54,3 +56,11 @@ class BeginInTurns:
         self._is_turning = self._num_left < BEGIN_BATCH
         if self._is_turning:
             asyncio.get_running_loop().call_soon(self._next_turn)
+
+    def break_down(self, error: BaseException) -> None:
+        """Nobody waits for a turn that may not come: all begin."""
+        waiting, self._waiting = self._waiting, deque()
+        self._is_turning, self._num_left = False, BEGIN_BATCH
+        for turn in waiting:
+            if not turn.done():
+                turn.set_result(None)

@@ -23,12 +23,14 @@ import pytest
 from launch.bench import processes
 from launch.client.connection import HttpClient
 from tests.launch.server_process import ServerProcess
+from tests.nanoengine.process_tools import leaked_memory, shared_memory
 
 ASKED = {"model": "demo", "prompt": "中国的首都是", "temperature": 0, "max_tokens": 1}
 LONG = ASKED | {"max_tokens": 3000, "ignore_eos": True, "stream": True}
 NUM_STREAMS = 8
-# For what takes a fraction of a second on a quiet machine; the issue's own bounds are asked of the long form.
-PATIENCE = 20.0
+# For what takes half a second, and took 16 s at a load average of 22 on two cores; the long form, for a quiet machine,
+# asks for the bounds that are promised.
+PATIENCE = 90.0
 
 
 @pytest.fixture
@@ -58,11 +60,6 @@ def until(condition: Callable[[], object], what: str, seconds: float = 120.0) ->
 
 def members(base: Path) -> list[int]:
     return processes.with_variable("XDG_RUNTIME_DIR", str(base))
-
-
-def shared_memory() -> set[str]:
-    """Semaphores are of other programs: ours makes none."""
-    return {name for name in os.listdir("/dev/shm") if not name.startswith("sem.")}
 
 
 def named(server: ServerProcess, prefix: str) -> list[int]:
@@ -152,7 +149,7 @@ def killed(server: ServerProcess, base: Path, phase: Phase, pause: float = 0.0) 
         for client in clients:
             client.close()
     until(lambda: not list(base.iterdir()), f"an empty run directory ({phase.__name__})", PATIENCE)
-    assert shared_memory() <= memory
+    assert not leaked_memory(memory)
     return seconds
 
 
@@ -218,15 +215,20 @@ def test_of_two_servers_at_the_same_moment_on_one_port_one_serves_and_the_other_
 @pytest.mark.timeout(3600)
 def test_50_servers_that_are_killed_leave_nothing(base: Path, port: int) -> None:
     """Every phase in turn, with one rank or two, one front end or two, at a random moment of the phase."""
-    dice, times = random.Random(6), []
+    dice, times = random.Random(6), dict[str, list[float]]()
     for number in range(50):
         options = ["--tp", str(1 + number % 2), "--api-server-count", str(1 + number // 2 % 2)]
         with ServerProcess(*options, "--port", str(port), run_base=base) as server:
-            times.append(killed(server, base, PHASES[number % len(PHASES)], dice.uniform(0, 0.5)))
+            phase = PHASES[number % len(PHASES)]
+            seconds = killed(server, base, phase, dice.uniform(0, 0.5))
+            times.setdefault(phase.__name__, []).append(seconds)
     with ServerProcess("--tp", "2", "--port", str(port), run_base=base) as server:
         asyncio.run(serves(server.wait_ready(120), 1000))
-    report("50 SIGKILLs of the parent, all children gone", times)
-    assert max(times) < 2
+    for name, seconds in times.items():
+        report(f"SIGKILLs of the parent {name.replace('_', ' ')}, all children gone", seconds)
+    everything = [seconds for each in times.values() for seconds in each]
+    report("50 SIGKILLs, all children gone", everything)
+    assert max(everything) < 2
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import pytest
 
 from nanoengine import AsyncLLM, SamplingParams
 from tests.end_to_end.test_recovery import Gaps, ranks_of, report, run
-from tests.nanoengine.process_tools import shared_memory
+from tests.nanoengine.process_tools import open_descriptors, shared_memory
 from tests.waiting import until_async
 
 Hit = Callable[[AsyncLLM, random.Random], Coroutine[None, None, None]]
@@ -66,6 +66,7 @@ async def disturbed(hits: list[Hit], dice: random.Random, length: int = 80, **se
     async with AsyncLLM("demo", device="cpu", **settings) as llm:
         undisturbed = Gaps()
         expected = await run(llm, length, undisturbed, None)
+        num_descriptors = len(open_descriptors())
 
         async def disturb(hit: Hit) -> None:
             wanted = gaps.num_tokens + dice.uniform(0, 0.9) * undisturbed.num_tokens
@@ -80,6 +81,7 @@ async def disturbed(hits: list[Hit], dice: random.Random, length: int = 80, **se
         assert len(answer.outputs[0].token_ids) == 3
         assert llm.failure is None
         assert llm.restart_stats.requests_resumed > 0
+        await until_async(lambda: len(open_descriptors()) == num_descriptors)
         assert len(os.listdir(llm.run_dir)) == 2, "the lock, and the directory of the scheduler that serves"
         print(f"\n{dict(llm.restart_stats.restarts)}, {llm.restart_stats.seconds:.1f} s without a scheduler")
     assert {name for name in shared_memory() - memory if "nanoengine" in name} == set()

@@ -13,7 +13,7 @@ import pytest
 
 from launch.bench import processes
 from tests.launch.server_process import ServerProcess
-from tests.nanoengine.process_tools import shared_memory
+from tests.nanoengine.process_tools import leaked_memory, shared_memory
 from tests.waiting import until
 
 # Each process of the tree starts this thread: when the file `dump` appears, it writes its sys.modules beside it.
@@ -126,7 +126,7 @@ def test_killed_server_leaves_nothing_and_does_not_touch_its_neighbour(pair: Pai
         lambda: not any(processes.alive(pid) for pid in tree) and len(list(pair.base.glob("nanoengine-*"))) == 1,
         why="a killed server left a process or its run directory",
     )
-    until(lambda: shared_memory() <= shared, 5)
+    until(lambda: not leaked_memory(shared), 5)
     assert answer(pair.urls[1]) == "北京"
     assert other.stop(seconds=15) == 0
     assert not any(processes.alive(pid) for pid in other_tree)

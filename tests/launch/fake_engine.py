@@ -22,6 +22,7 @@ from launch.server.protocol import BoundedProtocol
 from nanoengine.beam_params import BeamSearchParams
 from nanoengine.detokenizer import IncrementalDetokenizer, StopChecker
 from nanoengine.engine_client import EngineClient
+from nanoengine.engine_status import SchedulerRestartStats
 from nanoengine.engine_view import EngineView, Latencies, Percentiles
 from nanoengine.messages import BlockMap, EngineState, SequenceRow, SharedPrefix, Stats
 from nanoengine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
@@ -80,6 +81,7 @@ class FakeEngine:
         self.num_resets = 0
         self.num_views = 0
         self.stats: Stats | None = None
+        self.restart_stats = SchedulerRestartStats()
         self.recorder: RequestRecorder | None = None
 
     async def generate(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch.bench import __main__ as bench
+from launch.bench.bare_ping import BarePing
 from launch.bench.control_plane import decode_bytes
 from launch.bench.figures import Spread, percentile, table
 
@@ -46,3 +47,12 @@ def test_percentiles_and_table() -> None:
     assert [percentile([1, 2, 3, 4], share) for share in (0, 0.5, 0.99, 1)] == [1, 3, 4, 4]
     assert Spread.of(range(11), 10) == Spread(50, 10, 90)
     assert table(["ab", "c"], [[1, 2.5]]).splitlines() == ["| ab |   c |", "| -: | --: |", "|  1 | 2.5 |"]
+
+
+def test_the_yardstick_ends_though_its_peers_have_gone(tmp_path: Path) -> None:
+    """Ctrl-C reaches the peers, too, and perhaps before they have connected."""
+    with BarePing(2, tmp_path) as ping:
+        for peer in ping._peers:
+            peer.kill()
+            peer.join()
+    assert not any(peer.is_alive() for peer in ping._peers)

@@ -14,6 +14,7 @@ import pytest
 
 from launch.front_dir import FrontDir
 from launch.server import peers
+from nanoengine.messages import Stats
 from tests.launch.fake_engine import FakeEngine, served
 from tests.launch.http_answers import error_of
 from tests.launch.prometheus_text import total
@@ -32,6 +33,8 @@ class Pair:
         self.dirs = [FrontDir(self.path, name) for name in "12"]
         self.engines = [FakeEngine(folder / name, api_key=KEYS, api_server_count=2) for name in "12"]
         self.engines[0].answers, self.engines[0].delay = {"a": TEXT}, 0.01
+        for engine in self.engines:  # each has heard the engine's totals, without which it shows no numbers
+            engine.stats = Stats(1, 1, steps_by_tokens=[0] * 14)
         pairs = zip(self.engines, self.dirs, strict=True)
         self.urls = [stack.enter_context(served(engine, front_dir)) for engine, front_dir in pairs]
 

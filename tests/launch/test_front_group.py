@@ -98,7 +98,8 @@ class Open:
     def _read(self, url: str, asked: dict[str, Any], headers: dict[str, str]) -> None:
         try:
             with httpx.stream("POST", url, json=asked, headers=headers, timeout=100) as response:
-                self.events.extend(line for line in response.iter_lines() if line)  # each line as it comes
+                # Each line as it comes; a stream that is silent for long, as on a busy machine, gives signs of life.
+                self.events.extend(line for line in response.iter_lines() if line.startswith("data: "))
         except httpx.HTTPError as error:
             self.error = error
 

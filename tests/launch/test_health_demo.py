@@ -90,6 +90,7 @@ def probed(options: list[str]) -> Iterator[Probed]:
     probed.close()
 
 
+@pytest.mark.timeout(300)  # on a busy machine each of five processes may take half a minute to start
 def test_health_follows_what_happens_to_the_processes(probed: Probed) -> None:
     loading = probed.child()
     loading.send_signal(signal.SIGSTOP)

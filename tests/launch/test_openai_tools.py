@@ -124,6 +124,13 @@ async def test_the_async_client_calls_tools_side_by_side(engine: FakeEngine) -> 
             assert message.tool_calls is not None
 
 
+def test_what_is_not_implemented_is_asked_for_once(engine: FakeEngine, client: openai.OpenAI) -> None:
+    with client.with_options(max_retries=2) as patient, pytest.raises(openai.InternalServerError) as refused:
+        patient.embeddings.create(model="demo", input="a")
+    assert (refused.value.status_code, refused.value.code) == (501, "not_implemented")
+    assert refused.value.response.request.headers["x-stainless-retry-count"] == "0"
+
+
 def test_tools_that_the_model_does_not_know_are_an_error(tmp_path: Path) -> None:
     with served(FakeEngine(tmp_path)) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="any") as client:
         with pytest.raises(openai.BadRequestError) as refused:

@@ -56,6 +56,9 @@ CASES = [
     ("GET", "/v1/models/gpt", None, 404, "model", "model_not_found"),
     ("GET", "/v1/streams/gone", None, 404, None, "stream_not_found"),
     ("GET", "/nowhere", None, 404, None, "route_not_found"),
+    ("POST", "/v1/embeddings", {"input": "a"}, 501, None, "not_implemented"),
+    ("POST", "/v1/responses", {"input": "a"}, 501, None, "not_implemented"),
+    ("DELETE", "/v1/files/1", None, 501, None, "not_implemented"),
     ("GET", CHAT, None, 405, None, "method_not_allowed"),
     ("POST", CHAT, b" " * (MAX_BODY_BYTES + 1), 413, None, "body_too_large"),
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import json
 import logging
 import os
@@ -11,6 +10,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,10 @@ from launch.server.app import create_app
 from launch.server.metrics import ServerMetrics
 from launch.server.shared_numbers import OwnerNumbers, SharedNumbers
 from nanoengine.engine_client import EngineClient
-from nanoengine.engine_stats import RESTART_REASONS
+from nanoengine.engine_stats import RESTART_REASONS, SCHEDULER_RESTART_REASONS
+from nanoengine.engine_status import EngineCondition, SchedulerRestartStats
 from nanoengine.journal import RequestJournal
-from nanoengine.messages import Deltas, Stats, TokenDelta
+from nanoengine.messages import TOTALS, Deltas, Hello, Ready, Stats, TokenDelta
 from nanoengine.prompts import Prompt
 from nanoengine.sampling_params import SamplingParams
 from tests.launch.fake_engine import MAX_MODEL_LEN, FakeEngine
@@ -43,6 +44,8 @@ class Front:
 
     def __init__(self, folder: Path, front_dir: FrontDir | None = None, **settings: Any) -> None:
         self.engine = FakeEngine(folder, **settings)
+        if front_dir is not None:
+            self.engine.stats = Stats(1, 1, steps_by_tokens=[0] * 14)
         self.app = create_app(self.engine, front_dir=front_dir)
         self.client = EngineClient(self.engine.config, self.engine.tokenizer, recorder=self.engine.recorder)
         self.http = httpx.AsyncClient(
@@ -183,7 +186,7 @@ async def test_the_engines_numbers_are_the_schedulers(front: Front) -> None:
     assert total(text, "prefix_cache_queries_total") == 100, "a counter does not go back"
 
 
-async def test_recoveries_are_counted_and_no_total_goes_back_when_a_scheduler_is_replaced(front: Front) -> None:
+async def test_recoveries_are_counted(front: Front) -> None:
     text = await front.scrape()
     assert by_label(text, "worker_restarts_total", "reason") == dict.fromkeys(RESTART_REASONS, 0)
     rest = [0] * 12
@@ -201,16 +204,42 @@ async def test_recoveries_are_counted_and_no_total_goes_back_when_a_scheduler_is
     assert total(text, "requests_resumed_total") == 6
     names = ("tokens_recomputed", "requests_condemned", "steps_given_up", "scheduler_faults", "frames_rejected")
     assert [total(text, f"{name}_total") for name in names] == [40, 1, 5, 3, 4]
-    front.client.handle(Stats(2, 1, steps_by_tokens=[0, 0, *rest], num_running=1))
-    assert front.client.stats == dataclasses.replace(first, incarnation=2, group=1, num_running=1)
-    front.client.handle(first)  # its last words come late
-    second = Stats(2, 2, num_query_tokens=3, steps_by_tokens=[1, 1, *rest], restarts={"died": 1, "silent": 1})
-    front.client.handle(second)
-    front.client.handle(Stats(3, 1, num_query_tokens=5, steps_by_tokens=[0, 1, *rest], restarts={"raised": 1}))
-    stats = front.client.stats
-    assert stats is not None
-    assert (stats.num_query_tokens, stats.num_step_tokens, stats.steps_by_tokens) == (18, 7, [3, 3, *rest])
-    assert stats.restarts == {"died": 3, "start": 1, "silent": 1, "raised": 1}
+    front.engine.restart_stats = SchedulerRestartStats(Counter(died=2, silent=1), 4.5)
+    assert front.engine.recorder is not None
+    front.engine.recorder.resumed(3)
+    text = await front.scrape()
+    restarts = by_label(text, "scheduler_restarts_total", "reason")
+    assert restarts == dict.fromkeys(SCHEDULER_RESTART_REASONS, 0) | {"died": 2, "silent": 1}
+    assert by_label(text, "recovery_seconds_total", "process") == {"worker": 2.5, "scheduler": 4.5}
+    assert by_label(text, "requests_resumed_total", "process") == {"worker": 6, "scheduler": 3}
+
+
+async def test_the_next_scheduler_is_told_what_the_last_one_counted(front: Front) -> None:
+    client = front.client
+    client.attach(EngineCondition(1, "ipc://first"))
+    assert client.outbox[0] == Hello(client.client_id, None)
+    client.outbox.clear()
+    client.handle(Ready(1, 8, 16, MAX_MODEL_LEN, "float32", "cpu"))
+    client.handle(Stats(1, 1, num_running=2, num_swaps=3, restarts={"died": 1}))
+    front.add()
+    front.add()
+    client.attach(EngineCondition(2, "ipc://second", restarts=SchedulerRestartStats(Counter(died=1), 1.5)))
+    greeting = client.outbox[0]
+    assert isinstance(greeting, Hello)
+    assert greeting.totals is not None
+    assert greeting.totals.keys() == set(TOTALS)
+    assert (greeting.totals["num_swaps"], greeting.totals["restarts"]) == (3, {"died": 1})
+    assert total(await front.scrape(), "requests_resumed_total", process="scheduler") == 2
+
+
+async def test_a_front_end_that_was_started_again_shows_no_totals_before_it_knows_them(tmp_path: Path) -> None:
+    """They would look like those of a new engine, and then like a burst."""
+    front = Front(tmp_path, FrontDir(tmp_path, "1"))
+    front.engine.stats = None
+    async with front.http:
+        assert (await front.http.get("/metrics")).status_code == 503
+        front.engine.stats = Stats(1, 1, steps_by_tokens=[0] * 14)
+        await front.scrape()
 
 
 async def test_http_answers_are_counted_by_route_and_status(front: Front) -> None:

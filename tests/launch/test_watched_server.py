@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,6 +20,7 @@ from launch.front_end import FrontEnd
 from launch.keys import ApiKeys
 from launch.listener import listening
 from launch.server import events, generation, streams
+from launch.server.pacing import BEGIN_BATCH, BeginInTurns
 from launch.server.shared_numbers import SharedNumbers
 from tests.launch.fake_engine import FakeEngine, served
 from tests.launch.test_server_metrics import Front
@@ -169,6 +171,27 @@ async def test_one_of_several_prompts_that_fails_fails_the_request(
             answer = await client.post("/v1/completions", json={"prompt": ["a", "b", "c"]})
             await until_async(lambda: not engine.open)
     assert answer.status_code == 500
+
+
+class _Brittle(deque[Any]):
+    def popleft(self) -> NoReturn:
+        raise RuntimeError(INJECTED)
+
+
+async def test_requests_whose_turn_does_not_come_begin_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
+    begun: list[object] = []
+
+    async def app(*_: object) -> None:
+        begun.append(None)
+
+    turns = BeginInTurns(app)
+    turns._waiting = _Brittle()
+    scope = {"type": "http", "path": "/v1/completions"}
+    async with asyncio.timeout(SECONDS):
+        await asyncio.gather(*(turns(scope, fail, fail) for _ in range(3 * BEGIN_BATCH)))
+        await turns(scope, fail, fail)
+    assert len(begun) == 3 * BEGIN_BATCH + 1
+    assert f"BeginInTurns._next_turn died: RuntimeError: {INJECTED}" in caplog.text
 
 
 # -- numbers that front ends tell each other -----------------------------------------------------------------------

@@ -232,6 +232,24 @@ def test_tokens_come_back_to_the_front_end_that_asked(served: Served) -> None:
     assert second.tokens_until_end("same-id")[0] == expected_output([8, 9], 3)
 
 
+def test_the_first_token_is_reported_once_and_no_start_or_prompt_alone_is(served: Served) -> None:
+    """The owner counts by it which schedulers were started in vain."""
+    reported: list[int] = []
+    totals = served.core.scheduler.totals
+    served.core.on_progress = lambda: reported.append(totals.num_generated_tokens)
+    front = served.front_end()
+    front.send(Hello("c"))
+    front.receive()
+    front.add("refused", [])
+    assert front.tokens_until_end("refused")[1].finish_reason == "error"
+    assert reported == []
+    for name in ("first", "second"):
+        front.add(name, [5, 6, 7], max_tokens=6)
+        front.tokens_until_end(name)
+    assert len(reported) == 1
+    assert 0 < reported[0] <= 6
+
+
 def test_state_is_told_to_the_front_end_that_asks_and_to_nobody_else(served: Served) -> None:
     curious, busy = served.front_end("curious"), served.front_end("busy")
     served.executor.held_at = 3

@@ -21,7 +21,7 @@ from configs.engine import EngineConfig
 from configs.errors import CheckpointError, DeadlineError, EngineDeadError, EngineError, NanoEngineError
 from nanoengine.engine_process import EngineProcess
 from nanoengine.run_dir import RunDir
-from tests.nanoengine.process_tools import alive, descendants, shared_memory, short_directory
+from tests.nanoengine.process_tools import alive, descendants, leaked_memory, shared_memory, short_directory
 from tests.waiting import eventually
 
 MODULE = "tests.nanoengine.fake_scheduler"
@@ -38,7 +38,7 @@ def base(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         monkeypatch.setenv("NANO_TEST_PIDS", str(path / "pids"))
         yield path
         assert eventually(lambda: os.listdir(path / "runs") == []), os.listdir(path / "runs")
-        assert eventually(lambda: shared_memory() <= memory, 5), "other programs leave what they made there soon"
+        assert eventually(lambda: not leaked_memory(memory), 5), leaked_memory(memory)
 
 
 @pytest.fixture

@@ -95,6 +95,17 @@ def test_front_ends_hear_of_recoveries_and_refused_frames_while_nothing_is_asked
     assert stats.num_running == 0
 
 
+def test_who_greets_is_told_the_totals_at_once_on_top_of_what_it_says_of_earlier_schedulers(served: Served) -> None:
+    """A front end that showed smaller ones for a moment would take a counter back."""
+    first, second = served.front_end("first"), served.front_end("second")
+    first.send(Hello("first", {"num_step_tokens": 100, "restarts": {"died": 2}}))
+    assert last_stats(first, lambda _: True).restarts == {"died": 2}
+    greet(second)
+    assert last_stats(second, lambda _: True).num_step_tokens == 100
+    fail(served)
+    assert last_stats(second, lambda stats: stats.recovery_seconds > 0).restarts == {"died": 3}
+
+
 def last_stats(front: FrontEnd, condition: Callable[[Stats], bool]) -> Stats:
     """The statistics that fulfil the condition, as soon as they come."""
     deadline = time.monotonic() + 10

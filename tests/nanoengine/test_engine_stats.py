@@ -11,11 +11,13 @@ from nanoengine.engine_stats import (
     REPORT_SECONDS,
     SETTLE_SECONDS,
     STEP_TOKEN_BOUNDS,
+    PastTotals,
     ReportTimes,
     StatusLine,
     engine_stats,
+    totals_of,
 )
-from nanoengine.messages import Stats, decode, encode
+from nanoengine.messages import TOTALS, Stats, decode, encode
 from nanoengine.recovery import RecoveryStats
 from tests.nanoengine.scheduler_driver import EOS, Driver, prompt_of
 
@@ -71,6 +73,29 @@ def test_gauges_tell_the_moment_and_nothing_is_held_at_the_end(async_scheduling:
     assert last.num_cached_blocks > 0
     assert (last.incarnation, last.group, last.num_host_blocks) == (7, 1, 16)
     assert last.num_preemptions >= last.num_swaps > 0
+
+
+def test_totals_go_on_where_the_schedulers_before_stopped() -> None:
+    """Each one counts from 0, and a counter must not go back."""
+    first = Stats(
+        1, 3, num_running=2, num_query_tokens=10, num_step_tokens=7, steps_by_tokens=[2, 1], recovery_seconds=2.5,
+        restarts={"died": 2, "start": 1}, num_frames_rejected=4,
+    )  # fmt: skip
+    heard_more = dataclasses.replace(first, num_query_tokens=12, restarts={"died": 3})
+    past = PastTotals()
+    for _ in range(2):  # front ends say so each time they greet
+        past.hear(totals_of(first))
+        past.hear(totals_of(heard_more))
+        past.hear({})
+    fresh = Stats(2, 1, steps_by_tokens=[0, 0])
+    assert past.under(fresh) == dataclasses.replace(
+        heard_more, incarnation=2, group=1, num_running=0, restarts={"died": 3, "start": 1}
+    )
+    later = Stats(2, 2, num_query_tokens=3, steps_by_tokens=[1, 1, 1], restarts={"silent": 1, "died": 1})
+    told = past.under(later)
+    assert (told.num_query_tokens, told.num_step_tokens, told.steps_by_tokens) == (15, 7, [3, 2, 1])
+    assert told.restarts == {"silent": 1, "died": 4, "start": 1}
+    assert {field.name for field in dataclasses.fields(Stats)} >= set(TOTALS) == totals_of(first).keys()
 
 
 def test_prefix_hits_are_counted_in_tokens() -> None:

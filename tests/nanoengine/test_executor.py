@@ -23,6 +23,7 @@ from tests.nanoengine.fake_worker import invented
 from tests.nanoengine.process_tools import (
     cpu_seconds,
     descendants,
+    leaked_memory,
     open_descriptors,
     shared_memory,
     short_directory,
@@ -58,7 +59,7 @@ def make() -> Iterator[Make]:
             executor.stop()
             executor.stop()
         assert set(descendants()) <= children
-        assert eventually(lambda: shared_memory() <= memory, 5), "other programs leave what they made there soon"
+        assert eventually(lambda: not leaked_memory(memory), 5), leaked_memory(memory)
         assert [path for path in run_dir.rglob("*") if not path.is_dir()] == []
 
 

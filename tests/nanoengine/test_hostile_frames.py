@@ -331,6 +331,21 @@ def test_a_request_that_cannot_be_packed_fails_alone() -> None:
         path.unlink(missing_ok=True)
 
 
+@pytest.mark.parametrize(
+    "totals",
+    [
+        [1], {"num_running": 1}, {"num_swaps": -1}, {"num_swaps": 1.5}, {"num_swaps": True}, {"num_swaps": 2**63},
+        {"num_swaps": [1]}, {"recovery_seconds": float("nan")}, {"recovery_seconds": -0.5}, {"recovery_seconds": 1},
+        {"steps_by_tokens": [1] * 65}, {"steps_by_tokens": ["a"]}, {"steps_by_tokens": {}}, {"restarts": {"died": "a"}},
+        {"restarts": {1: 1}}, {"restarts": {"r" * 1025: 1}}, {"restarts": {str(i): 1 for i in range(65)}},
+    ],
+)  # fmt: skip
+def test_totals_that_no_scheduler_tells_are_refused(totals: Any) -> None:
+    frame = msgpack.packb([messages._TAG_OF[messages.Hello], "me", totals])
+    with pytest.raises(ChannelError):
+        messages.decode_from_front(frame)
+
+
 def test_every_message_of_a_front_end_is_let_through_and_no_other() -> None:
     """Whoever adds one says in its first line who sends it, and has its fields checked."""
     samples: dict[type[Any], Any] = {

@@ -44,6 +44,7 @@ from nanoengine.step import (
 
 MESSAGES = [
     Hello("client"),
+    Hello("client", {"num_swaps": 3, "steps_by_tokens": [1, 2], "restarts": {"died": 1}, "recovery_seconds": 0.5}),
     AddRequest("c", "r", [1, 2, 3], {"temperature": 0.5, "stop": ["a"]}, 2**63 - 1, 1.5, 0, [[4, 5]]),
     AddRequest("c", "r", [1], {}, 0, 1.5, 0, [[]], cache_salt="tenant", num_prompt_logprobs=3),
     Abort("r", None, "client went away"),

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
+import json
+import os
 import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +20,7 @@ from configs.engine import EngineConfig
 from configs.errors import CapacityError, DeadlineError, EngineDeadError, RequestTimeoutError, to_wire
 from nanoengine import LLM, AsyncLLM, SamplingParams
 from nanoengine.engine_client import EngineClient
-from nanoengine.engine_status import EngineCondition, SchedulerRestartStats
+from nanoengine.engine_status import AttachedEngine, EngineCondition, SchedulerRestartStats
 from nanoengine.messages import Abort, AbortNamed, AddRequest, Deltas, EngineFailure, Hello, TokenDelta
 from nanoengine.outputs import RequestOutput
 from nanoengine.prompt_log import PromptLogprobs
@@ -361,3 +365,47 @@ def test_a_condition_travels_whole() -> None:
         told,
     )
     assert not again.serves
+
+
+@pytest.fixture
+def attached() -> Iterator[tuple[AttachedEngine, Callable[[EngineCondition], None], list[dict[str, Any]], int]]:
+    """One of several front ends: what it sees of the engine, how its owner tells it, and what it asks of its owner."""
+    read_fd, write_fd = os.pipe()
+    asked: list[dict[str, Any]] = []
+    engine = AttachedEngine(Path("/nowhere"), read_fd, asked.append)
+
+    def tell(condition: EngineCondition) -> None:
+        os.write(write_fd, json.dumps(condition.to_dict()).encode() + b"\n")
+
+    yield engine, tell, asked, write_fd
+    engine.stop()
+    with contextlib.suppress(OSError):
+        os.close(write_fd)
+
+
+def test_a_front_end_that_starts_while_the_engine_recovers_waits_for_the_next_scheduler(attached: Any) -> None:
+    engine, tell, asked, write_fd = attached
+    assert engine.look() == EngineCondition()
+    tell(EngineCondition(1, "", EngineDeadError("killed by signal 9")))
+    with pytest.raises(DeadlineError, match="not ready"):
+        engine.wait_ready(0.05)
+    assert "killed" in str(engine.look().cause)
+    tell(NEXT)
+    engine.wait_ready(5)
+    assert engine.look() == NEXT
+    engine.replace(2, DeadlineError("silent for 30 s"))
+    assert asked == [{"replace": 2, "error": to_wire(DeadlineError("silent for 30 s"))}]
+    assert engine.look().serves, "the owner decides"
+    os.close(write_fd)
+    last = engine.look()
+    assert (last.is_final, last.serves) == (True, False)
+    assert "the process that owns the engine is gone" in str(last.cause)
+
+
+def test_the_owners_last_word_is_final(attached: Any) -> None:
+    engine, tell, _, _ = attached
+    tell(NEXT)
+    tell(EngineCondition(2, "", CapacityError("out of blocks"), is_final=True))
+    assert isinstance(engine.look().cause, CapacityError)
+    with pytest.raises(CapacityError):
+        AttachedEngine.wait_ready(engine, 0.05)

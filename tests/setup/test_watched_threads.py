@@ -60,6 +60,8 @@ SEEN = {
     ("launch/server/peers.py", "Relayed.__call__", "create_task"): AWAITED,
     ("launch/server/streams.py", "KeptStream.__init__", "create_task"): "its readers get an error",
     ("launch/server/streams.py", "KeptStream._wait_for_reader", "call_later"): "logged; the store's bounds hold",
+    ("launch/server/pacing.py", "BeginInTurns._turn", "call_soon"): "all that wait begin at once",
+    ("launch/server/pacing.py", "BeginInTurns._next_turn", "call_soon"): "all that wait begin at once",
     ("launch/server/protocol.py", "BoundedProtocol._arm", "call_later"): "logged; the connection stays open",
     ("launch/server/shared_numbers.py", "SharedNumbers._write_soon", "call_later"): "logged; it goes on",
 }

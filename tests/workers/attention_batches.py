@@ -79,6 +79,7 @@ class Sequences:
             ),
             block_tables=torch.tensor(tables),
             block_size=self.block_size,
+            device_seq_lens=torch.tensor([end for _, _, end in chunks]),
         )
 
     def attend(self, chunks: list[tuple[int, int, int]]) -> list[torch.Tensor]:

@@ -20,10 +20,12 @@ from workers.kv_cache import (
     MAX_BLOCKS_PER_COPY,
     KVCacheSpec,
     copy_blocks,
+    free_gpu_memory,
     free_host_memory,
     max_host_blocks,
     max_kv_blocks,
 )
+from workers.memory import explained
 
 CPU = torch.device("cpu")
 # 8 layers of 2 x 4 x 64 float32 a token: 16 KiB a token, 256 KiB a block.
@@ -254,3 +256,27 @@ def test_cache_and_swap_space_take_no_memory_before_they_are_written() -> None:
     assert resident() - before < 2**24
     assert not caches[-1][-1].any()
     assert not host[-1].any()
+
+
+def test_what_does_not_fit_a_gpu_is_told_with_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's own message names neither the model nor what could be done."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 << 30, 8 << 30))
+    with (
+        pytest.raises(CapacityError, match=r"the model does not fit cuda:1, of whose 8\.00 GiB .* 3\.00 GiB; use tp"),
+        explained(torch.device("cuda", 1), "the model", "use tp"),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_ranks_on_one_gpu_share_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """80 units, 90 % of them to be used, 12 taken by now: 60 for two ranks, each of which needs 5 to compute."""
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 8)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (68, 80))
+    met: list[str] = []
+    free = free_gpu_memory(torch.device("cuda"), 0.9, lambda: met.append("profile"), 2, lambda: met.append("meet"))
+    assert free == 60 // 2 - 5
+    assert met == ["profile", "meet", "meet"]

@@ -17,9 +17,11 @@ from tests.workers import collective_ranks as tasks
 from tests.workers.ranks import run_ranks
 from workers.parallel import (
     Communicator,
+    HostCommunicator,
     SharedMemoryCommunicator,
     SingleCommunicator,
     ThreadCommunicator,
+    TorchCommunicator,
     sum_in_rank_order,
 )
 
@@ -223,3 +225,40 @@ def test_a_thread_that_never_comes_is_not_named() -> None:
     assert caught.value.rank == 1
     first.close()
     first.close()
+
+
+def test_ranks_on_one_gpu_meet_on_the_host() -> None:
+    """Every collective through the host gives what the communicator there gives."""
+
+    def work(on_host: Communicator) -> list[torch.Tensor]:
+        communicator = HostCommunicator(on_host)
+        own = torch.arange(4.0) + on_host.rank
+        gathered = communicator.gather(own, 0)
+        communicator.barrier()
+        return [
+            communicator.all_reduce(own.clone()),
+            communicator.all_gather(own, 0),
+            communicator.broadcast(own.clone(), 1),
+            own if gathered is None else gathered,
+        ]
+
+    ranks = run_ranks(2, work)
+    both = torch.cat((torch.arange(4.0), torch.arange(4.0) + 1))
+    for rank, (added, everyone, second, gathered) in enumerate(ranks):
+        assert torch.equal(added, 2 * torch.arange(4.0) + 1)
+        assert torch.equal(everyone, both)
+        assert torch.equal(second, torch.arange(4.0) + 1)
+        assert torch.equal(gathered, torch.arange(4.0) + 1 if rank else both)
+
+
+def test_wrong_sums_are_noticed_at_the_start() -> None:
+    """Broken peer access between GPUs gives other numbers without any error; here a sum that lacks a rank."""
+    broken = object.__new__(TorchCommunicator)
+    broken.rank, broken.world_size, broken._on_gpu = 0, 2, False
+    ranks = torch.tensor([[1.0], [2.0]])
+    broken.all_gather = lambda own, dim: ranks.expand(-1, own.shape[1])  # type: ignore[method-assign]
+    broken.all_reduce = lambda own: 3 * own  # type: ignore[method-assign]
+    broken.self_test(torch.device("cpu"))
+    broken.all_reduce = lambda own: own  # type: ignore[method-assign]
+    with pytest.raises(WorkerError, match=r"rank 0 gets wrong numbers .* NCCL_P2P_DISABLE=1"):
+        broken.self_test(torch.device("cpu"))

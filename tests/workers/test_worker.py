@@ -17,7 +17,8 @@ from nanoengine.channel import BlockCounts
 from nanoengine.control_block import anonymous_file
 from nanoengine.step import Epoch, StepInput, StepOutput
 from workers import worker as worker_module
-from workers.parallel import SharedMemoryCommunicator, SingleCommunicator, TorchCommunicator
+from workers.launched_step import LaunchedStep, SampledIds
+from workers.parallel import HostCommunicator, SharedMemoryCommunicator, SingleCommunicator, TorchCommunicator
 from workers.worker import Worker, create_communicator, create_ranks, pick_device, run_worker
 
 EPOCH = Epoch(1, 1)
@@ -60,6 +61,9 @@ class FakePort:
         for step_id in (1, 2):
             yield StepInput(self.epoch, step_id, [], [], [])
 
+    def is_command_waiting(self) -> bool:
+        return False
+
     def send_output(self, output: StepOutput) -> None:
         self.said.append(output.step_id)
 
@@ -89,8 +93,8 @@ class FakeRunner:
     def warm_up(self) -> None:
         self.calls.append("warm_up")
 
-    def execute(self, step: StepInput) -> StepOutput | None:
-        return StepOutput(step.epoch, step.step_id, [], []) if self.rank == 0 else None
+    def launch(self, step: StepInput) -> LaunchedStep:
+        return LaunchedStep(step, 0.0, SampledIds.none() if self.rank == 0 else None)
 
     def __del__(self) -> None:
         self.calls.append("runner gone")
@@ -178,6 +182,70 @@ def test_the_communicator_fits_the_device(monkeypatch: pytest.MonkeyPatch, tmp_p
     port = FakePort(config(tensor_parallel_size=2), rank=1, run_dir=tmp_path, epoch=Epoch(1, 3))
     assert isinstance(create_communicator(port, torch.device("cuda", 1)), TorchCommunicator)  # type: ignore[arg-type]
     assert made == [(1, 2, tmp_path / "store3", torch.device("cuda", 1), 600.0)]
+
+
+def test_ranks_share_gpus_when_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three ranks on two GPUs; NCCL would refuse them, so they meet on the host. With GPUs enough nothing is shared."""
+    gpus(monkeypatch, 2)
+    sharing = config(device="cuda", tensor_parallel_size=3, share_gpus=True)
+    assert [str(pick_device(sharing, rank)) for rank in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
+    fd = anonymous_file("test")
+    made = create_communicator(FakePort(sharing, collective_fd=fd), torch.device("cuda", 0))  # type: ignore[arg-type]
+    assert isinstance(made, HostCommunicator)
+    assert not made.capturable
+    made.abort()
+    os.close(fd)
+    assert str(pick_device(config(device="cuda", tensor_parallel_size=2, share_gpus=True), 1)) == "cuda:1"
+
+
+class SlowIds(SampledIds):
+    """Ids that are there once `arrive` is called."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.zeros(0, dtype=torch.int64))
+        self.arrived = False
+
+    @property
+    def are_there(self) -> bool:
+        return self.arrived
+
+
+def test_a_step_is_launched_before_the_one_before_it_is_finished(calls: list[Any]) -> None:
+    """While ids are under way the next step goes to the device; outputs come in order, each of them once."""
+    worker = Worker(config(), torch.device("cpu"), FakeCommunicator(0))
+    ids = {step_id: SlowIds() for step_id in (1, 2, 3)}
+
+    def launch(step: StepInput) -> LaunchedStep:
+        calls.append(("launch", step.step_id))
+        return LaunchedStep(step, 0.0, ids[step.step_id])
+
+    worker.runner.launch = launch  # type: ignore[method-assign]
+
+    def outputs(step_id: int, is_more_waiting: bool) -> list[int]:
+        def look() -> bool:
+            ids[step_id].arrived = not is_more_waiting  # nothing comes: wait for the device
+            return is_more_waiting
+
+        made = worker.outputs(StepInput(EPOCH, step_id, [], [], []), look)
+        return [output.step_id for output in made if isinstance(output, StepOutput)]
+
+    assert outputs(1, is_more_waiting=True) == []
+    assert outputs(2, is_more_waiting=True) == [1]
+    assert outputs(3, is_more_waiting=False) == [2, 3]
+    assert calls == [("launch", 1), ("launch", 2), ("launch", 3)]
+
+
+def test_a_step_under_way_is_void_when_all_is_forgotten(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its output would be that of a step that the scheduler has taken back."""
+    worker = Worker(config(), torch.device("cpu"), FakeCommunicator(0))
+    monkeypatch.setattr(worker.runner, "forget_rows", lambda: None, raising=False)
+    step = StepInput(EPOCH, 1, [], [], [])
+    monkeypatch.setattr(worker.runner, "launch", lambda step: LaunchedStep(step, 0.0, SlowIds()))
+    assert list(worker.outputs(step, lambda: True)) == []
+    worker.forget()
+    monkeypatch.setattr(worker.runner, "launch", lambda step: LaunchedStep(step, 0.0, SampledIds.none()))
+    told = worker.outputs(StepInput(EPOCH, 2, [], [], []), lambda: True)
+    assert [output.step_id for output in told] == [2]
 
 
 @pytest.mark.parametrize("tp", [1, 2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 
 import torch
 
@@ -12,16 +13,19 @@ from workers.attention.base import AttentionBackend
 # name -> "module:class". An optional backend's import may fail where its library is not installed.
 _BACKENDS = {
     "torch": "workers.attention.torch_backend:TorchBackend",
+    "triton": "workers.attention.triton_backend:TritonBackend",
 }
 
 
 def get_backend(name: str, device: torch.device) -> AttentionBackend:
-    """Make the backend called `name`, or with `auto` the best one for `device` (torch, until there are others).
+    """Make the backend called `name`, or with `auto` the best one for `device`.
+
+    That is `triton` on a GPU where Triton is installed (it comes with torch's CUDA builds), else `torch`.
 
     Raises:
-        ConfigError: an unknown name, or a backend whose library is not installed.
+        ConfigError: an unknown name, a backend whose library is not installed, or one that the device cannot run.
     """
-    chosen = "torch" if name == "auto" else name
+    chosen = _best(device) if name == "auto" else name
     if chosen not in _BACKENDS:
         known = ", ".join(["auto", *sorted(_BACKENDS)])
         raise ConfigError(f"attention_backend must be one of {known}, got {name!r}", "attention_backend")
@@ -31,3 +35,7 @@ def get_backend(name: str, device: torch.device) -> AttentionBackend:
     except ImportError as error:
         raise ConfigError(f"attention_backend {chosen!r} is not available: {error}", "attention_backend") from error
     return backend
+
+
+def _best(device: torch.device) -> str:
+    return "triton" if device.type == "cuda" and importlib.util.find_spec("triton") is not None else "torch"

@@ -1,6 +1,7 @@
 """What an attention backend is: a cache layout, a way to fill it and a way to attend over it.
 
-It knows no model and no scheduler; a step's shape comes as `AttentionMetadata`.
+A backend may also bring kernels of its own for what stands around attention in a layer; here are the plain ones. It
+knows no model and no scheduler; a step's shape comes as `AttentionMetadata`.
 """
 
 from __future__ import annotations
@@ -10,10 +11,18 @@ import abc
 import torch
 
 from workers.forward_context import AttentionMetadata
+from workers.layers import activation, norm
+from workers.layers.rotary import rotate
 
 
 class AttentionBackend(abc.ABC):
-    """One implementation of paged attention. Stateless between steps; every layer of a rank shares one."""
+    """One implementation of paged attention. Stateless between steps; every layer of a rank shares one.
+
+    Attributes:
+        uses_triton: whether it consists of Triton kernels; the sampler then takes its kernel, too.
+    """
+
+    uses_triton = False
 
     @abc.abstractmethod
     def kv_cache_shape(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
@@ -29,6 +38,47 @@ class AttentionBackend(abc.ABC):
             v: (num_tokens, num_kv_heads, head_dim).
             slot_mapping: (num_tokens,) int64, block * block_size + offset.
         """
+
+    def rotate_and_store(
+        self,
+        cache: torch.Tensor,
+        qkv: torch.Tensor,
+        num_heads: int,
+        angles: tuple[torch.Tensor, torch.Tensor],
+        head_norm: tuple[torch.Tensor, float] | None,
+        slot_mapping: torch.Tensor,
+    ) -> torch.Tensor:
+        """Normalise and rotate q and k, and `store` k and v.
+
+        Args:
+            cache: of `kv_cache_shape`.
+            qkv: (num_tokens, num_heads + 2 * num_kv_heads, head_dim), heads of q, k and v in this order.
+            num_heads: of q.
+            angles: cosines and sines of the tokens' positions, each (num_tokens, 1, head_dim / 2) float32.
+            head_norm: weights, (num_heads + num_kv_heads, head_dim), and eps of the RMSNorm of each head of q and k;
+                None where there is none.
+            slot_mapping: as in `store`.
+
+        Returns:
+            (num_tokens, num_heads, head_dim), the q that `forward` takes.
+        """
+        num_rotated = (qkv.shape[1] + num_heads) // 2  # heads of q and k
+        qk, v = qkv[:, :num_rotated], qkv[:, num_rotated:]
+        if head_norm is not None:
+            qk = norm.rms_norm(qk, *head_norm)
+        qk = rotate(qk, *angles)
+        self.store(cache, qk[:, num_heads:], v, slot_mapping)
+        return qk[:, :num_heads]
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `workers.layers.norm.add_rms_norm`."""
+        return norm.add_rms_norm(x, residual, weight, eps)
+
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """See `workers.layers.activation.silu_and_mul`."""
+        return activation.silu_and_mul(gate_up)
 
     @abc.abstractmethod
     def forward(self, q: torch.Tensor, cache: torch.Tensor, metadata: AttentionMetadata, scale: float) -> torch.Tensor:

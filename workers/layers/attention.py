@@ -58,3 +58,23 @@ class Attention(nn.Module):
         cache = context.kv_caches[self.layer_index]
         self.backend.store(cache, k, v, context.metadata.slot_mapping)
         return self.backend.forward(q, cache, context.metadata, self.scale)
+
+    def forward_projected(
+        self,
+        qkv: torch.Tensor,
+        angles: tuple[torch.Tensor, torch.Tensor],
+        head_norm: tuple[torch.Tensor, float] | None,
+    ) -> torch.Tensor:
+        """Like `forward`, from what the projection gave: norms and rotation come first, in the backend's way.
+
+        Args:
+            qkv: (num_tokens, num_heads + 2 * num_kv_heads, head_dim), heads of q, k and v in this order.
+            angles, head_norm: as in `AttentionBackend.rotate_and_store`.
+
+        Returns:
+            (num_tokens, num_heads, head_dim), dtype of `qkv`.
+        """
+        context = get_forward_context()
+        cache, slots = context.kv_caches[self.layer_index], context.metadata.slot_mapping
+        q = self.backend.rotate_and_store(cache, qkv, self.num_heads, angles, head_norm, slots)
+        return self.backend.forward(q, cache, context.metadata, self.scale)

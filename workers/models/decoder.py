@@ -13,13 +13,12 @@ from torch import nn
 
 from configs.checkpoint import CheckpointConfig
 from workers.attention.base import AttentionBackend
-from workers.layers.activation import silu_and_mul
 from workers.layers.attention import Attention
 from workers.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from workers.layers.linear import LinearBase, MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
-from workers.layers.norm import RMSNorm, rms_norm
+from workers.layers.norm import RMSNorm
 from workers.layers.parameter import ShardedParameter
-from workers.layers.rotary import RotaryEmbedding, rotate
+from workers.layers.rotary import RotaryEmbedding
 from workers.parallel import Communicator
 
 
@@ -30,7 +29,7 @@ class DecoderSpec:
     Attributes:
         config: the normalised checkpoint config.
         communicator: this rank's.
-        backend: how attention is computed.
+        backend: how attention, and what stands around it in a layer, is computed.
         dtype: of weights and activations.
         device: where it lives.
         max_positions: how many positions a sequence can have.
@@ -73,25 +72,21 @@ class DecoderAttention(nn.Module):
         self._head_dim, self._eps = head_dim, config.rms_norm_eps
         self.q_norm = RMSNorm(head_dim, config.rms_norm_eps, dtype, device) if config.qk_norm else None
         self.k_norm = RMSNorm(head_dim, config.rms_norm_eps, dtype, device) if config.qk_norm else None
-        self._head_norm: torch.Tensor | None = None
+        self._head_norm: tuple[torch.Tensor, float] | None = None
         self.attn = Attention(layer_index, self._heads, self._kv_heads, head_dim, head_dim**-0.5, spec.backend)
 
     def finish_loading(self) -> None:
         """Put both norms into one weight, since q and k are normalised together."""
         if self.q_norm is not None and self.k_norm is not None:
             weights = [self.q_norm.weight] * self._heads + [self.k_norm.weight] * self._kv_heads
-            self._head_norm = torch.stack([weight.data for weight in weights])  # (heads + kv_heads, head_dim)
+            stacked = torch.stack([weight.data for weight in weights])  # (heads + kv_heads, head_dim)
+            self._head_norm = (stacked, self._eps)
 
     def forward(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Map (num_tokens, hidden_size) to the same shape."""
-        heads, kv_heads = self._heads, self._kv_heads
-        qkv = self.qkv_proj(hidden).view(len(hidden), heads + 2 * kv_heads, self._head_dim)
-        qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
-        if self._head_norm is not None:
-            qk = rms_norm(qk, self._head_norm, self._eps)
-        qk = rotate(qk, cos, sin)
-        out: torch.Tensor = self.attn(qk[:, :heads], qk[:, heads:], v)  # (num_tokens, heads, head_dim)
-        return self.o_proj(out.reshape(len(hidden), heads * self._head_dim))  # type: ignore[no-any-return]
+        qkv = self.qkv_proj(hidden).view(len(hidden), self._heads + 2 * self._kv_heads, self._head_dim)
+        out = self.attn.forward_projected(qkv, (cos, sin), self._head_norm)  # (num_tokens, heads, head_dim)
+        return self.o_proj(out.reshape(len(hidden), -1))  # type: ignore[no-any-return]
 
 
 class DecoderMLP(nn.Module):
@@ -117,10 +112,11 @@ class DecoderMLP(nn.Module):
             spec.dtype,
             spec.device,
         )
+        self._silu_and_mul = spec.backend.silu_and_mul
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Map (num_tokens, hidden_size) to the same shape."""
-        return self.down_proj(silu_and_mul(self.gate_up_proj(hidden)))  # type: ignore[no-any-return]
+        return self.down_proj(self._silu_and_mul(self.gate_up_proj(hidden)))  # type: ignore[no-any-return]
 
 
 class DecoderLayer(nn.Module):
@@ -129,9 +125,10 @@ class DecoderLayer(nn.Module):
     def __init__(self, spec: DecoderSpec, layer_index: int) -> None:
         super().__init__()
         size, eps = spec.config.hidden_size, spec.config.rms_norm_eps
-        self.input_layernorm = RMSNorm(size, eps, spec.dtype, spec.device)
+        kernel = spec.backend.add_rms_norm
+        self.input_layernorm = RMSNorm(size, eps, spec.dtype, spec.device, kernel)
         self.self_attn = DecoderAttention(spec, layer_index)
-        self.post_attention_layernorm = RMSNorm(size, eps, spec.dtype, spec.device)
+        self.post_attention_layernorm = RMSNorm(size, eps, spec.dtype, spec.device, kernel)
         self.mlp = DecoderMLP(spec)
 
     def forward(
@@ -154,7 +151,7 @@ class Decoder(nn.Module):
         self.config = config
         self.embed_tokens = VocabParallelEmbedding(*vocabulary)
         self.layers = nn.ModuleList(DecoderLayer(spec, index) for index in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device, spec.backend.add_rms_norm)
         self.lm_head = ParallelLMHead(*vocabulary, tied_to=self.embed_tokens if config.tie_word_embeddings else None)
         self._rotary = RotaryEmbedding(config.head_dim, spec.max_positions, config.rope, device)
 

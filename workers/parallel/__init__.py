@@ -12,12 +12,14 @@ from workers.parallel.base import (
     divide_kv_heads,
     sum_in_rank_order,
 )
+from workers.parallel.host import HostCommunicator
 from workers.parallel.shared_memory import SharedMemoryCommunicator
 from workers.parallel.threads import ThreadCommunicator
 from workers.parallel.torch_distributed import TorchCommunicator
 
 __all__ = [
     "Communicator",
+    "HostCommunicator",
     "SharedMemoryCommunicator",
     "SingleCommunicator",
     "StepGivenUp",

@@ -69,10 +69,14 @@ class Communicator(abc.ABC):
 
     Every rank makes the same calls in the same order with tensors of the same shape and dtype. A call may overwrite
     the tensor it is given. A wait that comes to its deadline raises WorkerError, whose `rank` was waited for.
+
+    Attributes:
+        capturable: whether a CUDA graph may hold the collectives.
     """
 
     rank: int
     world_size: int
+    capturable = False
 
     @abc.abstractmethod
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -117,6 +121,8 @@ class Communicator(abc.ABC):
 
 class SingleCommunicator(Communicator):
     """A group of one: every collective is the identity."""
+
+    capturable = True
 
     def __init__(self) -> None:
         self.rank, self.world_size = 0, 1

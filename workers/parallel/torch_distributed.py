@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,12 @@ import torch.distributed as dist
 
 from configs.errors import NanoEngineError, WorkerError
 from workers.parallel.base import CLOSE_DEADLINE, DEFAULT_DEADLINE, Communicator, sum_in_rank_order
+
+SELF_TEST_SECONDS = 60.0
+_ADVICE = (
+    "peer access between the GPUs may be broken (an IOMMU, a container without shared memory): try NCCL_P2P_DISABLE=1, "
+    "look at `nvidia-smi topo -m`, and set NCCL_DEBUG=INFO to see more"
+)
 
 
 class TorchCommunicator(Communicator):
@@ -56,6 +63,35 @@ class TorchCommunicator(Communicator):
                 **options,
             )
         self._closed = False
+        # NCCL's collectives are launched on the device, where a graph can hold them.
+        self.capturable = self._on_gpu
+        self.self_test(device)
+
+    def self_test(self, device: torch.device) -> None:
+        """Add and gather known numbers, few and many: broken peer access shows as wrong sums, or as a hang.
+
+        Raises:
+            WorkerError: the ranks do not get each other's numbers, or not within `SELF_TEST_SECONDS`.
+        """
+        ranks = torch.arange(1, self.world_size + 1, dtype=torch.float32, device=device)
+        for size in (1, 1 << 20):
+            own = torch.full((size,), float(self.rank + 1), device=device)
+            gathered, added = self.all_gather(own[None], dim=0), self.all_reduce(own)
+            if self._on_gpu:
+                self._await_device()
+            if not (bool((added == ranks.sum()).all()) and bool((gathered == ranks[:, None]).all())):
+                raise WorkerError(f"rank {self.rank} gets wrong numbers from the other ranks on {device}; {_ADVICE}")
+
+    def _await_device(self) -> None:
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record()
+        deadline = time.monotonic() + SELF_TEST_SECONDS
+        while not done.query():  # type: ignore[no-untyped-call]
+            if time.monotonic() > deadline:
+                raise WorkerError(
+                    f"rank {self.rank} waited {SELF_TEST_SECONDS:g} s for a first collective between GPUs; {_ADVICE}"
+                )
+            time.sleep(0.001)
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """See `Communicator`."""

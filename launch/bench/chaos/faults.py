@@ -19,6 +19,7 @@ from pathlib import Path
 import msgpack
 import zmq
 
+from configs.errors import EngineError
 from launch.bench import processes
 from launch.bench.chaos.clients import Clients
 from launch.bench.chaos.traffic import COMPLETIONS, hostile_requests
@@ -74,6 +75,19 @@ class Target:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
+    async def at_work(self) -> list[int]:
+        """The ranks, once all of them are there: on a busy machine they may fail by themselves.
+
+        Raises:
+            EngineError: they do not come.
+        """
+        deadline = time.monotonic() + self.patience
+        while len(ranks := self.ranks) < self.num_ranks or not await self.is_ready():
+            if time.monotonic() > deadline or not processes.alive(self.root):
+                raise EngineError(f"the ranks that a fault is to hit are not there: {ranks}")
+            await asyncio.sleep(_POLL_SECONDS)
+        return ranks
+
     async def recovered(self, before: list[int], since: float) -> None:
         """Wait until others have taken the place of the processes `before` and requests are taken again."""
         self.hits.append(since)
@@ -102,17 +116,17 @@ Act = Callable[[Target, random.Random], Awaitable[None]]
 
 
 async def kill_rank(target: Target, dice: random.Random) -> None:
-    await _strike(target, [dice.choice(target.ranks)], signal.SIGKILL)
+    await _strike(target, [dice.choice(await target.at_work())], signal.SIGKILL)
 
 
 async def stop_rank(target: Target, dice: random.Random) -> None:
     """As a collective that hangs; the engine must notice, and end the rank itself."""
-    await _strike(target, [dice.choice(target.ranks)], signal.SIGSTOP)
+    await _strike(target, [dice.choice(await target.at_work())], signal.SIGSTOP)
 
 
 async def kill_rank_twice(target: Target, dice: random.Random) -> None:
     """The second one while the engine recovers from the first, or just after."""
-    before, since = target.ranks, time.monotonic()
+    before, since = await target.at_work(), time.monotonic()
     target.hit([dice.choice(before)], signal.SIGKILL)
     while not (new := [pid for pid in target.ranks if pid not in before]):
         if not processes.alive(target.root):
@@ -128,16 +142,19 @@ async def kill_rank_twice(target: Target, dice: random.Random) -> None:
 
 
 async def kill_scheduler(target: Target, dice: random.Random) -> None:
+    await target.at_work()
     await _strike(target, target.scheduler, signal.SIGKILL)
 
 
 async def stop_scheduler(target: Target, dice: random.Random) -> None:
     """It is silent from then on; its owner must notice, and end it."""
+    await target.at_work()
     await _strike(target, target.scheduler, signal.SIGSTOP)
 
 
 async def kill_scheduler_and_rank(target: Target, dice: random.Random) -> None:
-    await _strike(target, [*target.scheduler, dice.choice(target.ranks)], signal.SIGKILL)
+    rank = dice.choice(await target.at_work())
+    await _strike(target, [*target.scheduler, rank], signal.SIGKILL)
 
 
 async def _strike(target: Target, victims: list[int], number: signal.Signals) -> None:

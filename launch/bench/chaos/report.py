@@ -19,6 +19,12 @@ from launch.bench.figures import percentile, table
 PREFIX = "nanoengine:"
 _SHOWN_PROBLEMS, _SHOWN_SAMPLES = 20, 10
 _MIB = 2**20
+_RECOVERIES = frozenset(
+    {
+        "worker_restarts", "scheduler_restarts", "front_end_restarts", "recovery_seconds", "requests_resumed",
+        "tokens_recomputed", "requests_condemned", "frames_rejected",
+    }
+)  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -52,6 +58,9 @@ def figures(notes: Notes) -> dict[str, Any]:
     outcomes = notes.record.outcomes
     bad = [outcome for outcome in outcomes if not outcome.is_good]
     counted, disagreements = reconcile(notes.metrics, notes.record)
+    recovered = recoveries(notes.metrics)
+    if condemned := recovered.get("requests_condemned", 0):
+        disagreements.append(f"{condemned:g} requests were given up as what ranks fail of, and none is")
     found = trends(notes.samples)
     problems = [*notes.problems, *disagreements, *map(_sentence, bad)]
     problems += [
@@ -72,6 +81,7 @@ def figures(notes: Notes) -> dict[str, Any]:
         "trends": {role: {name: trend.to_dict() for name, trend in each.items()} for role, each in found.items()},
         "samples": [dataclasses.asdict(sample) for sample in notes.samples],
         "metrics": counted,
+        "recoveries": recovered,
         "problems": problems,
     }
 
@@ -144,6 +154,18 @@ def reconcile(text: str, record: Record) -> tuple[dict[str, float], list[str]]:
     return counted, problems
 
 
+def recoveries(text: str) -> dict[str, float]:
+    """What the server counted of its recoveries, each name with its labels' values behind it, less what is 0."""
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        name = family.name.removeprefix(PREFIX)
+        for sample in family.samples if name in _RECOVERIES else ():
+            labels = "".join(f" {value}" for label, value in sample.labels.items() if label != "model_name")
+            if sample.value:
+                found[name + labels] = sample.value
+    return found
+
+
 def _counts(text: str) -> dict[str, float]:
     names = {
         "requests_accepted_total": None,
@@ -171,11 +193,12 @@ def render(summary: Mapping[str, Any]) -> str:
         f"{summary['requests']} requests and {sum(summary['faults'].values())} faults in {summary['seconds']:g} s, "
         f"{summary['tokens_compared']} tokens compared: {_listed(results)}",
         f"wrong {results.get('wrong', 0)}, stuck {results.get('stuck', 0)}, failed {results.get('failed', 0)}",
-        f"told to come again: {_listed(summary['refusals']) or 'nobody'}",
+        f"told to come again: {_listed(summary['refusals'])}",
         f"faults: {_listed(summary['faults'])}",
         f"ready again after a fault that ended processes: {_seconds(summary['recovery_seconds'])}",
         f"longest silence of a stream that was open then: {_seconds(summary['stream_silence_seconds'])}",
         f"counted by the server: {_listed({name: int(value) for name, value in summary['metrics'].items()})}",
+        f"and of recoveries: {_listed({name: int(value) for name, value in summary['recoveries'].items()})}",
         "",
         _results_table("kind", summary["by_kind"]),
         "",
@@ -195,7 +218,7 @@ def render(summary: Mapping[str, Any]) -> str:
 
 
 def _listed(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {count}" for name, count in counts.items())
+    return ", ".join(f"{name} {count}" for name, count in counts.items()) or "none"
 
 
 def _seconds(told: Mapping[str, float]) -> str:

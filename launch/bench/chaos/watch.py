@@ -16,9 +16,9 @@ _ALLOWED = {"memory": 24 * 2**20, "descriptors": 12, "threads": 8}
 _ALLOWED_SHARE = 0.10
 # Of a run, at its beginning: caches, pools and allocators fill.
 _WARM_UP_SHARE = 0.25
-FRONT_END = "front end"
+FRONT_END, FRONT_ENDS = "front end", "front ends"
 _ROLES = {
-    "nano-front": "front ends",
+    "nano-front": FRONT_ENDS,
     "nano-scheduler": "scheduler",
     "nano-worker": "ranks",
     "nano-spare": "spare ranks",
@@ -30,7 +30,7 @@ class Sample:
     """What the processes held at one moment, `seconds` after the run began, by role.
 
     Which they are, their PSS and their own memory (what of it belongs to no file) in bytes, descriptors and threads.
-    Of the front end's descriptors those that are connections to our clients are not counted.
+    Descriptors that are connections to our clients are not counted.
     """
 
     seconds: float
@@ -48,6 +48,9 @@ class Sample:
             role = FRONT_END if pid == root else _role(processes.name(pid))
             roles.setdefault(role, []).append(pid)
 
+        serving = FRONT_ENDS if FRONT_ENDS in roles else FRONT_END  # of several, the first process serves nobody
+        connections = {serving: num_connections}
+
         def by_role(measure: Callable[[list[int]], int]) -> dict[str, int]:
             return {role: measure(roles[role]) for role in sorted(roles)}
 
@@ -56,7 +59,7 @@ class Sample:
             {role: sorted(roles[role]) for role in sorted(roles)},
             by_role(processes.proportional_memory),
             by_role(processes.own_memory),
-            by_role(processes.num_descriptors) | {FRONT_END: processes.num_descriptors([root]) - num_connections},
+            {role: number - connections.get(role, 0) for role, number in by_role(processes.num_descriptors).items()},
             by_role(processes.num_threads),
         )
 
