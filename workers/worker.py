@@ -91,9 +91,9 @@ class Worker:
         launched = self._or_give_up(step, lambda: self.runner.launch(step))
         before, self._launched = self._launched, None
         if before is not None:
-            output = self._or_give_up(before.step, before.finish)
-            if output is not None:
-                yield output
+            finished = before.finish()  # also when this step is given up: that one was launched before it
+            if finished is not None:
+                yield finished
         if not isinstance(launched, LaunchedStep):  # given up
             if launched is not None:
                 yield launched

@@ -15,7 +15,7 @@ from configs.engine import EngineConfig
 from configs.errors import ConfigError
 from nanoengine.channel import BlockCounts
 from nanoengine.control_block import anonymous_file
-from nanoengine.step import Epoch, StepInput, StepOutput
+from nanoengine.step import Epoch, GaveUp, StepInput, StepOutput
 from workers import worker as worker_module
 from workers.launched_step import LaunchedStep, SampledIds
 from workers.parallel import HostCommunicator, SharedMemoryCommunicator, SingleCommunicator, TorchCommunicator
@@ -246,6 +246,26 @@ def test_a_step_under_way_is_void_when_all_is_forgotten(calls: list[Any], monkey
     monkeypatch.setattr(worker.runner, "launch", lambda step: LaunchedStep(step, 0.0, SampledIds.none()))
     told = worker.outputs(StepInput(EPOCH, 2, [], [], []), lambda: True)
     assert [output.step_id for output in told] == [2]
+
+
+def test_a_step_under_way_is_told_of_although_the_next_one_finds_no_memory(
+    calls: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scheduler hears of a step that was given up once it has what came before it."""
+    worker = Worker(config(), torch.device("cpu"), SingleCommunicator())
+    ids = SlowIds()
+    monkeypatch.setattr(worker.runner, "launch", lambda step: LaunchedStep(step, 0.0, ids))
+    assert list(worker.outputs(StepInput(EPOCH, 1, [], [], []), lambda: True)) == []
+    ids.arrived = True
+
+    def launch(step: StepInput) -> LaunchedStep:
+        raise MemoryError
+
+    monkeypatch.setattr(worker.runner, "launch", launch)
+    told = list(worker.outputs(StepInput(EPOCH, 2, [], [], []), lambda: False))
+    assert [type(each) for each in told] == [StepOutput, GaveUp]
+    assert [each.step_id for each in told] == [1, 2]
+    assert list(worker.outputs(StepInput(EPOCH, 3, [], [], []), lambda: False)) == [], "it waits to begin anew"
 
 
 @pytest.mark.parametrize("tp", [1, 2])
