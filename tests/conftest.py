@@ -1,4 +1,5 @@
-"""What all tests share: the option --slow, the skips of the markers `gpu` and `slow`, Ctrl-C, and one thread for torch.
+"""What all tests share: the option --slow, the skips of the markers `gpu` and `slow`, Ctrl-C, one thread
+for torch, and garbage collections that look at what is new.
 
 Where there is no GPU, Triton's kernels run under its interpreter; it must be told before anybody imports triton.
 
@@ -7,6 +8,7 @@ It imports no torch unless a test marked `gpu` was collected, so that the tests 
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -28,6 +30,10 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # libraries look for what is left at the interpreter's end
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if on_gpu and not _has_cuda():
@@ -37,6 +43,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("slow"):
                 item.add_marker(pytest.mark.skip(reason="slow; runs with --slow"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections() -> None:
+    """Each engine that is closed collects garbage, which would look at all that the suite has imported every time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,6 @@ The full counts of places are behind --slow.
 from __future__ import annotations
 
 import contextlib
-import gc
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -70,14 +69,6 @@ def load() -> list[tuple[Prompt, Params]]:
     story = "Tell me a story about Lily the bear, the garden and"
     prompts = [f"{story} {number}." if number % 2 else "中国的首都是" for number in range(len(kinds))]
     return [(Prompt(prompt), each) for prompt, each in zip(prompts, kinds, strict=True)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections() -> Iterator[None]:
-    """Each engine that is closed collects garbage, which would look at all that the suite has imported."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
