@@ -14,7 +14,7 @@ readonly venv_python=$venv/bin/python
 readonly constraints=$venv/constraints.txt
 readonly log=$venv/setup.log
 
-dev=0 dry_run=0 verbose=0 python='' torch_choice=auto torch_index=''
+dev=0 eval=0 dry_run=0 verbose=0 python='' torch_choice=auto torch_index=''
 torch_version='' torch_kind='' # what .venv holds: "2.13.0+cpu" and "cpu" or "cuda"
 
 usage() {
@@ -23,7 +23,8 @@ usage: ./setup_env.sh [options]
 
 Makes .venv with nanoengine and the tested versions of what it needs, and checks it.
 
-  --dev               also the test tools, ruff, mypy, lm-eval and (on Linux) Triton
+  --dev               also the test tools, ruff, mypy and (on Linux) Triton
+  --eval              also lm-eval, which one test runs; 47 packages, a minute or more
   --python PATH       the Python to make .venv with (3.$MIN_MINOR to 3.$MAX_MINOR; default: the first one found)
   --torch cpu|cuda    the build of PyTorch; default: CUDA where there is an NVIDIA device, else CPU
   --torch-index URL   take PyTorch from this package index, even when .venv has one
@@ -64,6 +65,7 @@ parse_options() {
                 ;;
             --python=* | --torch=* | --torch-index=*) set_option "${1%%=*}" "${1#*=}" ;;
             --dev) dev=1 ;;
+            --eval) eval=1 ;;
             --dry-run) dry_run=1 ;;
             --verbose) verbose=1 ;;
             -h | --help)
@@ -308,7 +310,7 @@ install_rest() {
 }
 
 install_harness() { # for one test, which is skipped without it: so that it is missing is no reason to stop
-    [ $dev -eq 1 ] || return 0
+    [ $eval -eq 1 ] || return 0
     step "installing lm-eval, which one test runs"
     [ $dry_run -eq 0 ] || return 0
     run_pip install -c "$constraints" 'lm-eval[api]' ||

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -33,6 +36,11 @@ SEEDS: dict[str, tuple[int, ...]] = {
     "qwen2": (1, 0, 0, 0, 1, 0, 0),
     "qwen3": (0, 0, 0, 0, 0, 0, 0),
 }
+
+
+def but_mostly_slow(cases: Iterable[tuple[Any, ...]], quick: Callable[..., bool]) -> list[Any]:
+    """Parameters for a test: those cases that are not `quick` run with --slow only."""
+    return [pytest.param(*case, marks=() if quick(*case) else pytest.mark.slow) for case in cases]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ import pytest
 from launch.bench.chaos.traffic import cases
 from tests.launch.server_process import ROOT
 
-SECONDS = float(os.environ.get("NANOENGINE_CHAOS_SECONDS", "60"))
+SECONDS = float(os.environ.get("NANOENGINE_CHAOS_SECONDS", "25"))
 
 
 @pytest.mark.timeout(300 + 3 * SECONDS)

@@ -305,14 +305,14 @@ def test_dev_adds_the_extra(cpu_clone: Clone, options: list[str], what: str) -> 
     assert [arguments[-1] for arguments, _ in cpu_clone.pip_calls() if "--editable" in arguments] == [what]
 
 
-def test_dev_goes_on_without_the_harness_of_one_test(cpu_clone: Clone) -> None:
+def test_the_harness_of_one_test_is_asked_for_and_not_insisted_on(cpu_clone: Clone) -> None:
     cpu_clone.make_venv(torch="2.13.0+cpu")
-    assert cpu_clone.run().returncode == 0
+    assert cpu_clone.run("--dev").returncode == 0
     assert not [arguments for arguments, _ in cpu_clone.pip_calls() if "lm-eval[api]" in arguments]
-    result = cpu_clone.run("--dev", sources="no harness")
+    result = cpu_clone.run("--dev", "--eval", sources="no harness")
     assert result.returncode == 0
     assert "test_lm_eval.py will be skipped" in result.stderr
-    assert "lm-eval could not be installed" not in cpu_clone.run("--dev").stderr
+    assert "lm-eval could not be installed" not in cpu_clone.run("--dev", "--eval").stderr
     (first, _) = (arguments for arguments, _ in cpu_clone.pip_calls() if "lm-eval[api]" in arguments)
     assert first[first.index("-c") + 1] == str(cpu_clone.folder / ".venv" / "constraints.txt")
 
