@@ -43,7 +43,8 @@ def main() -> int:
         return 1
     failed = 0
     if not arguments.skip_tests:
-        failed = subprocess.run([sys.executable, "-m", "pytest", "-q", *TESTS], cwd=ROOT, check=False).returncode
+        command = [sys.executable, "-m", "pytest", "-q", "-n", "0", *TESTS]  # they would share the GPU's memory
+        failed = subprocess.run(command, cwd=ROOT, check=False).returncode
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
         bandwidth, rate = copy_bandwidth(), matrix_rate()
