@@ -99,6 +99,8 @@ class FakeEngineProcess:
         self._injected: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._failure: NanoEngineError | None = None
         self._stopped = threading.Event()
+        self._stop_lock = threading.Lock()  # the keeper's thread stops it, and the keeper's owner at the same time
+        self._is_closed = False
         self._thread: threading.Thread | None = None
         FakeEngineProcess.made.append(self)
 
@@ -142,10 +144,12 @@ class FakeEngineProcess:
         self._stopped.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout)
-            if os.path.isdir(self._directory):
-                os.close(self._read_fd)
-                os.close(self._write_fd)
-                shutil.rmtree(self._directory)
+            with self._stop_lock:
+                if not self._is_closed:
+                    self._is_closed = True
+                    os.close(self._read_fd)
+                    os.close(self._write_fd)
+                    shutil.rmtree(self._directory)
 
     # -- for the tests ------------------------------------------------------------------------------------------
 
