@@ -13,11 +13,13 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import zmq
 
 from configs.engine import EngineConfig
 from configs.errors import EngineDeadError, NanoEngineError
+from nanoengine import AsyncLLM
 from nanoengine.messages import (
     Abort,
     AddRequest,
@@ -32,6 +34,7 @@ from nanoengine.messages import (
     decode,
     encode,
 )
+from nanoengine.outputs import RequestOutput
 from tests.nanoengine.tokenizers_for_tests import write_byte_level
 
 VOCAB_SIZE = 400  # larger than the tokenizer's, as a padded vocabulary is
@@ -66,6 +69,16 @@ def invented_tokens(request: AddRequest) -> list[int]:
     """What the fake model answers: ids that depend on the prompt and the position alone."""
     first = sum(request.prompt_token_ids)
     return [(first + 7 * position) % 256 for position in range(request.params["max_tokens"])]
+
+
+def expected(prompt: list[int], max_tokens: int = 16) -> list[int]:
+    """What the fake model answers to a prompt."""
+    return invented_tokens(AddRequest("", "", prompt, {"max_tokens": max_tokens}, 0, 0.0, 0, [[]]))
+
+
+async def collect(llm: AsyncLLM, *args: Any, **more: Any) -> list[RequestOutput]:
+    """All outputs of one `AsyncLLM.generate`."""
+    return [output async for output in llm.generate(*args, **more)]
 
 
 class FakeEngineProcess:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,7 +16,6 @@ from nanoengine.messages import Abort, AddRequest, Deltas, TokenDelta
 from nanoengine.sampling_params import SamplingParams
 from nanoengine.tokenizer import Tokenizer
 from tests.nanoengine.engine_clients import add, ready, sent
-from tests.nanoengine.fake_engine import FakeEngineProcess
 
 
 def tell(
@@ -146,15 +144,6 @@ def test_best_of_below_n_is_refused() -> None:
 
 
 # --- through the clients ---
-
-
-@pytest.fixture
-def fake_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("nanoengine.scheduler_keeper.EngineProcess", FakeEngineProcess)
-    monkeypatch.setattr(FakeEngineProcess, "made", [])
-    yield
-    for process in FakeEngineProcess.made:
-        process.stop()
 
 
 @pytest.mark.usefixtures("fake_process")

@@ -24,47 +24,19 @@ from tests.nanoengine.fake_engine import (
     MAX_MODEL_LEN,
     VOCAB_SIZE,
     FakeEngineProcess,
+    expected,
     invented_tokens,
-    write_model,
 )
 from tests.waiting import until
 
+pytestmark = pytest.mark.usefixtures("fake_process")
 MESSAGES = [{"role": "user", "content": "hello"}]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_model(tmp_path_factory.mktemp("model")))
-
-
-@pytest.fixture(autouse=True)
-def fake_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("nanoengine.scheduler_keeper.EngineProcess", FakeEngineProcess)
-    monkeypatch.setattr(FakeEngineProcess, "made", [])
-    yield
-    for process in FakeEngineProcess.made:
-        process.stop()
-
-
 @pytest.fixture
-def settings() -> dict[str, Any]:
-    """Of the engine; a test's own stand in its parameters."""
-    return {}
-
-
-@pytest.fixture
-def llm(model: str, settings: dict[str, Any]) -> Iterator[LLM]:
+def llm(model: str, settings: dict[str, Any], fake_process: None) -> Iterator[LLM]:
     with LLM(model, **settings) as llm:
         yield llm
-
-
-@pytest.fixture
-def process(llm: LLM) -> FakeEngineProcess:
-    return FakeEngineProcess.made[-1]
-
-
-def expected(prompt: list[int], max_tokens: int = 16) -> list[int]:
-    return invented_tokens(AddRequest("", "", prompt, {"max_tokens": max_tokens}, 0, 0.0, 0, [[]]))
 
 
 # -- generate --------------------------------------------------------------------------------------------------

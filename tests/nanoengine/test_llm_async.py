@@ -6,7 +6,6 @@ import asyncio
 import gc
 import itertools
 import threading
-from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
@@ -28,49 +27,11 @@ from nanoengine.journal import RequestJournal
 from nanoengine.messages import AddRequest, Deltas, Message, StateRequest, TokenDelta
 from nanoengine.outputs import RequestOutput
 from nanoengine.sampling_params import SamplingParams
-from tests.nanoengine.fake_engine import ENDLESS, VOCAB_SIZE, FakeEngineProcess, invented_tokens, write_model
+from tests.nanoengine.fake_engine import ENDLESS, VOCAB_SIZE, FakeEngineProcess, collect, expected
 from tests.waiting import PATIENCE, until_async
 
+pytestmark = pytest.mark.usefixtures("fake_process")
 LONG = SamplingParams(max_tokens=50)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_model(tmp_path_factory.mktemp("model")))
-
-
-@pytest.fixture(autouse=True)
-def fake_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("nanoengine.scheduler_keeper.EngineProcess", FakeEngineProcess)
-    monkeypatch.setattr(FakeEngineProcess, "made", [])
-    yield
-    for process in FakeEngineProcess.made:
-        process.stop()
-
-
-@pytest.fixture
-def settings() -> dict[str, Any]:
-    """Of the engine; a test's own stand in its parameters."""
-    return {}
-
-
-@pytest.fixture
-async def llm(model: str, settings: dict[str, Any]) -> AsyncIterator[AsyncLLM]:
-    async with AsyncLLM(model, **settings) as llm:
-        yield llm
-
-
-@pytest.fixture
-def process(llm: AsyncLLM) -> FakeEngineProcess:
-    return FakeEngineProcess.made[-1]
-
-
-async def collect(llm: AsyncLLM, *args: Any, **more: Any) -> list[RequestOutput]:
-    return [output async for output in llm.generate(*args, **more)]
-
-
-def expected(prompt: list[int], max_tokens: int = 16) -> list[int]:
-    return invented_tokens(AddRequest("", "", prompt, {"max_tokens": max_tokens}, 0, 0.0, 0, [[]]))
 
 
 # -- streams ---------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,39 +24,13 @@ from nanoengine.engine_status import AttachedEngine, EngineCondition, SchedulerR
 from nanoengine.messages import Abort, AbortNamed, AddRequest, Deltas, EngineFailure, Hello, TokenDelta
 from nanoengine.outputs import RequestOutput
 from nanoengine.prompt_log import PromptLogprobs
-from tests.nanoengine.fake_engine import FakeEngineProcess, write_model
+from tests.nanoengine.fake_engine import FakeEngineProcess, collect, expected
 from tests.nanoengine.test_engine_client import Clock, add, ids_of, make_client, sent, tell
-from tests.nanoengine.test_llm_async import collect, expected
 from tests.waiting import until, until_async
 
+pytestmark = pytest.mark.usefixtures("fake_process")
 LONG = SamplingParams(max_tokens=50)
 made = FakeEngineProcess.made
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_model(tmp_path_factory.mktemp("model")))
-
-
-@pytest.fixture(autouse=True)
-def fake_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("nanoengine.scheduler_keeper.EngineProcess", FakeEngineProcess)
-    made.clear()
-    yield
-    for process in made:
-        process.stop()
-
-
-@pytest.fixture
-def settings() -> dict[str, Any]:
-    """Of the engine; a test's own stand in its parameters."""
-    return {}
-
-
-@pytest.fixture
-async def llm(model: str, settings: dict[str, Any]) -> AsyncIterator[AsyncLLM]:
-    async with AsyncLLM(model, **settings) as llm:
-        yield llm
 
 
 def pause_at(position: int, process: FakeEngineProcess) -> None:

@@ -23,12 +23,12 @@ from nanoengine.executor import MultiprocessExecutor
 from nanoengine.grammar_compiler import GrammarCompiler
 from nanoengine.structured_outputs import StructuredOutputsParams
 from tests.nanoengine.dying_threads import INJECTED, fail
-from tests.nanoengine.fake_engine import ENDLESS, FakeEngineProcess
+from tests.nanoengine.fake_engine import ENDLESS, FakeEngineProcess, collect
 from tests.nanoengine.test_executor import EPOCH, Make, make
-from tests.nanoengine.test_llm_async import LONG, collect, fake_process, llm, model, process, settings
+from tests.nanoengine.test_llm_async import LONG
 from tests.waiting import until, until_async
 
-__all__ = ["fake_process", "llm", "make", "model", "process", "settings"]  # fixtures
+__all__ = ["make"]  # a fixture
 
 SECONDS = 10.0
 """What is promised is 2 s; on a busy machine it may take five times as long."""
