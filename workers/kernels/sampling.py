@@ -48,6 +48,95 @@ def _scaled(x, highest, temperature, SCALE: tl.constexpr):
 
 
 @triton.jit
+def _largest(row, VOCAB_SIZE: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
+    """The ordered bits of the largest logit, and the first place where it stands."""
+    at = tl.arange(0, BLOCK)
+    best = tl.full((BLOCK,), -0x80000000, dtype=tl.int32)
+    where = tl.zeros((BLOCK,), dtype=tl.int32)
+    for chunk in range(CHUNKS):
+        bits = _ordered_bits(_logits(row, chunk, VOCAB_SIZE, BLOCK))
+        better = (bits > best) & (chunk * BLOCK + at < VOCAB_SIZE)
+        best = tl.where(better, bits, best)
+        where = tl.where(better, chunk * BLOCK + at, where)
+    top = tl.max(best, axis=0)
+    return top, tl.min(tl.where(best == top, where, 0x7FFFFFFF), axis=0)
+
+
+@triton.jit
+def _kth_largest(row, top, top_k, VOCAB_SIZE: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
+    """The ordered bits of the largest number that `top_k` logits reach; the least of all where all may stay."""
+    # Bounds are int64 so that their sum cannot overflow.
+    kth = tl.full((), -0x80000000, dtype=tl.int64)
+    above = top.to(tl.int64) + 1
+    if (top_k <= 0) | (top_k >= VOCAB_SIZE):
+        above = kth + 1
+    while above - kth > 1:
+        middle = (kth + above) >> 1
+        count = tl.zeros((BLOCK,), dtype=tl.int32)
+        next_up = tl.full((BLOCK,), 0x7FFFFFFF, dtype=tl.int32)
+        next_down = tl.full((BLOCK,), -0x80000000, dtype=tl.int32)
+        for chunk in range(CHUNKS):
+            bits = _ordered_bits(_logits(row, chunk, VOCAB_SIZE, BLOCK))
+            reaches = bits >= middle.to(tl.int32)
+            count += reaches.to(tl.int32)
+            next_up = tl.minimum(next_up, tl.where(reaches, bits, 0x7FFFFFFF))
+            next_down = tl.maximum(next_down, tl.where(reaches, -0x80000000, bits))
+        if tl.sum(count, axis=0) >= top_k:
+            kth = tl.min(next_up, axis=0).to(tl.int64)
+        else:
+            above = tl.max(next_down, axis=0).to(tl.int64) + 1
+    return kth.to(tl.int32)
+
+
+@triton.jit
+def _least_in_top_p(
+    row, highest, kth, temperature, top_p,
+    VOCAB_SIZE: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """The largest weight such that those from it on up make a share `top_p` of what reaches `kth`, or 0."""
+    low = tl.zeros((), dtype=tl.int32)  # positive floats order as their bits do
+    if top_p < 1:
+        sums = tl.zeros((BLOCK,), dtype=tl.int64)
+        for chunk in range(CHUNKS):
+            x = _logits(row, chunk, VOCAB_SIZE, BLOCK)
+            weights = _scaled(x, highest, temperature, SCALE).to(tl.int64)
+            sums += tl.where(_ordered_bits(x) >= kth, weights, 0)
+        goal = top_p * tl.sum(sums, axis=0).to(tl.float64)
+        high = tl.full((), SCALE, dtype=tl.float32).to(tl.int32, bitcast=True) + 1
+        while high - low > 1:
+            middle = low + ((high - low) >> 1)
+            sums = tl.zeros((BLOCK,), dtype=tl.int64)
+            next_up = tl.full((BLOCK,), 0x7FFFFFFF, dtype=tl.int32)
+            next_down = tl.zeros((BLOCK,), dtype=tl.int32)
+            for chunk in range(CHUNKS):
+                x = _logits(row, chunk, VOCAB_SIZE, BLOCK)
+                scaled = _scaled(x, highest, temperature, SCALE)
+                scaled = tl.where(_ordered_bits(x) >= kth, scaled, 0.0)
+                bits = scaled.to(tl.int32, bitcast=True)
+                reaches = bits >= middle
+                sums += tl.where(reaches, scaled, 0.0).to(tl.int64)
+                next_up = tl.minimum(next_up, tl.where(reaches, bits, 0x7FFFFFFF))
+                next_down = tl.maximum(next_down, tl.where(reaches, 0, bits))
+            if tl.sum(sums, axis=0).to(tl.float64) >= goal:
+                low = tl.min(next_up, axis=0)
+            else:
+                high = tl.max(next_down, axis=0) + 1
+    return low.to(tl.float32, bitcast=True).to(tl.int64)
+
+
+@triton.jit
+def _kept_weights(
+    row, chunk, highest, kth, threshold, least, temperature,
+    VOCAB_SIZE: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What may be drawn of a chunk, as integer weights; all else is 0."""
+    x = _logits(row, chunk, VOCAB_SIZE, BLOCK)
+    weights = _scaled(x, highest, temperature, SCALE).to(tl.int64)
+    kept = (_ordered_bits(x) >= kth) & (weights >= threshold)
+    return tl.where(kept & (tl.div_rn(x - highest, temperature) >= least), weights, 0)
+
+
+@triton.jit
 def _sample(
     logits, ids, temperatures, top_ks, top_ps, leasts, uniforms, row_stride,
     VOCAB_SIZE: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.constexpr, CHUNKS_BLOCK: tl.constexpr,
@@ -55,103 +144,30 @@ def _sample(
     number = tl.program_id(0).to(tl.int64)
     row = logits + number * row_stride
     CHUNKS: tl.constexpr = (VOCAB_SIZE + BLOCK - 1) // BLOCK
-    at = tl.arange(0, BLOCK)
 
-    # The largest logit, and the first place where it stands.
-    best = tl.full((BLOCK,), -0x80000000, dtype=tl.int32)
-    where = tl.zeros((BLOCK,), dtype=tl.int32)
-    for chunk in range(CHUNKS):
-        x = _logits(row, chunk, VOCAB_SIZE, BLOCK)
-        bits = _ordered_bits(x)
-        better = (bits > best) & (chunk * BLOCK + at < VOCAB_SIZE)
-        best = tl.where(better, bits, best)
-        where = tl.where(better, chunk * BLOCK + at, where)
-    top = tl.max(best, axis=0)
-    chosen = tl.min(tl.where(best == top, where, 0x7FFFFFFF), axis=0)
-    top_bits = tl.where(top < 0, top ^ 0x7FFFFFFF, top)
-    highest = top_bits.to(tl.float32, bitcast=True)
-
+    top, chosen = _largest(row, VOCAB_SIZE, BLOCK, CHUNKS)
+    highest = tl.where(top < 0, top ^ 0x7FFFFFFF, top).to(tl.float32, bitcast=True)
     temperature = tl.load(temperatures + number)
     # A row without a finite maximum is a broken model's; it gets an id all the same.
     if (temperature > 0) & (tl.abs(highest) < float("inf")):
-        top_k = tl.load(top_ks + number)
+        kth = _kth_largest(row, top, tl.load(top_ks + number), VOCAB_SIZE, BLOCK, CHUNKS)
         top_p = tl.load(top_ps + number)
+        threshold = _least_in_top_p(row, highest, kth, temperature, top_p, VOCAB_SIZE, SCALE, BLOCK, CHUNKS)
         least = tl.load(leasts + number)  # of the scaled distance from the largest logit: log(min_p)
-
-        # The largest number that top_k logits reach; bounds are int64 so that their sum cannot overflow.
-        kth = tl.full((), -0x80000000, dtype=tl.int64)
-        above = top.to(tl.int64) + 1
-        if (top_k <= 0) | (top_k >= VOCAB_SIZE):
-            above = kth + 1
-        while above - kth > 1:
-            middle = (kth + above) >> 1
-            count = tl.zeros((BLOCK,), dtype=tl.int32)
-            next_up = tl.full((BLOCK,), 0x7FFFFFFF, dtype=tl.int32)
-            next_down = tl.full((BLOCK,), -0x80000000, dtype=tl.int32)
-            for chunk in range(CHUNKS):
-                bits = _ordered_bits(_logits(row, chunk, VOCAB_SIZE, BLOCK))
-                reaches = bits >= middle.to(tl.int32)
-                count += reaches.to(tl.int32)
-                next_up = tl.minimum(next_up, tl.where(reaches, bits, 0x7FFFFFFF))
-                next_down = tl.maximum(next_down, tl.where(reaches, -0x80000000, bits))
-            if tl.sum(count, axis=0) >= top_k:
-                kth = tl.min(next_up, axis=0).to(tl.int64)
-            else:
-                above = tl.max(next_down, axis=0).to(tl.int64) + 1
-        kth_bits = kth.to(tl.int32)
-
-        # Top-p: the largest weight that a share top_p of the sum reaches. Positive floats order as their bits do.
-        threshold = tl.zeros((), dtype=tl.int64)
-        if top_p < 1:
-            sums = tl.zeros((BLOCK,), dtype=tl.int64)
-            for chunk in range(CHUNKS):
-                x = _logits(row, chunk, VOCAB_SIZE, BLOCK)
-                weights = _scaled(x, highest, temperature, SCALE).to(tl.int64)
-                sums += tl.where(_ordered_bits(x) >= kth_bits, weights, 0)
-            goal = top_p * tl.sum(sums, axis=0).to(tl.float64)
-            low = tl.zeros((), dtype=tl.int32)
-            high = tl.full((), SCALE, dtype=tl.float32).to(tl.int32, bitcast=True) + 1
-            while high - low > 1:
-                middle = low + ((high - low) >> 1)
-                sums = tl.zeros((BLOCK,), dtype=tl.int64)
-                next_up = tl.full((BLOCK,), 0x7FFFFFFF, dtype=tl.int32)
-                next_down = tl.zeros((BLOCK,), dtype=tl.int32)
-                for chunk in range(CHUNKS):
-                    x = _logits(row, chunk, VOCAB_SIZE, BLOCK)
-                    scaled = _scaled(x, highest, temperature, SCALE)
-                    scaled = tl.where(_ordered_bits(x) >= kth_bits, scaled, 0.0)
-                    bits = scaled.to(tl.int32, bitcast=True)
-                    reaches = bits >= middle
-                    sums += tl.where(reaches, scaled, 0.0).to(tl.int64)
-                    next_up = tl.minimum(next_up, tl.where(reaches, bits, 0x7FFFFFFF))
-                    next_down = tl.maximum(next_down, tl.where(reaches, 0, bits))
-                if tl.sum(sums, axis=0).to(tl.float64) >= goal:
-                    low = tl.min(next_up, axis=0)
-                else:
-                    high = tl.max(next_down, axis=0) + 1
-            threshold = low.to(tl.float32, bitcast=True).to(tl.int64)
 
         # What is left, summed up chunk by chunk, tells in which chunk the uniform falls.
         nth = tl.arange(0, CHUNKS_BLOCK)
-        sums_of = tl.zeros((CHUNKS_BLOCK,), dtype=tl.int64)
+        sums = tl.zeros((CHUNKS_BLOCK,), dtype=tl.int64)
         for chunk in range(CHUNKS):
-            x = _logits(row, chunk, VOCAB_SIZE, BLOCK)
-            weights = _scaled(x, highest, temperature, SCALE).to(tl.int64)
-            kept = (_ordered_bits(x) >= kth_bits) & (weights >= threshold)
-            kept = kept & (tl.div_rn(x - highest, temperature) >= least)
-            sums_of = tl.where(nth == chunk, tl.sum(tl.where(kept, weights, 0), axis=0), sums_of)
-        total = tl.sum(sums_of, axis=0)
+            kept = _kept_weights(row, chunk, highest, kth, threshold, least, temperature, VOCAB_SIZE, SCALE, BLOCK)
+            sums = tl.where(nth == chunk, tl.sum(kept, axis=0), sums)
+        total = tl.sum(sums, axis=0)
         # Rounding may lift the product to the total itself, which no running sum passes.
         target = tl.minimum((tl.load(uniforms + number) * total.to(tl.float64)).to(tl.int64), total - 1)
-        running = tl.cumsum(sums_of, axis=0)
-        chunk = tl.sum((running <= target).to(tl.int32), axis=0)
-        before = tl.sum(tl.where(nth < chunk, sums_of, 0), axis=0)
-        x = _logits(row, chunk, VOCAB_SIZE, BLOCK)
-        weights = _scaled(x, highest, temperature, SCALE).to(tl.int64)
-        kept = (_ordered_bits(x) >= kth_bits) & (weights >= threshold)
-        kept = kept & (tl.div_rn(x - highest, temperature) >= least)
-        running = tl.cumsum(tl.where(kept, weights, 0), axis=0)
-        chosen = chunk * BLOCK + tl.sum((running <= target - before).to(tl.int32), axis=0)
+        chunk = tl.sum((tl.cumsum(sums, axis=0) <= target).to(tl.int32), axis=0)
+        before = tl.sum(tl.where(nth < chunk, sums, 0), axis=0)
+        kept = _kept_weights(row, chunk, highest, kth, threshold, least, temperature, VOCAB_SIZE, SCALE, BLOCK)
+        chosen = chunk * BLOCK + tl.sum((tl.cumsum(kept, axis=0) <= target - before).to(tl.int32), axis=0)
     tl.store(ids + number, chosen.to(tl.int64))
 
 
