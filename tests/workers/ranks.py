@@ -2,33 +2,45 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 
-from workers.parallel import Communicator, ThreadCommunicator
+from workers.parallel import Communicator, SharedMemoryCommunicator, ThreadCommunicator
 
 Result = TypeVar("Result")
 
 
-def run_ranks(world_size: int, function: Callable[[Communicator], Result], deadline: float = 20.0) -> list[Result]:
+def shared_group(world_size: int, deadline: float = 5.0, slot_bytes: int = 4096) -> list[SharedMemoryCommunicator]:
+    """Ranks of one process over an anonymous file, each mapping it by itself."""
+    fd = os.memfd_create("test")
+    try:
+        return [SharedMemoryCommunicator(rank, world_size, fd, deadline, slot_bytes) for rank in range(world_size)]
+    finally:
+        os.close(fd)
+
+
+def run_ranks(
+    world_size: int,
+    function: Callable[[Communicator], Result],
+    deadline: float = 20.0,
+    make: Callable[[int, float], Sequence[Communicator]] = ThreadCommunicator.group,
+) -> list[Result]:
     """What `function` returns for each rank's communicator, in rank order; raises what a rank raised first."""
     results: dict[int, Result] = {}
     errors: list[BaseException] = []
 
-    def run(communicator: ThreadCommunicator) -> None:
+    def run(communicator: Communicator) -> None:
         try:
             results[communicator.rank] = function(communicator)
         except BaseException as error:
             errors.append(error)
             communicator.abort()
 
-    threads = [
-        threading.Thread(target=run, args=[communicator])
-        for communicator in ThreadCommunicator.group(world_size, deadline)
-    ]
+    threads = [threading.Thread(target=run, args=[communicator]) for communicator in make(world_size, deadline)]
     for thread in threads:
         thread.start()
     for thread in threads:

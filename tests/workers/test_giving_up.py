@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from configs.errors import WorkerError
-from tests.workers.test_parallel import shared_group
+from tests.workers.ranks import shared_group
 from workers.memory import is_out_of_memory
 from workers.parallel import Communicator, SingleCommunicator, StepGivenUp, ThreadCommunicator
 

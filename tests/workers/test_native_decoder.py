@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from configs.engine import EngineConfig
-from tests.workers.ranks import run_ranks
+from tests.workers.ranks import run_ranks, shared_group
 from tests.workers.test_decoder import compute, tokens
 from tests.workers.tiny_models import make_tiny_checkpoint
 from workers.model_loader import ModelLoader
 from workers.models.decoder import Decoder
 from workers.native import load as load_native
-from workers.parallel import Communicator
+from workers.parallel import Communicator, ThreadCommunicator
 
 # With biases everywhere, with norms of heads, and with more ranks than K/V heads.
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -37,10 +37,12 @@ def load(path: Path, communicator: Communicator, native: bool = True) -> Decoder
     return ModelLoader(config).load_model(torch.device("cpu"), communicator, torch.bfloat16)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(
+    ("world_size", "make"), [(1, ThreadCommunicator.group), (2, ThreadCommunicator.group), (2, shared_group)]
+)
 @pytest.mark.parametrize(("family", "overrides"), VARIANTS, ids=lambda value: str(value))
 def test_logits_differ_between_ways_to_compute_them(
-    family: str, overrides: dict[str, Any], world_size: int, tmp_path: Path
+    family: str, overrides: dict[str, Any], world_size: int, make: Any, tmp_path: Path
 ) -> None:
     shape = {"hidden_size": 96, "intermediate_size": 128, "head_dim": 32} | overrides
     path, ids = make_tiny_checkpoint(tmp_path, family, **shape), tokens(200)
@@ -57,7 +59,7 @@ def test_logits_differ_between_ways_to_compute_them(
             *found,
         ]
 
-    plain, whole, *others = run_ranks(world_size, by)[0]
+    plain, whole, *others = run_ranks(world_size, by, make=make)[0]
     assert plain is not None
     assert whole is not None
     for other in others:

@@ -14,7 +14,7 @@ import torch
 
 from configs.errors import ConfigError, WorkerError
 from tests.workers import collective_ranks as tasks
-from tests.workers.ranks import run_ranks
+from tests.workers.ranks import run_ranks, shared_group
 from workers.parallel import (
     Communicator,
     HostCommunicator,
@@ -58,15 +58,6 @@ def run_processes(world_size: int, target: Callable[..., None], path: Path, task
 def expected(world_size: int) -> dict[int, dict[str, Any]]:
     """What every rank must find, from threads, whose exchange is a list of tensors."""
     return dict(enumerate(run_ranks(world_size, tasks.every_collective)))
-
-
-def shared_group(world_size: int, deadline: float = 5.0) -> list[SharedMemoryCommunicator]:
-    """Ranks of one process over an anonymous file, each mapping it by itself."""
-    fd = os.memfd_create("test")
-    try:
-        return [SharedMemoryCommunicator(rank, world_size, fd, deadline, 4096) for rank in range(world_size)]
-    finally:
-        os.close(fd)
 
 
 # Sums

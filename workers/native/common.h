@@ -104,6 +104,14 @@ static inline void shape_tiles(int upper_rows, int lower_rows) {
 
 enum { NARROW, WIDE, SWIGLU };  // what a linear writes: bfloat16, float32, or silu(gate) * up in bfloat16
 
+typedef struct {  // of ranks that share memory; workers/native/group.py fills it in
+    int64_t *flags;  // words_per_rank apart; a rank's first word is the exchange that it has reached
+    char *slots;     // two buffers of slot_bytes a rank
+    int64_t rank, world_size, words_per_rank, slot_bytes, count, next_generation, spin_ns;
+    int (*wait)(int64_t rank, int64_t count);  // patiently; anything but 0 when the step is over
+} Group;
+
+int nano_all_reduce(Group *g, bf16 *x, int64_t numel, int threads);
 void nano_add_rms_norm(bf16 *x, const bf16 *residual, const bf16 *weight, bf16 *out, int64_t rows, int64_t size,
                        float eps, int threads);
 void nano_linear(const bf16 *x, const bf16 *packed, const bf16 *bias, void *out, int64_t m, int64_t n, int64_t k,

@@ -1,5 +1,5 @@
-// The layers of a decoder as one call, or as one for each half of a layer where ranks must add up in between: what
-// workers/models/decoder.py does kernel by kernel, with the same bits, without Python in between. Knows no sequence.
+// The layers of a decoder as one call, or as one for each half of a layer where Python must add up the ranks' parts in
+// between: what workers/models/decoder.py does kernel by kernel, with the same bits. Knows no sequence.
 #include "common.h"
 
 typedef struct {  // a bias or head_norm may be NULL
@@ -49,10 +49,16 @@ void nano_mlp_half(const Model *m, const Step *s, int64_t index, bf16 *x, const 
     nano_linear(s->gated, layer->down, layer->down_bias, out, s->tokens, m->size, wide, wide, m->size, NARROW, threads);
 }
 
-// All layers: x in, their contribution out; residual (tokens, size) out, which x has not been added to yet.
-void nano_layers(const Model *m, const Step *s, bf16 *x, bf16 *residual) {
+// All layers: x in, their contribution out; residual (tokens, size) out, which x has not been added to yet. Each half's
+// part is added up over `group`, unless that is NULL. Not 0 when the step was over before its end.
+int nano_layers(const Model *m, const Step *s, bf16 *x, bf16 *residual, Group *group) {
+    int64_t numel = s->tokens * m->size;
     for (int64_t index = 0; index < m->num_layers; index++) {
         nano_attention_half(m, s, index, x, index ? residual : 0, residual);  // read before it is written
+        int over = group ? nano_all_reduce(group, residual, numel, (int)s->threads) : 0;
+        if (over) return over;
         nano_mlp_half(m, s, index, residual, x, x);
+        if (group && (over = nano_all_reduce(group, x, numel, (int)s->threads))) return over;
     }
+    return 0;
 }

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import torch
 
+from workers.native.group import NativeGroup
 from workers.native.kernels import NativeKernels, NativeLinear
-from workers.parallel.base import Communicator
+from workers.parallel import Communicator, SharedMemoryCommunicator
 
 _POINTER, _INT64 = ctypes.c_void_p, ctypes.c_int64
 
@@ -92,7 +94,7 @@ class NativeLayers:
         kernels: whose functions compute.
         layers: their weights, which are kept alive.
         shape: their sizes.
-        communicator: this rank's; a group of one needs a single call a step.
+        communicator: this rank's; a group of one, or one that shares memory, needs a single call a step.
 
     Attributes:
         shape: as given.
@@ -102,6 +104,7 @@ class NativeLayers:
         self, kernels: NativeKernels, layers: Sequence[LayerWeights], shape: LayerShape, communicator: Communicator
     ) -> None:
         self._library, self._layers, self.shape, self._communicator = kernels.library, layers, shape, communicator
+        self._group = NativeGroup(communicator) if isinstance(communicator, SharedMemoryCommunicator) else None
         fields = [field.name for field in dataclasses.fields(LayerWeights)]
         addresses = [_address(getattr(layer, name)) for layer in layers for name in fields]
         self._addresses = (_POINTER * len(addresses))(*addresses)
@@ -130,12 +133,16 @@ class NativeLayers:
             cos, sin: see `NativeKernels.norm_rotate`.
             caches: a tensor a layer, laid out as `TorchBackend`'s.
             plan: of this step.
+
+        Raises:
+            WorkerError: another rank failed, gave the step up, or came to no collective in time.
         """
         step = self._describe(len(hidden), cos, sin, caches, plan)
         library, model, about = self._library, ctypes.byref(self._model), ctypes.byref(step)
-        if self._communicator.world_size == 1:
+        if self._group is not None or self._communicator.world_size == 1:
             residual = torch.empty_like(hidden)
-            library.nano_layers(model, about, hidden.data_ptr(), residual.data_ptr())
+            compute = functools.partial(library.nano_layers, model, about, hidden.data_ptr(), residual.data_ptr())
+            compute(None) if self._group is None else self._group.call(compute)
             return hidden, residual
         before: torch.Tensor | None = None
         for index in range(len(self._layers)):

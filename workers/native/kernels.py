@@ -36,7 +36,8 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     ),
     "nano_attention_half": ([_POINTER, _POINTER, _INT64] + [_POINTER] * 3, None),
     "nano_mlp_half": ([_POINTER, _POINTER, _INT64] + [_POINTER] * 3, None),
-    "nano_layers": ([_POINTER] * 4, None),
+    "nano_all_reduce": ([_POINTER] * 2 + [_INT64, _INT], _INT),
+    "nano_layers": ([_POINTER] * 5, _INT),
 }  # fmt: skip
 _KINDS = {"narrow": 0, "wide": 1, "swiglu": 2}
 QUANTUM = 32

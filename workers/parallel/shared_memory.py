@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import mmap
 import os
 import platform
@@ -26,6 +27,24 @@ _GENERATION = 2**40
 _SPIN_SECONDS, _YIELD_SECONDS, _SLEEP_SECONDS = 0.001, 0.003, 0.0001
 # x86 keeps the order of stores and of loads, so data written before a flag is seen before it.
 _STORES_IN_ORDER = platform.machine() in ("x86_64", "AMD64", "i686")
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedMemoryLayout:
+    """Where a group's flags and slots lie, for code that takes part in its exchanges.
+
+    Attributes:
+        flags, slots: addresses.
+        words_per_rank: int64 words from one rank's flags to the next one's; the first is the exchange it has reached.
+        slot_bytes: length of a slot; a buffer has one for each rank, and there are two.
+        spin_seconds: how long a wait is worth a processor.
+    """
+
+    flags: int
+    slots: int
+    words_per_rank: int
+    slot_bytes: int
+    spin_seconds: float
 
 
 class SharedMemoryCommunicator(Communicator):
@@ -79,6 +98,22 @@ class SharedMemoryCommunicator(Communicator):
     def required_bytes(world_size: int, slot_bytes: int = _SLOT_BYTES) -> int:
         """Length of the shared file; only pages that are used take memory."""
         return _HEADER_BYTES + 2 * world_size * slot_bytes
+
+    @property
+    def layout(self) -> SharedMemoryLayout:
+        """For code that takes part between two of our own exchanges, and then says how far it came by `reach`."""
+        base = self._bytes.data_ptr()
+        return SharedMemoryLayout(base, base + _HEADER_BYTES, _WORDS_PER_RANK, self._slot_bytes, self._spin)
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """The last exchange, and the first that is not of this generation any more. Raises WorkerError when closed."""
+        self._check_open()
+        return self._count, self._next_generation
+
+    def reach(self, count: int) -> None:
+        """Go on behind exchange `count`."""
+        self._count = count
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """See `Communicator`."""
@@ -167,18 +202,17 @@ class SharedMemoryCommunicator(Communicator):
         self, part: torch.Tensor | None, numel: int, dtype: torch.dtype, wait_for: list[int]
     ) -> list[torch.Tensor]:
         """One exchange; returns every rank's slot, of which those in `wait_for` (and our own) are filled."""
-        if self._closed:
-            raise WorkerError(f"rank {self.rank} has left its group", self.rank)
+        self._check_open()
         self._count += 1
         slots = self._slots(self._count % 2, numel, dtype)
         for other in self._others:
-            self._wait(other, self._count - 1)
+            self.wait_for(other, self._count - 1)
         if part is not None:
             slots[self.rank].copy_(part.reshape(-1))
         self._fence()
         self._flags[self.rank * _WORDS_PER_RANK] = self._count
         for other in wait_for:
-            self._wait(other, self._count)
+            self.wait_for(other, self._count)
         self._fence()
         return slots
 
@@ -194,8 +228,16 @@ class SharedMemoryCommunicator(Communicator):
             ]
         return self._views[key]
 
-    def _wait(self, other: int, count: int) -> None:
-        """Return once `other` has reached exchange `count`."""
+    def _check_open(self) -> None:
+        if self._closed:
+            raise WorkerError(f"rank {self.rank} has left its group", self.rank)
+
+    def wait_for(self, other: int, count: int) -> None:
+        """Return once `other` has reached exchange `count`.
+
+        Raises:
+            WorkerError: it failed, gave the step up, or did not come before the deadline.
+        """
         flags, word = self._flags, other * _WORDS_PER_RANK
         began = time.perf_counter() if flags[word] < count else 0.0
         while flags[word] < count:
