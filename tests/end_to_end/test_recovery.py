@@ -65,7 +65,8 @@ async def test_800_streams_survive_50_killed_ranks(tp: int, warm_spare: bool) ->
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 async def test_streams_survive_20_pairs_of_kills_the_second_while_the_engine_recovers() -> None:
-    gaps = await disturbed(20, hits(signal.SIGKILL, 1), 4, tensor_parallel_size=2)
+    # Each second kill meets ranks that have brought no step: by default the fifth within a minute ends the engine.
+    gaps = await disturbed(20, hits(signal.SIGKILL, 1), 4, tensor_parallel_size=2, max_restarts=20)
     report(gaps, "20 pairs of SIGKILLs")
 
 
