@@ -237,4 +237,4 @@ def install_flashinfer(monkeypatch: pytest.MonkeyPatch, version: str = "0.6.18")
     for wrapper in (BatchDecodeWithPagedKVCacheWrapper, BatchPrefillWithPagedKVCacheWrapper):
         setattr(module, wrapper.__name__, wrapper)
     monkeypatch.setitem(sys.modules, "flashinfer", module)
-    monkeypatch.setattr("workers.attention.flashinfer_backend.WORKSPACE_BYTES", 1 << 10)
+    monkeypatch.setattr("workers.attention.flashinfer_backend.LEAST_WORKSPACE_BYTES", 1 << 10)

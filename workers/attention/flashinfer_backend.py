@@ -17,9 +17,11 @@ from workers.attention.library_backend import LibraryBackend
 from workers.attention.triton_backend import send
 from workers.forward_context import AttentionMetadata
 
-WORKSPACE_BYTES = 384 << 20
-"""For the parts of sequences that are split: on 132 processors 17 MiB for each query head of a K/V head at a head_dim
-of 128, and in proportion to it."""
+LEAST_WORKSPACE_BYTES = 128 << 20
+"""What their documentation recommends."""
+
+LARGEST_TILE = 128
+"""Rows of a program of theirs; two programs share a processor."""
 
 NUM_TURNS = 2
 """A plan goes to the device from a pinned buffer of its wrapper, which the next plan overwrites, perhaps before it
@@ -61,6 +63,7 @@ class FlashInferBackend(LibraryBackend):
         super().__init__(device)
         self._turns: list[_Turn] = []
         self._turn = 0
+        self._workspace_bytes = 0
 
     def forward(self, q: torch.Tensor, cache: torch.Tensor, metadata: AttentionMetadata, scale: float) -> torch.Tensor:
         """See `AttentionBackend.forward`. Every layer must have the same scale."""
@@ -80,7 +83,7 @@ class FlashInferBackend(LibraryBackend):
         pages = (self._host(starts), self._pages(metadata, num_blocks, starts), self._host(last_lens))
         shape = (q.shape[1], num_kv_heads, head_dim, block_size)
         types = {"q_data_type": q.dtype, "kv_data_type": cache.dtype, "sm_scale": scale}
-        turn = self._next_turn()
+        turn = self._next_turn(q.shape[1] // num_kv_heads, head_dim)
         if max(metadata.query_lens) == 1:
             wrapper = turn.decode
             wrapper.plan(*pages, *shape, **types)
@@ -106,11 +109,14 @@ class FlashInferBackend(LibraryBackend):
         on_host = torch.from_numpy(numbers.astype(np.int32))
         return on_host.pin_memory() if self._device.type == "cuda" else on_host
 
-    def _next_turn(self) -> _Turn:
-        if not self._turns:
+    def _next_turn(self, group: int, head_dim: int) -> _Turn:
+        # Of keys that are split, each program leaves a float32 result, for each of `group` query heads, and its weight.
+        split_bytes = 2 * self._num_processors * group * LARGEST_TILE * (head_dim + 1) * 4
+        needed = max(LEAST_WORKSPACE_BYTES, split_bytes + 256)
+        if needed > self._workspace_bytes:
             # To be zero at first; stretches of the stream use it in turn, so that all wrappers may share one.
-            workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=self._device)
-            self._turns = [self._make_turn(workspace) for _ in range(NUM_TURNS)]
+            workspace = torch.zeros(needed, dtype=torch.uint8, device=self._device)
+            self._turns, self._workspace_bytes = [self._make_turn(workspace) for _ in range(NUM_TURNS)], needed
         self._turn = (self._turn + 1) % NUM_TURNS
         turn = self._turns[self._turn]
         if turn.planned is not None:
