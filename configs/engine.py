@@ -56,9 +56,10 @@ class ModelConfig(_Validated):
     )
     attention_backend: str = setting(
         "auto",
-        "kernels of attention and the layers around it: triton = compiled for the GPU; torch = plain; auto = triton on "
-        "a GPU where it is installed, else torch",
-        choices=("auto", "torch", "triton"),
+        "kernels of attention and the layers around it: triton = compiled for the GPU; torch = plain; flash_attn, "
+        "flashinfer, torch_varlen = attention by these libraries, the rest as with triton; auto = triton on a GPU "
+        "where it is installed, else torch",
+        choices=("auto", "torch", "triton", "flash_attn", "flashinfer", "torch_varlen"),
     )
     native_kernels: bool = setting(
         True, "compute bfloat16 on a CPU with AMX by C kernels, compiled at the first start; needs a C compiler"

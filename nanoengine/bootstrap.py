@@ -77,23 +77,30 @@ def receive_bootstrap() -> Bootstrap:
     processes.name_process("nano-scheduler")
     message = read_message("The scheduler")
     run_dir, engine_dir = Path(message["run_dir"]), Path(message["engine_dir"])
-    owner_pid = message["owner_pid"]
+    owner_pid: int = message["owner_pid"]
     for name in ("death_fd", "status_fd", "lock_fd"):
         os.set_inheritable(message[name], False)  # none of them is for the ranks
 
-    asked_to_end = threading.Event()  # by the owner, who lives then and tidies up behind us
+    asked_to_end = threading.Event()  # by the owner, who tidies up behind us, unless it dies meanwhile
+
+    def owner_lives(until_asked: bool) -> bool:
+        # Its death is seen a moment after its signs, the pipe's end or SIGTERM: its threads end one by one.
+        deadline = time.monotonic() + _OWNER_SECONDS
+        while os.getppid() == owner_pid and time.monotonic() < deadline:
+            if until_asked and asked_to_end.is_set():
+                break
+            time.sleep(0.01)
+        return os.getppid() == owner_pid
 
     def abandon() -> None:
         processes.kill_children()
-        shutil.rmtree(run_dir if asked_to_end.is_set() else engine_dir, ignore_errors=True)
+        shutil.rmtree(run_dir, ignore_errors=True)
+        if not asked_to_end.is_set() or not owner_lives(until_asked=False):
+            shutil.rmtree(engine_dir, ignore_errors=True)
         os._exit(1)
 
     def tidy() -> None:
-        # SIGTERM may have come of the owner's death, which is seen a moment later: its threads end one by one.
-        deadline = time.monotonic() + _OWNER_SECONDS
-        while os.getppid() == owner_pid and time.monotonic() < deadline and not asked_to_end.wait(0.01):
-            pass
-        shutil.rmtree(run_dir if os.getppid() == owner_pid else engine_dir, ignore_errors=True)
+        shutil.rmtree(run_dir if owner_lives(until_asked=True) else engine_dir, ignore_errors=True)
 
     processes.on_end_of(message["death_fd"], abandon, "death pipe", asked_to_end.set)
     atexit.register(tidy)

@@ -10,6 +10,7 @@ sampler nor communicator.
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import logging
 import time
 from collections.abc import Callable
@@ -121,7 +122,7 @@ class DecodeGraphs:
 
     def _computation(self, size: int) -> Callable[[], torch.Tensor]:
         ids, positions, slots, seq_lens = self._rows[:, :size]
-        metadata = AttentionMetadata(
+        batch = AttentionMetadata(
             query_lens=[1] * size,
             seq_lens=[self._max_model_len] * size,  # a bound: the kernels read `device_seq_lens`
             slot_mapping=slots,
@@ -129,7 +130,8 @@ class DecodeGraphs:
             block_size=self._block_size,
             device_seq_lens=seq_lens,
         )
-        return lambda: self._forward(ids, positions, metadata)
+        # A plan of its own for each call: what a backend derives from the buffers belongs into the graph.
+        return lambda: self._forward(ids, positions, dataclasses.replace(batch, plan=None))
 
 
 class CudaRecorder:

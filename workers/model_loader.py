@@ -58,18 +58,20 @@ class ModelLoader:
         Raises:
             CheckpointError: a file is missing, damaged or of a refused format, or a tensor is missing, left over or
                 of another shape; the message names them.
-            ConfigError: the model cannot be split over the group.
+            ConfigError: the model cannot be split over the group, or the attention backend cannot serve it.
         """
         began = time.perf_counter()
         config, checkpoint = self._config, self._config.resolved_checkpoint
         communicator = communicator or SingleCommunicator()
         dtype = dtype or resolve_dtype(config, device)
         native = native_kernels(config, device, dtype)
+        backend = get_backend(config.model.attention_backend, device, native)
+        backend.check(config.cache.block_size, checkpoint.head_dim, dtype)
         assert config.model_dir is not None, "resolve() comes first"
         spec = DecoderSpec(
             config=checkpoint,
             communicator=communicator,
-            backend=get_backend(config.model.attention_backend, device, native),
+            backend=backend,
             dtype=dtype,
             device=device,
             max_positions=config.max_model_len,

@@ -18,7 +18,6 @@ import torch
 from configs.engine import EngineConfig
 from configs.errors import EngineError
 from nanoengine.step import PREVIOUS_SAMPLE, Epoch, RowParams, SequenceState, StepInput, StepOutput, TokenLogprobs
-from workers.attention import get_backend
 from workers.cuda_graph import DecodeGraphs, Recorder
 from workers.forward_context import AttentionMetadata, ForwardContext, forward_context
 from workers.input_batch import Batch, InputBatch
@@ -175,8 +174,8 @@ class ModelRunner:
             decode = SequenceState(-1, [PREVIOUS_SAMPLE], length, [], True)
             self.execute(StepInput(_PROBE_EPOCH, 2, [], [decode], []))
         self.execute(StepInput(_PROBE_EPOCH, 3, [], [], [-1]))
-        on_gpu = self._device.type == "cuda" and self._use_kernel  # plain torch waits for the device within a step
-        if on_gpu and self._communicator.capturable and not config.model.enforce_eager:
+        capturable = self._spec().backend.capturable and self._communicator.capturable
+        if self._device.type == "cuda" and capturable and not config.model.enforce_eager:
             self.capture_graphs()
 
     @torch.inference_mode()
@@ -302,7 +301,7 @@ class ModelRunner:
     def _spec(self) -> KVCacheSpec:
         layers = [module for module in self.model.modules() if isinstance(module, Attention)]
         return KVCacheSpec(
-            backend=get_backend(self._config.model.attention_backend, self._device),
+            backend=layers[0].backend,
             num_layers=len(layers),
             block_size=self._config.cache.block_size,
             num_kv_heads=layers[0].num_kv_heads,

@@ -19,6 +19,7 @@ from nanoengine.sampling_params import SamplingParams
 from nanoengine.tokenizer import Tokenizer
 from tests.end_to_end.inprocess import InProcessEngine
 from tests.end_to_end.reference import load_twin, make_prompt, model_directory
+from tests.transformers_beams import hypotheses, transformers_search
 
 PROMPTS = (
     "中国的首都是",
@@ -63,33 +64,15 @@ class Case:
     expected: list[list[Outcome]]
 
 
-def transformers_search(
-    twin: torch.nn.Module, prompt: list[int], params: BeamSearchParams, eos: tuple[int, ...]
-) -> Outcome:
-    with torch.inference_mode():
-        result = twin.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            do_sample=False,
-            num_beams=params.beam_width,
-            num_return_sequences=params.beam_width,
-            max_new_tokens=params.max_tokens,
-            length_penalty=params.length_penalty,
-            early_stopping=params.early_stopping,
-            eos_token_id=None if params.ignore_eos or not eos else list(eos),
-            pad_token_id=0,
-            return_dict_in_generate=True,
-            output_scores=True,
-            output_logits=True,
-        )
+def searched(twin: torch.nn.Module, prompt: list[int], params: BeamSearchParams, eos: tuple[int, ...]) -> Outcome:
+    result = transformers_search(twin, prompt, params, [] if params.ignore_eos else eos, 0)
     if params.beam_width == 1:  # transformers takes it for greedy decoding, which has no scores
         tokens = result.sequences[0, len(prompt) :].tolist()
         chosen = torch.cat(result.logits).log_softmax(-1)[range(len(tokens)), tokens]
         return Outcome([tokens], [chosen.sum().item()])
-    lengths = (result.beam_indices >= 0).sum(1).tolist()
-    tokens = [row[len(prompt) :][:length].tolist() for row, length in zip(result.sequences, lengths, strict=True)]
-    scores = zip(result.sequences_scores.tolist(), lengths, strict=True)
-    return Outcome(tokens, [score * length**params.length_penalty for score, length in scores])
+    outputs = hypotheses(result, len(prompt))
+    scores = zip(result.sequences_scores.tolist(), map(len, outputs), strict=True)
+    return Outcome(outputs, [score * length**params.length_penalty for score, length in scores])
 
 
 def make_case(name: str, root: Path) -> Case:
@@ -100,10 +83,7 @@ def make_case(name: str, root: Path) -> Case:
     else:
         prompts = [make_prompt(checkpoint.vocab_size, length, 0) for length in (1, 16, 17, 30)]
     twin = load_twin(model_dir)
-    expected = [
-        [transformers_search(twin, prompt, params, checkpoint.eos_token_ids) for prompt in prompts]
-        for params in SEARCHES
-    ]
+    expected = [[searched(twin, prompt, params, checkpoint.eos_token_ids) for prompt in prompts] for params in SEARCHES]
     return Case(model_dir, prompts, expected)
 
 

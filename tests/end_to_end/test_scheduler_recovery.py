@@ -7,18 +7,15 @@ import contextlib
 import os
 import random
 import signal
-from collections.abc import Callable, Coroutine
 from typing import Any
 
 import psutil
 import pytest
 
-from nanoengine import AsyncLLM, SamplingParams
-from tests.end_to_end.test_recovery import Gaps, ranks_of, report, run
+from nanoengine import AsyncLLM
+from tests.end_to_end.disturbed_streams import Gaps, Hit, ranks_of, report, rounds, run
 from tests.nanoengine.process_tools import open_descriptors, shared_memory
 from tests.waiting import until_async
-
-Hit = Callable[[AsyncLLM, random.Random], Coroutine[None, None, None]]
 
 
 def kill(pid: int, number: signal.Signals = signal.SIGKILL) -> None:
@@ -60,26 +57,12 @@ async def then_a_rank(llm: AsyncLLM, dice: random.Random) -> None:
         kill(dice.choice(ranks_of(llm)))
 
 
-async def disturbed(hits: list[Hit], dice: random.Random, length: int = 80, **settings: Any) -> Gaps:
-    """A round of the 16 requests for each of `hits`, which comes at a random token of it."""
-    gaps, memory = Gaps(), shared_memory()
+async def disturbed(hits: list[Hit], dice: random.Random, **settings: Any) -> Gaps:
+    memory = shared_memory()
     async with AsyncLLM("demo", device="cpu", **settings) as llm:
-        undisturbed = Gaps()
-        expected = await run(llm, length, undisturbed, None)
+        await run(llm, 80, Gaps(), None)
         num_descriptors = len(open_descriptors())
-
-        async def disturb(hit: Hit) -> None:
-            wanted = gaps.num_tokens + dice.uniform(0, 0.9) * undisturbed.num_tokens
-            await until_async(lambda: gaps.num_tokens >= wanted)
-            await hit(llm, dice)
-
-        for hit in hits:
-            before = llm.restart_stats.restarts.total()
-            assert await run(llm, length, gaps, disturb(hit)) == expected
-            await until_async(lambda before=before: llm.restart_stats.restarts.total() > before and llm.is_ready)  # type: ignore[misc]
-        answer = [output async for output in llm.generate("a", SamplingParams(max_tokens=3, ignore_eos=True))][-1]
-        assert len(answer.outputs[0].token_ids) == 3
-        assert llm.failure is None
+        gaps = await rounds(llm, hits, dice)
         assert llm.restart_stats.requests_resumed > 0
         await until_async(lambda: len(open_descriptors()) == num_descriptors)
         assert len(os.listdir(llm.run_dir)) == 2, "the lock, and the directory of the scheduler that serves"

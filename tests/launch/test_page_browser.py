@@ -1,38 +1,38 @@
-"""The page in a real browser: Debian's chromium, headless, driven by Playwright, which brings no browser of its own.
-
-After each test: no error on the console, and no request to another host. NANO_PAGE_SCREENSHOTS=FOLDER keeps the
-screenshots, to be looked at.
-"""
+"""The page with invented answers, in a real browser: everything that a person can do on it or see on it."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
-import shutil
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from tests.launch.fake_engine import FakeEngine, engine_error, served
-from tests.launch.server_process import ServerProcess
 from tests.waiting import until
 
-playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (./setup_env.sh --dev)")
-from playwright.sync_api import Browser, Page, expect  # noqa: E402
+pytest.importorskip("playwright.sync_api", reason="needs playwright (./setup_env.sh --dev)")
+from playwright.sync_api import expect
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (on Debian: apt install chromium)")
+from tests.launch.pages import (
+    DARK,
+    LIGHT,
+    NARROW,
+    UNAUTHORISED,
+    Opener,
+    ask,
+    browser,
+    needs_chromium,
+    open_page,
+    ready,
+    shoot,
+    stats,
+)
 
-WIDE, NARROW = {"width": 1440, "height": 900}, {"width": 390, "height": 844}
-LIGHT, DARK = "rgb(246, 247, 246)", "rgb(16, 20, 19)"
-PATIENCE_MS = 20_000
-UNAUTHORISED = "status of 401"
+__all__ = ["browser", "open_page", "shoot"]  # fixtures
+pytestmark = needs_chromium
 
 MARKDOWN = """# Title
 
@@ -53,61 +53,6 @@ print("<b>hi</b>")
 """
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with playwright.sync_playwright() as driver:
-        # As root, which CI may be, Chromium has no sandbox.
-        arguments = ["--no-sandbox"] if os.getuid() == 0 else []
-        expect.set_options(timeout=PATIENCE_MS)
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=arguments)
-        yield browser
-        browser.close()
-
-
-class Opener:
-    """Opens pages, and looks at the end at what they complained of and where they went."""
-
-    def __init__(self, browser: Browser) -> None:
-        self._browser = browser
-        self._complaints: list[str] = []
-        self._urls: list[str] = []
-        self._servers: set[str] = set()
-        self.expected: str | None = None  # a complaint that is meant
-
-    def __call__(self, url: str, viewport: dict[str, int] = WIDE, scheme: str = "light", **options: Any) -> Page:
-        context = self._browser.new_context(viewport=viewport, color_scheme=scheme, **options)  # type: ignore[arg-type]
-        context.set_default_timeout(PATIENCE_MS)
-        page = context.new_page()
-        page.on("console", lambda message: message.type in ("error", "warning") and self._complain(message.text))
-        page.on("pageerror", lambda error: self._complain(str(error)))
-        page.on("request", lambda request: self._urls.append(request.url))
-        self._servers.add(url)
-        page.goto(url)
-        return page
-
-    def _complain(self, text: str) -> None:
-        if self.expected is None or self.expected not in text:
-            self._complaints.append(text)
-
-    def close(self) -> None:
-        """Close all pages, before their server ends."""
-        for context in self._browser.contexts:
-            context.close()
-
-    def check(self) -> None:
-        self.close()
-        assert not self._complaints
-        assert self._urls
-        assert all(url.startswith(tuple(f"{server}/" for server in self._servers)) for url in self._urls)
-
-
-@pytest.fixture
-def open_page(browser: Browser) -> Iterator[Opener]:
-    opener = Opener(browser)
-    yield opener
-    opener.check()
-
-
 @pytest.fixture
 def engine(tmp_path: Path) -> FakeEngine:
     return FakeEngine(tmp_path, max_model_len=4096)
@@ -118,139 +63,6 @@ def url(engine: FakeEngine, open_page: Opener) -> Iterator[str]:
     with served(engine) as url:
         yield url
         open_page.close()
-
-
-@pytest.fixture(scope="module")
-def demo() -> Iterator[str]:
-    with ServerProcess() as server:
-        yield server.wait_ready()
-
-
-@pytest.fixture
-def shoot(tmp_path: Path) -> Callable[[Page, str], None]:
-    """Takes a screenshot, which must be of the size of the window."""
-    folder = Path(os.environ.get("NANO_PAGE_SCREENSHOTS", tmp_path))
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def shoot(page: Page, name: str) -> None:
-        picture = page.screenshot(path=folder / f"{name}.png")
-        width, height = (int.from_bytes(picture[at : at + 4], "big") for at in (16, 20))
-        assert {"width": width, "height": height} == page.viewport_size
-
-    return shoot
-
-
-def ready(page: Page) -> Page:
-    expect(page.locator("#status")).to_have_text("ready")
-    return page
-
-
-def ask(page: Page, text: str) -> None:
-    page.locator("#composer-text").fill(text)
-    page.keyboard.press("Enter")
-
-
-def tab_to(page: Page, selector: str, key: str = "Tab") -> None:
-    """Walk there with the keyboard; twenty steps at most."""
-    for _ in range(20):
-        if page.locator(f"{selector}:focus").count():
-            return
-        page.keyboard.press(key)
-    pytest.fail(f"{key} does not lead to {selector}")
-
-
-def stats(page: Page) -> Any:
-    """The line below the last answer, there once it has ended."""
-    return page.locator(".answer:visible .stats:not(:empty)").last
-
-
-# --- with the demo model ---
-
-
-def test_a_person_chats_with_the_keyboard_alone(open_page: Opener, demo: str, shoot: Any) -> None:
-    page = ready(open_page(demo))
-    expect(page.locator("#composer-text")).to_be_focused()
-    shoot(page, "wide-light-empty")
-    page.keyboard.type("中国的首都是")
-    page.keyboard.press("Shift+Enter")
-    page.keyboard.type("哪里？")
-    expect(page.locator("#composer-text")).to_have_value("中国的首都是\n哪里？")
-    page.keyboard.press("Enter")
-    expect(stats(page)).to_contain_text("stop")
-    page.keyboard.type("What is 17 + 25?")
-    page.keyboard.press("Enter")
-    expect(page.locator(".answer .markdown").last).to_have_text("42")
-    expect(page.locator(".question")).to_have_count(2)
-    # Back over the conversation and "New chat" to the mode, and forth again.
-    tab_to(page, "input[value=chat]", "Shift+Tab")
-    expect(page.locator("input[value=chat] + span")).to_have_css("outline-style", "solid")
-    page.keyboard.press("ArrowRight")
-    expect(page.locator("#composer-label")).to_have_text("Prompt")
-    expect(page.locator(".question").first).to_be_hidden()
-    tab_to(page, "#composer-text")
-    page.keyboard.type("中国的首都是")
-    page.keyboard.press("Enter")
-    expect(page.locator("#completion-log .answer > .body")).to_contain_text("中国的首都是北京")
-    expect(stats(page)).to_contain_text("prompt tokens")
-    page.get_by_role("button", name="Use as prompt").click()
-    expect(page.locator("#composer-text")).to_have_value(re.compile("^中国的首都是北京"))
-
-
-@contextlib.contextmanager
-def kept_busy(url: str, asked: dict[str, Any]) -> Iterator[None]:
-    """One stream after the other, so that one runs however fast the model is; the last is hung up on."""
-    is_over = threading.Event()
-
-    def keep_asking() -> None:
-        with httpx.Client(timeout=100) as client:
-            while not is_over.is_set():
-                with client.stream("POST", f"{url}/v1/completions", json=asked | {"stream": True}) as stream:
-                    for _ in stream.iter_lines():
-                        if is_over.is_set():
-                            break
-
-    thread = threading.Thread(target=keep_asking)
-    thread.start()
-    try:
-        yield
-    finally:
-        is_over.set()
-        thread.join()
-
-
-def test_the_view_follows_the_engine(open_page: Opener, demo: str, shoot: Any) -> None:
-    body = {"prompt": "Tell me a story about Lily the bear. " * 4, "max_tokens": 3500, "ignore_eos": True, "n": 3}
-    page = ready(open_page(demo))
-    with kept_busy(demo, body):
-        expect(page.locator("#t-running")).to_have_text("3")
-        expect(page.locator("#sequences tr")).to_have_count(3)
-        expect(page.locator("#prefixes li")).to_contain_text("3 sequences share")
-        expect(page.locator("#n-shared")).not_to_have_text("0")
-        expect(page.locator("#t-output")).to_have_text(re.compile("^[1-9]"))
-        expect(page.locator("#t-ttft")).to_have_text(re.compile("m?s$"))
-        expect(page.locator("#map")).to_have_attribute("aria-label", re.compile(r"K/V blocks: \d+ free, .* shared"))
-        box = page.locator("#map").bounding_box()
-        assert box is not None
-        page.mouse.move(box["x"] + 3, box["y"] + 3)
-        expect(page.locator("#map-hint")).to_have_text(re.compile("^Block 0: "))
-        page.get_by_label("Colour tokens").check()
-        ask(page, "What is 17 + 25?")
-        expect(stats(page)).to_contain_text("stop")
-        page.locator(".token").first.hover()
-        shoot(page, "wide-light")
-        page.emulate_media(color_scheme="dark")
-        page.locator(".token").first.hover()
-        shoot(page, "wide-dark")
-        small = ready(open_page(demo, NARROW, "dark"))
-        shoot(small, "narrow-dark-empty")
-        small.get_by_role("button", name="Engine").click()
-        expect(small.locator("#t-running")).to_have_text("3")
-        shoot(small, "narrow-dark-engine")
-    expect(page.locator("#t-running")).to_have_text("0")
-    expect(page.locator("#no-sequences")).to_be_visible()
-
-
-# --- with invented answers ---
 
 
 def test_an_answer_streams_and_is_stopped(open_page: Opener, url: str, engine: FakeEngine, shoot: Any) -> None:

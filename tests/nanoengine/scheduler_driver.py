@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -306,6 +306,19 @@ class Driver:
             case _:
                 raise AssertionError(operation)
         self.scheduler.check_invariants()
+
+    def check(self, asked: Mapping[str, tuple[list[int], list[int]]], num_slots: int) -> None:
+        """All outputs ended, and hold what an undisturbed run generates, or the begin of it where memory ended.
+
+        Args:
+            asked: for each output its prompt, and all that it would generate.
+            num_slots: tokens that the cache holds.
+        """
+        assert set(self.finished) == set(asked)
+        for name, (prompt, wanted) in asked.items():
+            found, reason = self.tokens[name], self.finished[name]
+            is_whole = reason == "stop" or (reason == "length" and len(prompt) + len(wanted) <= num_slots)
+            assert found == (wanted if is_whole else wanted[: len(found)])
 
     def run(self, max_steps: int = 10_000) -> None:
         for _ in range(max_steps):

@@ -13,6 +13,7 @@ from configs.errors import RequestError
 from nanoengine.beam_params import BeamSearchParams
 from nanoengine.beam_search import BeamSearch, Hypothesis
 from nanoengine.step import TokenLogprobs
+from tests.transformers_beams import hypotheses, transformers_search
 from tests.workers.tiny_models import load_reference, make_tiny_checkpoint
 
 VOCAB = 83
@@ -52,24 +53,8 @@ def transformers_beams(
     model: torch.nn.Module, prompt: list[int], params: BeamSearchParams, end: frozenset[int]
 ) -> list[tuple[list[int], float]]:
     """transformers' outputs, best first, without padding, and their scores."""
-    with torch.inference_mode():
-        result = model.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            do_sample=False,
-            num_beams=params.beam_width,
-            num_return_sequences=params.beam_width,
-            max_new_tokens=params.max_tokens,
-            length_penalty=params.length_penalty,
-            early_stopping=params.early_stopping,
-            eos_token_id=sorted(end) or None,
-            pad_token_id=VOCAB - 1,
-            return_dict_in_generate=True,
-            output_scores=True,
-        )
-    lengths = (result.beam_indices >= 0).sum(1).tolist()
-    ids = [row[len(prompt) : len(prompt) + n].tolist() for row, n in zip(result.sequences, lengths, strict=True)]
-    return list(zip(ids, result.sequences_scores.tolist(), strict=True))
+    result = transformers_search(model, prompt, params, end, VOCAB - 1)
+    return list(zip(hypotheses(result, len(prompt)), result.sequences_scores.tolist(), strict=True))
 
 
 def settings() -> list[dict[str, Any]]:

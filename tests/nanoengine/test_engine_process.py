@@ -280,6 +280,9 @@ engine.wait_ready()
 print("ready", flush=True)
 if then == "raise":
     raise RuntimeError("user's mistake")
+if then == "stop":
+    print("stopping", flush=True)
+    engine.stop(600)
 if then != "leave":
     time.sleep(600)
 """
@@ -326,6 +329,17 @@ def test_nothing_outlives_an_owner_that_is_killed_before_it_knows_its_engine(own
     process.kill()
     # The scheduler is still importing: it finds out as soon as it looks.
     assert eventually(lambda: runs(base) == [])
+
+
+def test_nothing_outlives_an_owner_that_is_killed_while_it_waits_for_its_engines_end(owner: Owner, base: Path) -> None:
+    """It has asked the scheduler to end, and so been relied on to tidy up itself."""
+    process = owner("fake:stuck", "stop")
+    pids = read_pids(base)
+    assert process.stdout is not None
+    assert [process.stdout.readline() for _ in range(2)] == ["ready\n", "stopping\n"]
+    time.sleep(0.5)  # until it has asked; the order does not matter
+    process.kill()
+    expect_nothing_left(base, pids)
 
 
 def test_a_killed_owner_is_noticed_although_a_fork_of_it_holds_the_death_pipe(owner: Owner, base: Path) -> None:

@@ -71,15 +71,16 @@ class Sequences:
         """Of a step that computes positions first..end of each (sequence, first, end)."""
         width = max(-(-end // self.block_size) for _, _, end in chunks)
         tables = [(self.tables[seq][: -(-end // self.block_size)] + [0] * width)[:width] for seq, _, end in chunks]
+        device = self.cache.device
         return AttentionMetadata(
             query_lens=[end - first for _, first, end in chunks],
             seq_lens=[end for _, _, end in chunks],
             slot_mapping=torch.cat(
                 [slots(self.tables[seq], first, end, self.block_size) for seq, first, end in chunks]
-            ),
-            block_tables=torch.tensor(tables),
+            ).to(device),
+            block_tables=torch.tensor(tables, device=device),
             block_size=self.block_size,
-            device_seq_lens=torch.tensor([end for _, _, end in chunks]),
+            device_seq_lens=torch.tensor([end for _, _, end in chunks], device=device),
         )
 
     def attend(self, chunks: list[tuple[int, int, int]]) -> list[torch.Tensor]:
@@ -89,8 +90,8 @@ class Sequences:
         return list(out.split([end - first for _, first, end in chunks]))
 
     def reference(self, seq: int, first: int, end: int) -> torch.Tensor:
-        """Dense attention in float64, written as plainly as it can be."""
-        q, k, v = (tensor[seq][:end].double() for tensor in (self.q, self.k, self.v))
+        """Dense attention in float64, on the CPU, written as plainly as it can be."""
+        q, k, v = (tensor[seq][:end].cpu().double() for tensor in (self.q, self.k, self.v))
         group = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
         scores = torch.einsum("qhd,khd->hqk", q[first:], k) * self.scale

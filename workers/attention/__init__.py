@@ -15,6 +15,9 @@ from workers.native import NativeKernels
 _BACKENDS = {
     "torch": "workers.attention.torch_backend:TorchBackend",
     "triton": "workers.attention.triton_backend:TritonBackend",
+    "flash_attn": "workers.attention.varlen_backend:FlashAttnBackend",
+    "flashinfer": "workers.attention.flashinfer_backend:FlashInferBackend",
+    "torch_varlen": "workers.attention.varlen_backend:TorchVarlenBackend",
 }
 
 
@@ -22,10 +25,11 @@ def get_backend(name: str, device: torch.device, native: NativeKernels | None = 
     """Make the backend called `name`, or with `auto` the best one for `device`.
 
     That is `triton` on a GPU where Triton is installed (it comes with torch's CUDA builds), on a CPU the native kernels
-    if they are given, else `torch`.
+    if they are given, else `torch`. Another library's kernels are never chosen because they happen to be installed:
+    they want other block sizes, and their bits change with their versions.
 
     Raises:
-        ConfigError: an unknown name, a backend whose library is not installed, or one that the device cannot run.
+        ConfigError: an unknown name, a backend whose library is missing or too old, or one that the device cannot run.
     """
     if name == "auto" and native is not None and device.type == "cpu":
         from workers.attention.native_backend import NativeBackend
@@ -33,7 +37,7 @@ def get_backend(name: str, device: torch.device, native: NativeKernels | None = 
         return NativeBackend(native)
     chosen = _best(device) if name == "auto" else name
     if chosen not in _BACKENDS:
-        known = ", ".join(["auto", *sorted(_BACKENDS)])
+        known = ", ".join(["auto", *_BACKENDS])
         raise ConfigError(f"attention_backend must be one of {known}, got {name!r}", "attention_backend")
     module_name, _, class_name = _BACKENDS[chosen].partition(":")
     try:

@@ -19,10 +19,26 @@ class AttentionBackend(abc.ABC):
     """One implementation of paged attention. Stateless between steps; every layer of a rank shares one.
 
     Attributes:
-        uses_triton: whether it consists of Triton kernels; the sampler then takes its kernel, too.
+        uses_triton: whether Triton kernels compute what stands around attention; the sampler then takes one, too.
+        capturable: whether a CUDA graph may hold a step of decodes: nothing in it waits for the device or depends on
+            numbers of the host but the batch's shape and the bound on `seq_lens`.
     """
 
     uses_triton = False
+    capturable = False
+
+    def check(self, block_size: int, head_dim: int, dtype: torch.dtype) -> None:
+        """Told once, before weights are read, what it will have to compute with.
+
+        Args:
+            block_size: tokens in a K/V block.
+            head_dim: size of a head.
+            dtype: of queries, K and V.
+
+        Raises:
+            ConfigError: it cannot.
+        """
+        return
 
     @abc.abstractmethod
     def kv_cache_shape(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:

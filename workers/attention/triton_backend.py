@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from configs.errors import ConfigError
@@ -44,6 +46,7 @@ class TritonBackend(AttentionBackend):
     """
 
     uses_triton = True
+    capturable = True
 
     def __init__(self, device: torch.device) -> None:
         if device.type == "cuda":
@@ -130,12 +133,12 @@ class TritonBackend(AttentionBackend):
         if not chunks:
             return _Plan(seq_lens, splits, None, None)
         tiles = attention.plan_tiles(chunks, group, head_dim, q.element_size())
-        sent = _send(decodes + tokens + tiles, q.device)
+        sent = send(decodes + tokens + tiles, q.device)
         which = (sent[: len(decodes)], sent[len(decodes) : 2 * len(decodes)]) if decodes else None
         return _Plan(seq_lens, splits, which, sent[2 * len(decodes) :])
 
 
-def _send(numbers: list[int], device: torch.device) -> torch.Tensor:
+def send(numbers: list[int] | npt.NDArray[np.int64], device: torch.device) -> torch.Tensor:
     """(len(numbers),) int64 on the device; from pinned memory, so that the host does not wait for the transfer."""
     host = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True)

@@ -31,6 +31,18 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _sequence_of(row, seq_lens, seqs, tokens, KEYS: tl.constexpr, SPLITS: tl.constexpr, INDEXED: tl.constexpr):
+    """Which sequence a row decodes and which token of the step it is, its number of keys, and of keys in a share."""
+    seq = row
+    token = row
+    if INDEXED:
+        seq = tl.load(seqs + row)
+        token = tl.load(tokens + row)
+    length = tl.load(seq_lens + seq).to(tl.int32)
+    return seq, token, length, tl.cdiv(tl.cdiv(length, SPLITS), KEYS) * KEYS
+
+
+@triton.jit
 def _meet_keys(
     q, last_position, acc, highest, weight, cache, table, first_key, end, scale,
     KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
@@ -84,13 +96,7 @@ def _decode(
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
-    seq = row
-    token = row
-    if INDEXED:
-        seq = tl.load(seqs + row)
-        token = tl.load(tokens + row)
-    length = tl.load(seq_lens + seq).to(tl.int32)
-    share = tl.cdiv(tl.cdiv(length, SPLITS), KEYS) * KEYS
+    seq, token, length, share = _sequence_of(row, seq_lens, seqs, tokens, KEYS, SPLITS, INDEXED)
     start = split * share
     end = tl.minimum(start + share, length)
     member = tl.arange(0, ROWS)
@@ -136,13 +142,7 @@ def _merge_splits(
     """One program: one query head of a sequence. Shares that had no keys were not written, and are not read."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
-    seq = row
-    token = row
-    if INDEXED:
-        seq = tl.load(seqs + row)
-        token = tl.load(tokens + row)
-    length = tl.load(seq_lens + seq).to(tl.int32)
-    share = tl.cdiv(tl.cdiv(length, SPLITS), KEYS) * KEYS
+    _, token, length, share = _sequence_of(row, seq_lens, seqs, tokens, KEYS, SPLITS, INDEXED)
     split = tl.arange(0, SPLITS_BLOCK)
     at = tl.arange(0, DIM_BLOCK)
     written = (split < SPLITS) & (split * share < length)

@@ -17,8 +17,7 @@ from workers.kernels import attention, is_interpreted
 
 def make(lengths: list[int], *args: object, **options: object) -> Sequences:
     """Sequences whose cache lies where the kernels run."""
-    made = Sequences.make(lengths, *args, backend=TritonBackend(torch.device("cpu")), **options)  # type: ignore[arg-type]
-    made.backend = TritonBackend(DEVICE)
+    made = Sequences.make(lengths, *args, backend=TritonBackend(DEVICE), **options)  # type: ignore[arg-type]
     made.cache = made.cache.to(DEVICE)
     made.q = [q.to(DEVICE) for q in made.q]
     return made
