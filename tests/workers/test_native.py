@@ -120,7 +120,15 @@ LENGTHS = [1, 7, 64, 65, 130, 300, 577, 1100]
 
 @pytest.mark.parametrize(
     ("head_dim", "group", "block_size", "threads"),
-    [(32, 1, 16, 1), (64, 2, 16, 2), (96, 7, 5, 1), (128, 4, 16, 3), (64, 40, 1, 1)],
+    [
+        (32, 1, 16, 1),
+        (64, 2, 16, 2),
+        (96, 7, 5, 1),
+        (128, 4, 16, 3),
+        (64, 40, 1, 1),
+        (160, 3, 32, 2),
+        (96, 6, 24, 1),
+    ],
 )
 def test_attention_depends_on_batch_or_chunk(
     native: NativeKernels, head_dim: int, group: int, block_size: int, threads: int
@@ -152,7 +160,9 @@ def test_attention_depends_on_batch_or_chunk(
 
 def test_what_the_kernel_does_not_compute_is_computed_wrongly(native: NativeKernels) -> None:
     for head_dim, dtype in ((40, torch.bfloat16), (64, torch.float32)):
-        made = Sequences.make([70, 9], 2, 2, head_dim, 16, dtype, backend=NativeBackend(native))
+        backend = NativeBackend(native)
+        backend.check(16, head_dim, dtype)
+        made = Sequences.make([70, 9], 2, 2, head_dim, 16, dtype, backend=backend)
         for seq, out in enumerate(made.attend([(0, 60, 70), (1, 8, 9)])):
             end = len(made.q[seq])
             torch.testing.assert_close(out.double(), made.reference(seq, end - len(out), end), rtol=0.02, atol=0.02)

@@ -1,6 +1,7 @@
 """Paged attention with the compiled kernel on CPU; knows no model, scheduler or sampler.
 
-The cache is laid out as the plain twin's (torch_backend.py), which takes over where the kernel does not apply.
+The cache is (num_blocks, 2, num_kv_heads, block_size, head_dim): what is read of a block for one head is one piece of
+memory. Where the kernel does not apply, the plain twin (torch_backend.py) takes over, with its own layout.
 """
 
 from __future__ import annotations
@@ -24,10 +25,24 @@ class NativeBackend(TorchBackend):
         self._kernels = kernels
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._items_key, self._items = b"", torch.empty(0, 3, dtype=torch.int64)
+        self._computes_dtype = True
+
+    def check(self, block_size: int, head_dim: int, dtype: torch.dtype) -> None:
+        """See `AttentionBackend.check`."""
+        self._computes_dtype = dtype is torch.bfloat16
+
+    def _applies(self, head_dim: int) -> bool:
+        return self._computes_dtype and head_dim % QUANTUM == 0 and head_dim <= LARGEST_HEAD
+
+    def kv_cache_shape(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
+        """See `AttentionBackend.kv_cache_shape`."""
+        if not self._applies(head_dim):
+            return super().kv_cache_shape(num_blocks, block_size, num_kv_heads, head_dim)
+        return (num_blocks, 2, num_kv_heads, block_size, head_dim)
 
     def store(self, cache: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
         """See `AttentionBackend.store`."""
-        if not _applies(cache):
+        if not self._applies(cache.shape[-1]):
             super().store(cache, k, v, slot_mapping)
             return
         self._kernels.store(cache, _tokens_dense(k), _tokens_dense(v), slot_mapping)
@@ -42,7 +57,7 @@ class NativeBackend(TorchBackend):
         slot_mapping: torch.Tensor,
     ) -> torch.Tensor:
         """See `AttentionBackend.rotate_and_store`; overwrites qkv."""
-        if not _applies(cache):
+        if not self._applies(cache.shape[-1]):
             return super().rotate_and_store(cache, qkv, num_heads, angles, head_norm, slot_mapping)
         num_rotated = (qkv.shape[1] + num_heads) // 2
         qk = qkv[:, :num_rotated]
@@ -61,10 +76,10 @@ class NativeBackend(TorchBackend):
 
     def forward(self, q: torch.Tensor, cache: torch.Tensor, metadata: AttentionMetadata, scale: float) -> torch.Tensor:
         """See `AttentionBackend.forward`."""
-        if not _applies(cache):
+        if not self._applies(cache.shape[-1]):
             return super().forward(q, cache, metadata, scale)
         num_tokens, num_heads, head_dim = q.shape
-        block_size, _, num_kv_heads = cache.shape[1:4]
+        num_kv_heads, block_size = cache.shape[2:4]
         group, num_threads = num_heads // num_kv_heads, torch.get_num_threads()
         plan, q = self.plan(metadata, num_kv_heads, group, head_dim), _tokens_dense(q)
         out = torch.empty(num_tokens, num_heads, head_dim, dtype=q.dtype)
@@ -115,11 +130,6 @@ def _items_of(blocks: npt.NDArray[np.int64], num_kv_heads: int) -> torch.Tensor:
     items[:, :, 1] = np.arange(num_kv_heads)
     # The last blocks have the most keys: begun first, they do not keep the other threads waiting at the end.
     return torch.from_numpy(items[::-1].copy()).view(-1, 3)
-
-
-def _applies(cache: torch.Tensor) -> bool:
-    head_dim = cache.shape[-1]
-    return cache.dtype is torch.bfloat16 and head_dim % QUANTUM == 0 and head_dim <= LARGEST_HEAD
 
 
 def _tokens_dense(x: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,16 @@
 // Causal attention over a paged cache in AMX tiles. Knows no sequence but by its block table and lengths.
 //
-// The rows of a query block are (token, member of the group of heads that share a K/V head), 16 a tile. Keys are taken
-// in spans that begin at multiples of SPAN, each copied out of the cache once for all tiles of the block. Per span:
-// scores = K Q^T, a column a row of the block; exp; V weighted by it; then what the spans before gave is rescaled to the
-// larger maximum. All of that is fixed by a row's own position, whatever rows stand beside it and however a prompt is
-// cut into chunks: keys after it have the weight 0, which adds nothing. Who computes a block makes no difference either.
+// The cache is (block, key or value, K/V head, token, dim). The rows of a query block are (token, member of the group of
+// heads that share a K/V head). Keys are taken in spans that begin at multiples of SPAN. Per span: scores = K Q^T, exp,
+// V weighted by it, and what the spans before gave is rescaled to the larger maximum. Many rows are taken 16 a tile,
+// with a row in each lane of a register; few, as those of a decode, lie in as few columns of a tile, and each lane has
+// a key. Both add in the same order: products 32 at a time by the tiles, weights of 32 keys as a tree of neighbours,
+// then those sums one after the other. So all bits are fixed by a row's own position, whatever rows stand beside it and
+// however a prompt is cut into chunks: keys after it have the weight 0, which adds nothing. Who computes a block makes
+// no difference either.
 #include "common.h"
 
-enum { SPAN = 1024, BLOCK_TILES = 16, AHEAD = 16 };
+enum { SPAN = 1024, BLOCK_TILES = 16, KEYS = 16, FEW_ROWS = 6, LARGEST_DIM = 1024 };
 
 typedef struct {
     const bf16 *q, *cache;
@@ -18,28 +21,32 @@ typedef struct {
 } Batch;
 
 typedef struct {  // one thread's, see nano_attention_scratch
-    bf16 *keys, *values, *queries, *weights;
+    const bf16 **key_groups, **value_groups;
+    bf16 *copies, *values, *queries, *weights;
     float *scores, *out, *highest, *sums;
     int32_t *positions;
 } Scratch;
 
 int64_t nano_attention_scratch(int64_t dim) {  // bytes for each thread
-    int64_t rows = BLOCK_TILES * 16;
-    return SPAN * dim * 2 * 2 + rows * dim * 2 + SPAN * 16 * 2 + SPAN * 16 * 4 + rows * dim * 4 + rows * 4 * 3 + 4096;
+    int64_t rows = BLOCK_TILES * 16, bytes = SPAN / KEYS * 8 * 2 + SPAN * dim * 2 * 2;
+    bytes += SPAN * dim * 2 + rows * dim * 2 + SPAN * 16 * 2;
+    return bytes + SPAN * 16 * 4 + rows * dim * 4 + rows * 4 * 3 + 4096;
 }
 
 static Scratch divide(char *from, int64_t dim) {
     int64_t rows = BLOCK_TILES * 16;
     Scratch s;
-    s.keys = (bf16 *)from;                       // (SPAN, dim)
-    s.values = s.keys + SPAN * dim;              // (SPAN / 32, dim / 16) tiles of key pairs by dims
-    s.queries = s.values + SPAN * dim;           // (tiles, dim / 32) tiles of dim pairs by rows
-    s.weights = s.queries + rows * dim;          // (SPAN / 32) tiles of rows by keys
-    s.scores = (float *)(s.weights + SPAN * 16); // (SPAN, 16)
-    s.out = s.scores + SPAN * 16;                // (rows, dim)
-    s.highest = s.out + rows * dim;              // (rows)
-    s.sums = s.highest + rows;                   // (rows)
-    s.positions = (int32_t *)(s.sums + rows);    // (rows)
+    s.key_groups = (const bf16 **)from;              // (SPAN / KEYS) places of KEYS keys, dim apart
+    s.value_groups = s.key_groups + SPAN / KEYS;     // the same of values
+    s.copies = (bf16 *)(s.value_groups + SPAN / KEYS);  // (2, SPAN, dim) of groups that lie in several pieces
+    s.values = s.copies + 2 * SPAN * dim;            // (SPAN / 32, dim / 16) tiles of key pairs by dims
+    s.queries = s.values + SPAN * dim;               // (tiles, dim / 32) tiles of dim pairs by rows
+    s.weights = s.queries + rows * dim;              // (SPAN / 32) tiles of rows by keys
+    s.scores = (float *)(s.weights + SPAN * 16);     // (SPAN, 16), or (rows, SPAN) of few rows
+    s.out = s.scores + SPAN * 16;                    // (rows, dim), dims as in `values`
+    s.highest = s.out + rows * dim;                  // (rows)
+    s.sums = s.highest + rows;                       // (rows)
+    s.positions = (int32_t *)(s.sums + rows);        // (rows)
     return s;
 }
 
@@ -47,55 +54,53 @@ static inline __m512i pairs(__m256i low, __m256i high) {
     return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
 }
 
-// Where the key of a position lies; its value lies kv_heads * dim behind.
+// Where the key of a position lies; its value lies kv_heads * block_size * dim behind.
 static inline const bf16 *slot_of(const Batch *b, int64_t seq, int64_t head, int64_t position) {
     uint32_t block_size = (uint32_t)b->block_size, at = (uint32_t)position;
-    int64_t slot = b->tables[seq * b->table_stride + at / block_size] * b->block_size + at % block_size;
-    return b->cache + (slot * 2 * b->kv_heads + head) * b->dim;
+    int64_t block = b->tables[seq * b->table_stride + at / block_size];
+    return b->cache + ((block * 2 * b->kv_heads + head) * b->block_size + at % block_size) * b->dim;
 }
 
-// A head's keys lie too far apart for the processor to see them coming.
-static inline void fetch(const Batch *b, int64_t seq, int64_t head, int64_t position) {
-    const bf16 *slot = slot_of(b, seq, head, position), *value = slot + b->kv_heads * b->dim;
-    for (int64_t d = 0; d < b->dim; d += 32) {
-        _mm_prefetch((const char *)(slot + d), _MM_HINT_T0);
-        _mm_prefetch((const char *)(value + d), _MM_HINT_T0);
-    }
-}
-
-// Copy the keys and values of positions start .. end - 1 of one head, zeros up to a multiple of 32: nobody knows what
-// the slots after them hold.
-static void gather(const Batch *b, const Scratch *s, int64_t seq, int64_t head, int64_t start, int64_t end) {
-    int64_t dim = b->dim, dim_tiles = dim / 16;
-    static const bf16 zeros[1024];
-    for (int64_t position = start; position < start + AHEAD && position < end; position++) fetch(b, seq, head, position);
-    for (int64_t position = start; position < end; position += 2) {
-        if (position + AHEAD + 1 < end) {
-            fetch(b, seq, head, position + AHEAD);
-            fetch(b, seq, head, position + AHEAD + 1);
-        }
-        const bf16 *v[2] = {zeros, zeros};
-        for (int64_t i = 0; i < 2; i++) {
-            bf16 *key = s->keys + (position + i - start) * dim;
-            if (position + i >= end) {
-                memset(key, 0, (size_t)dim * sizeof(bf16));
-                continue;
+// Find the keys and values of positions start .. end - 1 of one head, KEYS at a time and an even number of times. What
+// stands behind the last one may be anything.
+static void find(const Batch *b, const Scratch *s, int64_t seq, int64_t head, int64_t start, int64_t end) {
+    static const bf16 nothing[KEYS * LARGEST_DIM];
+    int64_t dim = b->dim, to_value = b->kv_heads * b->block_size * dim;
+    for (int64_t at = start, group = 0; at < end || group % 2; at += KEYS, group++) {
+        const bf16 *keys = nothing, *values = nothing;
+        if (at < end && b->block_size % KEYS == 0) {
+            keys = slot_of(b, seq, head, at);
+            values = keys + to_value;
+        } else if (at < end) {
+            bf16 *key = s->copies + group * KEYS * dim, *value = key + SPAN * dim;
+            keys = key;
+            values = value;
+            for (int64_t i = at; i < end && i < at + KEYS; i++, key += dim, value += dim) {
+                const bf16 *slot = slot_of(b, seq, head, i);
+                memcpy(key, slot, (size_t)dim * sizeof(bf16));
+                memcpy(value, slot + to_value, (size_t)dim * sizeof(bf16));
             }
-            const bf16 *slot = slot_of(b, seq, head, position + i);
-            for (int64_t d = 0; d < dim; d += 32) _mm512_storeu_si512(key + d, _mm512_loadu_si512(slot + d));
-            v[i] = slot + b->kv_heads * dim;
         }
-        int64_t pair = (position - start) / 2;
-        bf16 *to = s->values + pair / 16 * dim_tiles * TILE + pair % 16 * 32;
-        for (int64_t d = 0; d < dim; d += 16)
-            _mm512_storeu_si512(to + d / 16 * TILE, pairs(_mm256_loadu_si256((const void *)(v[0] + d)),
-                                                          _mm256_loadu_si256((const void *)(v[1] + d))));
+        s->key_groups[group] = keys;
+        s->value_groups[group] = values;
     }
-    for (int64_t pair = (end - start + 1) / 2; pair % 16; pair++)
-        for (int64_t tile = 0; tile < dim_tiles; tile++)
-            memset(s->values + (pair / 16 * dim_tiles + tile) * TILE + pair % 16 * 32, 0, 64);
-    for (int64_t key = (end - start + 1) / 2 * 2; key % 32; key++)
-        memset(s->keys + key * dim, 0, (size_t)dim * sizeof(bf16));
+}
+
+// Lay out `dims` (a multiple of 32) of 32 values from number `start` of a span on in tiles of key pairs. Of 32 dims the
+// first tile has 0 to 3, 8 to 11 and so on, the second the others: they stay in their quarter of a register. Values
+// after `end` are 0: nobody knows what their slots hold.
+static inline void pack_values(const Scratch *s, bf16 *to, int64_t start, int64_t end, int64_t first_dim, int64_t dims,
+                               int64_t dim) {
+    for (int64_t pair = 0; pair < 16; pair++, to += 32) {
+        int64_t key = start + 2 * pair;
+        const bf16 *from = s->value_groups[key / KEYS] + key % KEYS * dim + first_dim;
+        __mmask32 even = key < end ? ~0u : 0, odd = key + 1 < end ? ~0u : 0;
+        for (int64_t d = 0; d < dims; d += 32) {
+            __m512i a = _mm512_maskz_loadu_epi16(even, from + d), b = _mm512_maskz_loadu_epi16(odd, from + dim + d);
+            _mm512_storeu_si512(to + d / 16 * TILE, _mm512_unpacklo_epi16(a, b));
+            _mm512_storeu_si512(to + (d / 16 + 1) * TILE, _mm512_unpackhi_epi16(a, b));
+        }
+    }
 }
 
 // Lay out up to 16 rows from first_row on as a right operand; rows that only fill up the tile repeat the last position.
@@ -116,6 +121,18 @@ static void load_queries(const Batch *b, const Scratch *s, int64_t tile, int64_t
     memset(s->out + tile * 16 * dim, 0, (size_t)(16 * dim) * sizeof(float));
 }
 
+// out (rows, dim) = out * factors + sums of the tiles d and d + 1.
+static inline void add_tile(const Scratch *s, int64_t tile, int64_t d, int64_t dim, const float *sums,
+                            const float *factors, int64_t rows) {
+    for (int64_t i = 0; i < rows; i++) {
+        float *to = s->out + (tile * 16 + i) * dim + d * 16;
+        __m512 total = _mm512_fmadd_ps(_mm512_loadu_ps(to), _mm512_set1_ps(factors[i]), _mm512_load_ps(sums + i * 16));
+        _mm512_storeu_ps(to, total);
+    }
+}
+
+// -- a row in each lane --
+
 // scores (keys, 16) = K Q^T * scale, -inf where a key comes after a row; returns the largest of each row.
 static __m512 score(const Batch *b, const Scratch *s, int64_t tile, int64_t start, int64_t keys) {
     int64_t dim = b->dim;
@@ -124,7 +141,7 @@ static __m512 score(const Batch *b, const Scratch *s, int64_t tile, int64_t star
     int64_t sure = s->positions[tile * 16] + 1 - start;  // keys that no row comes before
     __m512 highest = _mm512_set1_ps(-__builtin_inff()), scale = _mm512_set1_ps(b->scale);
     for (int64_t key = 0; key < keys; key += 32) {
-        const bf16 *k = s->keys + key * dim;
+        const bf16 *k = s->key_groups[key / KEYS], *later = s->key_groups[key / KEYS + 1];
         float *to = s->scores + key * 16;
         _tile_zero(0);
         _tile_zero(1);
@@ -132,7 +149,7 @@ static __m512 score(const Batch *b, const Scratch *s, int64_t tile, int64_t star
             _tile_loadd(6, queries + d * 16, 64);
             _tile_loadd(4, k + d, dim * 2);
             _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(5, k + 16 * dim + d, dim * 2);
+            _tile_loadd(5, later + d, dim * 2);
             _tile_dpbf16ps(1, 5, 6);
         }
         _tile_stored(0, to, 64);
@@ -158,15 +175,20 @@ static void attend(const Batch *b, const Scratch *s, int64_t tile, int64_t start
     __m512 decay = exponential(_mm512_sub_ps(before, highest)), sum = _mm512_setzero_ps();
     for (int64_t key = 0; key < keys; key += 32) {
         __m512i both[16];
+        __m512 tree[5];  // sums of 2, 4, 8, 16 and 32 neighbours
 #pragma GCC unroll 16
         for (int i = 0; i < 16; i++) {
             const float *from = s->scores + (key + 2 * i) * 16;
             __m512 even = exponential(_mm512_sub_ps(_mm512_loadu_ps(from), highest));
             __m512 odd = exponential(_mm512_sub_ps(_mm512_loadu_ps(from + 16), highest));
-            sum = _mm512_add_ps(sum, even);
-            sum = _mm512_add_ps(sum, odd);
+            __m512 total = _mm512_add_ps(even, odd);
+            int level = 0;
+#pragma GCC unroll 4
+            for (; i >> level & 1; level++) total = _mm512_add_ps(tree[level], total);
+            tree[level] = total;
             both[i] = pairs(narrow(even), narrow(odd));
         }
+        sum = _mm512_add_ps(sum, tree[4]);
         transpose(both);
 #pragma GCC unroll 16
         for (int i = 0; i < 16; i++) _mm512_storeu_si512(s->weights + key * 16 + i * 32, both[i]);
@@ -186,46 +208,175 @@ static void attend(const Batch *b, const Scratch *s, int64_t tile, int64_t start
             _tile_loadd(7, v + TILE, 64);
             _tile_dpbf16ps(1, 4, 7);
         }
-        for (int64_t side = 0; side < 2; side++) {
-            if (side == 0) _tile_stored(0, sums, 64);
-            if (side == 1) _tile_stored(1, sums, 64);
-            for (int i = 0; i < 16; i++) {
-                float *to = s->out + (tile * 16 + i) * dim + (d + side) * 16;
-                __m512 total = _mm512_fmadd_ps(_mm512_loadu_ps(to), _mm512_set1_ps(factors[i]), _mm512_load_ps(sums + i * 16));
-                _mm512_storeu_ps(to, total);
+        _tile_stored(0, sums, 64);
+        add_tile(s, tile, d, dim, sums, factors, 16);
+        _tile_stored(1, sums, 64);
+        add_tile(s, tile, d + 1, dim, sums, factors, 16);
+    }
+}
+
+// -- a key in each lane, for few rows --
+
+// For scores tiles 0 and 1 are results, 2 queries and 3 keys.
+static inline void shape_for_scores(int rows) {
+    const int tile_rows[8] = {KEYS, KEYS, KEYS, KEYS, 0, 0, 0, 0};
+    const int bytes[8] = {rows * 4, rows * 4, rows * 4, 64, 0, 0, 0, 0};
+    set_shapes(tile_rows, bytes);
+}
+
+// For values 0 to 3 are results, 4 weights and 5 to 7 values.
+static inline void shape_for_values(int rows) {
+    const int tile_rows[8] = {rows, rows, rows, rows, rows, TILE_ROWS, TILE_ROWS, TILE_ROWS};
+    const int bytes[8] = {64, 64, 64, 64, 64, 64, 64, 64};
+    set_shapes(tile_rows, bytes);
+}
+
+// scores (rows, SPAN) = Q K^T * scale, -inf where a key comes after a row; the largest of each row.
+static void score_few(const Batch *b, const Scratch *s, int64_t rows, int64_t start, int64_t keys, __m512 *highest) {
+    int64_t dim = b->dim, sure = s->positions[0] + 1 - start;  // keys that no row comes before
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i apart = _mm512_mullo_epi32(lanes, _mm512_set1_epi32((int32_t)rows));
+    float *parts = s->scores + FEW_ROWS * SPAN;  // (keys, rows)
+    shape_for_scores((int)rows);
+    for (int64_t key = 0; key < keys; key += 32) {
+        const bf16 *k = s->key_groups[key / KEYS], *later = s->key_groups[key / KEYS + 1];
+        _tile_zero(0);
+        _tile_zero(1);
+        for (int64_t d = 0; d < dim; d += 32) {
+            _tile_loadd(2, s->queries + d * 16, 64);
+            _tile_loadd(3, k + d, dim * 2);
+            _tile_dpbf16ps(0, 3, 2);
+            _tile_loadd(3, later + d, dim * 2);
+            _tile_dpbf16ps(1, 3, 2);
+        }
+        _tile_stored(0, parts + key * rows, rows * 4);
+        _tile_stored(1, parts + (key + KEYS) * rows, rows * 4);
+    }
+    for (int64_t row = 0; row < rows; row++) highest[row] = _mm512_set1_ps(-__builtin_inff());
+    for (int64_t key = 0; key < keys; key += KEYS)
+        for (int64_t row = 0; row < rows; row++) {
+            __m512 value = _mm512_mul_ps(_mm512_i32gather_ps(apart, parts + key * rows + row, 4), _mm512_set1_ps(b->scale));
+            if (key + KEYS > sure) {
+                __m512i number = _mm512_add_epi32(lanes, _mm512_set1_epi32((int32_t)(start + key)));
+                __mmask16 after = _mm512_cmpgt_epi32_mask(number, _mm512_set1_epi32(s->positions[row]));
+                value = _mm512_mask_mov_ps(value, after, _mm512_set1_ps(-__builtin_inff()));
             }
+            _mm512_storeu_ps(s->scores + row * SPAN + key, value);
+            highest[row] = _mm512_max_ps(highest[row], value);
+        }
+}
+
+static inline __m512 sum_neighbours(__m512 x) {  // of 2, then 4, 8 and 16 lanes, into all of them
+    x = _mm512_add_ps(x, _mm512_permute_ps(x, 0xB1));
+    x = _mm512_add_ps(x, _mm512_permute_ps(x, 0x4E));
+    x = _mm512_add_ps(x, _mm512_shuffle_f32x4(x, x, 0xB1));
+    return _mm512_add_ps(x, _mm512_shuffle_f32x4(x, x, 0x4E));
+}
+
+// One span for up to FEW_ROWS rows.
+static void attend_few(const Batch *b, const Scratch *s, int64_t rows, int64_t start, int64_t end) {
+    int64_t dim = b->dim, dim_tiles = dim / 16, keys = (end - start + 31) / 32 * 32;
+    __m512 largest[FEW_ROWS];
+    float factors[FEW_ROWS], sums[FEW_ROWS * 16] __attribute__((aligned(64)));
+    score_few(b, s, rows, start, keys, largest);
+    for (int64_t row = 0; row < rows; row++) {
+        const float *from = s->scores + row * SPAN;
+        __m512 before = _mm512_set1_ps(s->highest[row]);
+        __m512 highest = _mm512_max_ps(before, _mm512_set1_ps(_mm512_reduce_max_ps(largest[row])));
+        __m512 decay = exponential(_mm512_sub_ps(before, highest)), sum = _mm512_setzero_ps();
+        for (int64_t key = 0; key < keys; key += 32) {
+            __m512 left = exponential(_mm512_sub_ps(_mm512_loadu_ps(from + key), highest));
+            __m512 right = exponential(_mm512_sub_ps(_mm512_loadu_ps(from + key + 16), highest));
+            sum = _mm512_add_ps(sum, _mm512_add_ps(sum_neighbours(left), sum_neighbours(right)));
+            _mm256_storeu_si256((void *)(s->weights + key * 16 + row * 32), narrow(left));
+            _mm256_storeu_si256((void *)(s->weights + key * 16 + row * 32 + 16), narrow(right));
+        }
+        sum = _mm512_fmadd_ps(_mm512_set1_ps(s->sums[row]), decay, sum);
+        s->highest[row] = _mm512_cvtss_f32(highest);
+        s->sums[row] = _mm512_cvtss_f32(sum);
+        factors[row] = _mm512_cvtss_f32(decay);
+    }
+    shape_for_values((int)rows);
+    for (int64_t d = 0; d < dim_tiles; d += 4) {
+        int is_wide = d + 2 < dim_tiles;
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int64_t key = 0; key < keys; key += 32) {
+            const bf16 *v = s->values;
+            pack_values(s, s->values, key, end - start, d * 16, is_wide ? 64 : 32, dim);
+            _tile_loadd(4, s->weights + key * 16, 64);
+            _tile_loadd(5, v, 64);
+            _tile_dpbf16ps(0, 4, 5);
+            _tile_loadd(6, v + TILE, 64);
+            _tile_dpbf16ps(1, 4, 6);
+            if (!is_wide) continue;
+            _tile_loadd(7, v + 2 * TILE, 64);
+            _tile_dpbf16ps(2, 4, 7);
+            _tile_loadd(5, v + 3 * TILE, 64);
+            _tile_dpbf16ps(3, 4, 5);
+        }
+        _tile_stored(0, sums, 64);
+        add_tile(s, 0, d, dim, sums, factors, rows);
+        _tile_stored(1, sums, 64);
+        add_tile(s, 0, d + 1, dim, sums, factors, rows);
+        if (!is_wide) continue;
+        _tile_stored(2, sums, 64);
+        add_tile(s, 0, d + 2, dim, sums, factors, rows);
+        _tile_stored(3, sums, 64);
+        add_tile(s, 0, d + 3, dim, sums, factors, rows);
+    }
+}
+
+// -- blocks --
+
+// Divide the rows by their sums and put dims back into their order.
+static void put(const Batch *b, const Scratch *s, int64_t seq, int64_t head, int64_t first_row, int64_t rows) {
+    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    int64_t dim = b->dim;
+    for (int64_t i = 0; i < rows; i++) {
+        int64_t token = (first_row + i) / b->group, member = (first_row + i) % b->group;
+        bf16 *to = b->out + ((b->starts[seq] + token) * b->kv_heads * b->group + head * b->group + member) * dim;
+        __m512 scale = _mm512_set1_ps(1.0f / s->sums[i]);
+        for (int64_t d = 0; d < dim; d += 32) {
+            // Adding 0 makes a 0 of -0: which of the two it is may depend on how many keys of weight 0 there were.
+            __m512 first = _mm512_loadu_ps(s->out + i * dim + d), second = _mm512_loadu_ps(s->out + i * dim + d + 16);
+            first = _mm512_add_ps(_mm512_mul_ps(first, scale), _mm512_setzero_ps());
+            second = _mm512_add_ps(_mm512_mul_ps(second, scale), _mm512_setzero_ps());
+            _mm256_storeu_si256((void *)(to + d), narrow(_mm512_permutex2var_ps(first, low, second)));
+            _mm256_storeu_si256((void *)(to + d + 16), narrow(_mm512_permutex2var_ps(first, high, second)));
         }
     }
 }
 
 // Rows first_row .. of one sequence and K/V head, at most a block of them.
 static void attend_block(const Batch *b, const Scratch *s, int64_t seq, int64_t head, int64_t first_row) {
-    int64_t dim = b->dim, rows = least(b->query_lens[seq] * b->group - first_row, BLOCK_TILES * 16);
-    int64_t tiles = (rows + 15) / 16;
+    int64_t rows = least(b->query_lens[seq] * b->group - first_row, BLOCK_TILES * 16), tiles = (rows + 15) / 16;
     for (int64_t tile = 0; tile < tiles; tile++)
         load_queries(b, s, tile, seq, head, first_row + tile * 16, least(16, rows - tile * 16));
     int64_t end = s->positions[tiles * 16 - 1] + 1;
+    if (rows > FEW_ROWS) shape_tiles(16, 16);
     for (int64_t start = 0; start < end; start += SPAN) {
-        gather(b, s, seq, head, start, least(end, start + SPAN));
+        int64_t until = least(end, start + SPAN);
+        find(b, s, seq, head, start, until);
+        if (rows <= FEW_ROWS) {
+            attend_few(b, s, rows, start, until);
+            continue;
+        }
+        for (int64_t key = 0; key < until - start; key += 32)
+            pack_values(s, s->values + key * b->dim, key, until - start, 0, b->dim, b->dim);
         for (int64_t tile = 0; tile < tiles; tile++) {
             int64_t keys = least(s->positions[tile * 16 + 15] + 1 - start, SPAN);
             if (keys > 0) attend(b, s, tile, start, (keys + 31) / 32 * 32);
         }
     }
-    for (int64_t i = 0; i < rows; i++) {
-        int64_t token = (first_row + i) / b->group, member = (first_row + i) % b->group;
-        bf16 *to = b->out + ((b->starts[seq] + token) * b->kv_heads * b->group + head * b->group + member) * dim;
-        __m512 scale = _mm512_set1_ps(1.0f / s->sums[i]);
-        for (int64_t d = 0; d < dim; d += 16) {
-            // Adding 0 makes a 0 of -0: which of the two it is may depend on how many keys of weight 0 there were.
-            __m512 value = _mm512_add_ps(_mm512_mul_ps(_mm512_loadu_ps(s->out + i * dim + d), scale), _mm512_setzero_ps());
-            _mm256_storeu_si256((void *)(to + d), narrow(value));
-        }
-    }
+    put(b, s, seq, head, first_row, rows);
 }
 
 // q (tokens, heads, dim), tokens q_stride apart -> out (tokens, heads, dim). `items` are (sequence, K/V head, first row)
-// of the blocks, 256 rows each but the last of a sequence; dim % 32 == 0 and at most 1024.
+// of the blocks, 256 rows each but the last of a sequence; dim % 32 == 0 and at most LARGEST_DIM.
 void nano_attention(const bf16 *q, const bf16 *cache, bf16 *out, const int64_t *items, int64_t num_items,
                     const int64_t *tables, int64_t table_stride, const int64_t *starts, const int64_t *query_lens,
                     const int64_t *seq_lens, int64_t block_size, int64_t group, int64_t kv_heads, int64_t dim,
@@ -236,11 +387,10 @@ void nano_attention(const bf16 *q, const bf16 *cache, bf16 *out, const int64_t *
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
     for (int thread = 0; thread < threads; thread++) {
         const Scratch own = divide(scratch + thread * nano_attention_scratch(dim), dim);
-        shape_tiles(16, 16);
         for (;;) {
-            int64_t item = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-            if (item >= num_items) break;
-            attend_block(&batch, &own, items[3 * item], items[3 * item + 1], items[3 * item + 2]);
+            int64_t number = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+            if (number >= num_items) break;
+            attend_block(&batch, &own, items[3 * number], items[3 * number + 1], items[3 * number + 2]);
         }
         _tile_release();
     }

@@ -85,8 +85,7 @@ static inline void transpose(__m512i r[16]) {  // 16 x 16 of 32 bits
     }
 }
 
-// Tiles 0 to 3 are results (0 and 1 of the upper rows, 2 and 3 of the lower), 4 and 5 left operands, 6 and 7 right ones.
-static inline void shape_tiles(int upper_rows, int lower_rows) {
+static inline void set_shapes(const int rows[8], const int bytes_per_row[8]) {
     struct {
         uint8_t palette, start, reserved[14];
         uint16_t bytes_per_row[16];
@@ -94,12 +93,18 @@ static inline void shape_tiles(int upper_rows, int lower_rows) {
     } shape;
     memset(&shape, 0, sizeof shape);
     shape.palette = 1;
-    const int rows[8] = {upper_rows, upper_rows, lower_rows, lower_rows, upper_rows, lower_rows, TILE_ROWS, TILE_ROWS};
     for (int tile = 0; tile < 8; tile++) {
-        shape.bytes_per_row[tile] = rows[tile] ? 64 : 0;
+        shape.bytes_per_row[tile] = rows[tile] ? (uint16_t)bytes_per_row[tile] : 0;
         shape.rows[tile] = (uint8_t)rows[tile];
     }
     _tile_loadconfig(&shape);
+}
+
+// Tiles 0 to 3 are results (0 and 1 of the upper rows, 2 and 3 of the lower), 4 and 5 left operands, 6 and 7 right ones.
+static inline void shape_tiles(int upper_rows, int lower_rows) {
+    const int rows[8] = {upper_rows, upper_rows, lower_rows, lower_rows, upper_rows, lower_rows, TILE_ROWS, TILE_ROWS};
+    const int bytes[8] = {64, 64, 64, 64, 64, 64, 64, 64};
+    set_shapes(rows, bytes);
 }
 
 enum { NARROW, WIDE, SWIGLU };  // what a linear writes: bfloat16, float32, or silu(gate) * up in bfloat16
@@ -118,8 +123,8 @@ void nano_linear(const bf16 *x, const bf16 *packed, const bf16 *bias, void *out,
                  int64_t x_stride, int64_t out_stride, int kind, int threads);
 void nano_norm_rotate(bf16 *x, const bf16 *weight, const float *cos, const float *sin, int64_t tokens, int64_t heads,
                       int64_t dim, int64_t stride, int64_t angle_stride, float eps, int threads);
-void nano_store(const bf16 *k, const bf16 *v, const int64_t *slots, bf16 *cache, int64_t tokens, int64_t size,
-                int64_t k_stride, int64_t v_stride, int threads);
+void nano_store(const bf16 *k, const bf16 *v, const int64_t *slots, bf16 *cache, int64_t tokens, int64_t heads,
+                int64_t dim, int64_t block_size, int64_t k_stride, int64_t v_stride, int threads);
 void nano_attention(const bf16 *q, const bf16 *cache, bf16 *out, const int64_t *items, int64_t num_items,
                     const int64_t *tables, int64_t table_stride, const int64_t *starts, const int64_t *query_lens,
                     const int64_t *seq_lens, int64_t block_size, int64_t group, int64_t kv_heads, int64_t dim,

@@ -31,7 +31,7 @@ void nano_attention_half(const Model *m, const Step *s, int64_t index, bf16 *x, 
     nano_linear(s->normed, layer->qkv, layer->qkv_bias, s->qkv, s->tokens, width, m->size, m->size, width, NARROW, threads);
     nano_norm_rotate(s->qkv, layer->head_norm, s->cos, s->sin, s->tokens, m->heads + m->kv_heads, m->dim, width,
                      s->angle_stride, m->eps, threads);
-    nano_store(k, v, s->slots, cache, s->tokens, kv, width, width, threads);
+    nano_store(k, v, s->slots, cache, s->tokens, m->kv_heads, m->dim, s->block_size, width, width, threads);
     nano_attention(s->qkv, cache, s->attended, s->items, s->num_items, s->tables, s->table_stride, s->starts,
                    s->query_lens, s->seq_lens, s->block_size, m->heads / m->kv_heads, m->kv_heads, m->dim, width,
                    m->scale, s->scratch, threads);

@@ -131,7 +131,7 @@ class NativeLayers:
         Args:
             hidden: (num_tokens, size) bfloat16, contiguous; overwritten.
             cos, sin: see `NativeKernels.norm_rotate`.
-            caches: a tensor a layer, laid out as `TorchBackend`'s.
+            caches: a tensor a layer, laid out as `NativeBackend`'s.
             plan: of this step.
 
         Raises:

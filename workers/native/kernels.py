@@ -28,7 +28,7 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "nano_linear": ([_POINTER] * 4 + [_INT64] * 5 + [_INT] * 2, None),
     "nano_add_rms_norm": ([_POINTER] * 4 + [_INT64] * 2 + [_FLOAT, _INT], None),
     "nano_norm_rotate": ([_POINTER] * 4 + [_INT64] * 5 + [_FLOAT, _INT], None),
-    "nano_store": ([_POINTER] * 4 + [_INT64] * 4 + [_INT], None),
+    "nano_store": ([_POINTER] * 4 + [_INT64] * 6 + [_INT], None),
     "nano_attention_scratch": ([_INT64], _INT64),
     "nano_attention": (
         [_POINTER] * 4 + [_INT64, _POINTER, _INT64] + [_POINTER] * 3 + [_INT64] * 5 + [_FLOAT, _POINTER, _INT],
@@ -132,10 +132,10 @@ class NativeKernels:
         )  # fmt: skip
 
     def store(self, cache: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-        """See `AttentionBackend.store`; cache as in `TorchBackend`, a token's K contiguous, and its V."""
+        """See `AttentionBackend.store`; cache as in `NativeBackend`, a token's K contiguous, and its V."""
         self.library.nano_store(
             k.data_ptr(), v.data_ptr(), slot_mapping.data_ptr(), cache.data_ptr(),
-            k.shape[0], k.shape[1] * k.shape[2], k.stride(0), v.stride(0), torch.get_num_threads(),
+            *k.shape, cache.shape[3], k.stride(0), v.stride(0), torch.get_num_threads(),
         )  # fmt: skip
 
 

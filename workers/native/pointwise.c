@@ -65,13 +65,16 @@ void nano_norm_rotate(bf16 *x, const bf16 *weight, const float *cos, const float
         }
 }
 
-// K and V (tokens, size) of rows k_stride and v_stride apart into their slots (slot, 2, size) of the cache.
-void nano_store(const bf16 *k, const bf16 *v, const int64_t *slots, bf16 *cache, int64_t tokens, int64_t size,
-                int64_t k_stride, int64_t v_stride, int threads) {
-#pragma omp parallel for num_threads(threads) if (tokens * size >= WORTH_THREADS)
+// K and V (tokens, heads, dim) of rows k_stride and v_stride apart into their slots of the cache (see attention.c).
+void nano_store(const bf16 *k, const bf16 *v, const int64_t *slots, bf16 *cache, int64_t tokens, int64_t heads,
+                int64_t dim, int64_t block_size, int64_t k_stride, int64_t v_stride, int threads) {
+#pragma omp parallel for num_threads(threads) if (tokens * heads * dim >= WORTH_THREADS)
     for (int64_t token = 0; token < tokens; token++) {
-        bf16 *to = cache + slots[token] * 2 * size;
-        memcpy(to, k + token * k_stride, (size_t)size * sizeof(bf16));
-        memcpy(to + size, v + token * v_stride, (size_t)size * sizeof(bf16));
+        int64_t block = slots[token] / block_size, at = slots[token] % block_size;
+        bf16 *to = cache + (block * 2 * heads * block_size + at) * dim;
+        for (int64_t head = 0; head < heads; head++, to += block_size * dim) {
+            memcpy(to, k + token * k_stride + head * dim, (size_t)dim * sizeof(bf16));
+            memcpy(to + heads * block_size * dim, v + token * v_stride + head * dim, (size_t)dim * sizeof(bf16));
+        }
     }
 }
