@@ -12,6 +12,8 @@ from types import FrameType
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+UNSURVIVABLE = {"EngineCore._turn", "EngineCore._survive"}
+"""What catches the exceptions of the rest: one of its own would end the process, and another process go on."""
 
 
 @dataclasses.dataclass
@@ -49,7 +51,8 @@ def faults(
         return trace_line
 
     def trace_call(frame: FrameType, _event: str, _argument: Any) -> Any:
-        return trace_line if frame.f_code.co_filename in files else None
+        code = frame.f_code
+        return trace_line if code.co_filename in files and code.co_qualname not in UNSURVIVABLE else None
 
     before = sys.gettrace()
     if threads:

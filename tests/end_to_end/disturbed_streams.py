@@ -113,7 +113,8 @@ async def rounds(llm: AsyncLLM, hits: list[Hit], dice: random.Random, length: in
     for hit in hits:
         await asyncio.sleep(pause)
         before = generation(llm)
-        assert await run(llm, length, gaps, disturb(hit)) == expected
+        for number, found in enumerate(await run(llm, length, gaps, disturb(hit))):
+            assert found == expected[number], f"stream {number}: {found} is not {expected[number]}"
         await until_async(lambda before=before: llm.is_ready and generation(llm) > before)  # type: ignore[misc]
         answer = [output async for output in llm.generate("a", SamplingParams(max_tokens=3, ignore_eos=True))][-1]
         assert len(answer.outputs[0].token_ids) == 3

@@ -82,5 +82,6 @@ async def test_streams_survive_a_killed_scheduler_one_that_dies_as_it_starts_and
     [(scheduler, 50, 1), (scheduler, 50, 2), (twice, 20, 2), (then_a_rank, 20, 2), (everybody, 20, 2), (stop, 20, 2)],
 )
 async def test_800_streams_survive_schedulers_that_are_gone(hit: Hit, times: int, tp: int) -> None:
-    gaps = await disturbed([hit] * times, random.Random(tp), tensor_parallel_size=tp)
+    # Schedulers that are hit before they bring a token count: by default the fifth within a minute ends the engine.
+    gaps = await disturbed([hit] * times, random.Random(tp), tensor_parallel_size=tp, max_restarts=times)
     report(gaps, f"{times} times {hit.__name__} at tp {tp}")
