@@ -236,6 +236,20 @@ def test_counts_that_disagree_are_noticed() -> None:
         assert complaint is None or any(complaint in problem for problem in problems), problems
 
 
+def test_of_requests_asked_for_at_once_each_may_end_in_its_own_way() -> None:
+    """Of two that were timed out at once one may have been complete, or have been aborted with the other."""
+    record = Record()
+    pair = Case("two prompts", COMPLETIONS, {"prompt": ["x", "y"], "max_tokens": 4})
+    record.outcomes = [Outcome(pair, "timed out", "id", 0.0, result="timed out") for _ in range(3)]
+    for counts, is_right in (
+        ({"accepted": 6, "stop": 0, "length": 0, "abort": 0, "error": 0, "timeout": 6}, True),
+        ({"accepted": 6, "stop": 1, "length": 0, "abort": 2, "error": 0, "timeout": 3}, True),
+        ({"accepted": 6, "stop": 0, "length": 0, "abort": 4, "error": 0, "timeout": 2}, False),
+        ({"accepted": 7, "stop": 0, "length": 0, "abort": 0, "error": 0, "timeout": 7}, False),
+    ):
+        assert (report.reconcile(metrics(**counts), record)[1] == []) == is_right, counts
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -130,15 +130,19 @@ def spread(values: Sequence[float]) -> dict[str, float | int]:
 def reconcile(text: str, record: Record) -> tuple[dict[str, float], list[str]]:
     """The server's counts of requests, and where they disagree with each other or with what clients saw.
 
-    A request that was broken off by its client may have been accepted or not; all others were.
+    A request that was broken off by its client may have been accepted or not; all others were. Where several are asked
+    for at once, one that ends before its time ends the others, which are aborted unless they have ended before.
     """
     if not text:
         return {}, []
     counted = _counts(text)
     accepted, ended = counted["accepted"], sum(value for name, value in counted.items() if name != "accepted")
     seen: collections.Counter[str] = collections.Counter()
+    least: collections.Counter[str] = collections.Counter()
     for outcome in record.outcomes:
         seen[outcome.result] += outcome.case.num_requests
+        least[outcome.result] += 1
+    along = sum(seen[result] - least[result] for result in ("timed out", "failed"))
     answered = sum(count for result, count in seen.items() if result not in ("dropped", "refused", "stuck"))
     problems = []
     if accepted != ended:
@@ -148,9 +152,10 @@ def reconcile(text: str, record: Record) -> tuple[dict[str, float], list[str]]:
             f"/metrics: {accepted:g} requests were accepted, but clients saw the end of {answered} and broke off "
             f"{record.num_unsure}"
         )
-    for name, least in (("timeout", seen["timed out"]), ("abort", seen["aborted"]), ("error", seen["failed"])):
-        if not least <= counted[name] <= least + record.num_unsure:
-            problems.append(f"/metrics: {counted[name]:g} requests ended with {name}, but clients saw {least}")
+    for name, result in (("timeout", "timed out"), ("abort", "aborted"), ("error", "failed")):
+        most = seen[result] + record.num_unsure + (along if name == "abort" else 0)
+        if not least[result] <= counted[name] <= most:
+            problems.append(f"/metrics: {counted[name]:g} requests ended with {name}, but clients saw {seen[result]}")
     return counted, problems
 
 
