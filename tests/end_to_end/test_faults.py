@@ -24,6 +24,7 @@ from tests.end_to_end.engine_in_step import EngineInStep, Params
 from tests.end_to_end.ranks_without_memory import FAILURES, take_memory_from
 from tests.fault_injection import Faults, faults
 from tests.nanoengine.process_tools import descendants, short_directory
+from workers.native import load as load_native
 
 SCHEDULER = [
     "nanoengine." + name
@@ -83,12 +84,6 @@ def undisturbed(run_dir: Path) -> list[Any]:
         assert engine.core.scheduler.num_preemptions > 0
         assert engine.core.scheduler.num_swaps > 0
         return outputs
-
-
-@pytest.fixture(scope="module")
-def two_ranks(run_dir: Path) -> list[Any]:
-    with contextlib.closing(EngineInStep(run_dir, **SETTINGS, tensor_parallel_size=2)) as engine:
-        return engine.run(load())
 
 
 EXCEPTIONS: list[Callable[[], BaseException]] = [
@@ -213,9 +208,16 @@ def test_a_cache_of_a_tenth_of_what_is_open(settings: dict[str, Any], run_dir: P
         assert engine.core.recovery.stats == RecoveryStats()
 
 
-@pytest.mark.parametrize("as_processes", [False, True])
-def test_two_ranks_give_up_steps_in_the_middle_and_neither_ends(as_processes: bool, two_ranks: list[Any]) -> None:
-    settings = SETTINGS | {"tensor_parallel_size": 2}
+@pytest.mark.parametrize(("as_processes", "is_native"), [(False, True), (True, False), (True, True)])
+def test_two_ranks_give_up_steps_in_the_middle_and_neither_ends(
+    as_processes: bool, is_native: bool, run_dir: Path
+) -> None:
+    """As threads and as processes that leave the layers for each sum, and as processes whose layers are one call."""
+    if as_processes and is_native and load_native() is None:
+        pytest.skip("no AMX tiles of bfloat16 here, or no C compiler")
+    settings = SETTINGS | {"tensor_parallel_size": 2, "native_kernels": is_native}
+    with contextlib.closing(EngineInStep(run_dir, **settings)) as engine:
+        two_ranks = engine.run(load())
     entry = "tests.end_to_end.ranks_without_memory:run_worker" if as_processes else ""
     with short_directory() as directory, contextlib.closing(EngineInStep(directory, entry, **settings)) as engine:
         processes = descendants()
