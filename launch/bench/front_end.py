@@ -15,6 +15,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ from launch.keys import ApiKeys
 from launch.listener import listening
 from launch.options import real, whole
 from nanoengine.engine_process import EngineProcess
+from nanoengine.processes import set_death_signal
 
 _MODULE = "launch.bench.instant_engine"
 _WARM_UP_SECONDS = 1.0
@@ -124,7 +126,8 @@ async def _measure(
     loop = asyncio.get_running_loop()
     counts, request = _Counts(), _request(arguments.chat)
     # In a process of its own: a client that is busy counting would not notice an answer at once.
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    spawning = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawning, _end_with, (os.getpid(),)) as pool:
         await loop.run_in_executor(pool, _probe, port, _PROBE_SECONDS)
         open_streams = [
             (await loop.create_connection(lambda: _Stream(request, counts), "127.0.0.1", port))[0]
@@ -150,6 +153,11 @@ async def _measure(
     return [*(f"{figure:.0f}" for figure in figures), *probes]
 
 
+def _end_with(parent_pid: int) -> None:
+    if not set_death_signal(signal.SIGKILL, parent_pid):
+        os._exit(1)  # it is gone already
+
+
 def _probe(port: int, seconds: float) -> list[float]:
     """Seconds that /livez took, asked for again and again on one connection."""
     with socket.create_connection(("127.0.0.1", port)) as connection:
@@ -158,7 +166,10 @@ def _probe(port: int, seconds: float) -> list[float]:
             connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
             answer = b""
             while not answer.endswith(b"}"):
-                answer += connection.recv(4096)
+                received = connection.recv(4096)
+                if not received:
+                    raise EngineError("the front end hung up on a probe")
+                answer += received
             latencies.append(time.perf_counter() - now)
             time.sleep(_PROBE_SECONDS)
     return latencies

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 import sys
 
 import pytest
 
 from launch.bench.__main__ import main
+from tests.nanoengine.process_tools import alive, descendants, leaked_memory, shared_memory
+from tests.waiting import eventually, until
 
 
 def test_it_measures_a_front_end_that_sustains_its_load(
@@ -25,3 +29,17 @@ def test_it_measures_a_front_end_that_sustains_its_load(
     # CPU time does not depend on who else runs: 2,000 tokens a second of a core are promised.
     assert figures["tokens per core"] > 2000
     assert figures["livez p50"] < 100
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_one_that_is_ended_leaves_nothing(number: signal.Signals) -> None:
+    before = shared_memory()
+    command = [sys.executable, "-m", "launch.bench", "front-end", "--streams", "4", "--rate", "100", "--seconds", "2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as bench:
+        # The front end, its engine, and the process of the probes, which is the last.
+        until(lambda: len(descendants(bench.pid)) >= 3)
+        children = descendants(bench.pid)
+        bench.send_signal(number)
+        assert bench.wait(60) != 0
+        assert eventually(lambda: not alive(children)), alive(children)
+        assert eventually(lambda: not leaked_memory(before))
