@@ -20,9 +20,10 @@ from configs.engine import EngineConfig
 from configs.errors import EngineDeadError, QueueFullError, RequestError
 from nanoengine import AsyncLLM, SamplingParams, grammar_compiler
 from nanoengine.grammar_compiler import GrammarCompiler
+from nanoengine.processes import is_stopped
 from nanoengine.structured_outputs import StructuredOutputsParams
 from tests.nanoengine.process_tools import alive, descendants
-from tests.waiting import eventually
+from tests.waiting import eventually, until
 
 NESTED: dict[str, Any] = {"type": "string"}
 for _ in range(100):
@@ -140,6 +141,7 @@ def test_one_that_takes_too_long_is_killed(compiler: GrammarCompiler, monkeypatc
     compiler.compile(form(regex="a")).result(60)
     assert compiler._process is not None
     os.kill(compiler._process.pid, signal.SIGSTOP)  # stands for a grammar without end
+    until(lambda: compiler._process is not None and is_stopped(compiler._process.pid))  # a signal takes its time
     began = time.monotonic()
     assert "too complex: it did not compile within 1.5 s" in refusal(compiler, regex="b")
     assert 1.4 < time.monotonic() - began < 7.5

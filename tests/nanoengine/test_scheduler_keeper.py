@@ -182,7 +182,7 @@ def test_descriptors_and_memory_do_not_grow_with_restarts(make: Make) -> None:
         os.kill(keeper.pid, signal.SIGKILL)
         # None of these brings a token, and only the first five of them may follow each other.
         until(lambda number=number: serving(keeper, number))  # type: ignore[misc]
-    assert len(open_descriptors()) == before
+    until(lambda: len(open_descriptors()) <= before)  # ZeroMQ closes what tests before left in a thread of its own
     os.kill(keeper.pid, signal.SIGKILL)
     until(lambda: keeper.look().is_final)
 
