@@ -16,18 +16,10 @@ from workers.attention.native_backend import NativeBackend
 from workers.layers.activation import silu_and_mul
 from workers.layers.norm import rms_norm
 from workers.layers.rotary import rotate
-from workers.native import NativeKernels, NativeLinear, load
+from workers.native import NativeKernels, NativeLinear
 from workers.native.build import BuildError, build, default_cache, find_compiler
 
 COUNTS = (1, 2, 3, 8, 15, 16, 17, 31, 32, 33, 47, 48, 49, 64, 100, 257)
-
-
-@pytest.fixture
-def native() -> NativeKernels:
-    kernels = load()
-    if kernels is None:
-        pytest.skip("no AMX tiles of bfloat16 here, or no C compiler")
-    return kernels
 
 
 @pytest.fixture(autouse=True)

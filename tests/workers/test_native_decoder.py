@@ -14,9 +14,9 @@ from tests.workers.test_decoder import compute, tokens
 from tests.workers.tiny_models import make_tiny_checkpoint
 from workers.model_loader import ModelLoader
 from workers.models.decoder import Decoder
-from workers.native import load as load_native
 from workers.parallel import Communicator, ThreadCommunicator
 
+pytestmark = pytest.mark.usefixtures("native")
 # With biases everywhere, with norms of heads, and with more ranks than K/V heads.
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -24,12 +24,6 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {"intermediate_size": 256, "head_dim": 64}),
 ]
 CUTS = [[1] * 10 + [190], [2, 3, 33, 64, 98], [100, 1, 99]]
-
-
-@pytest.fixture(autouse=True)
-def needs_native() -> None:
-    if load_native() is None:
-        pytest.skip("no AMX tiles of bfloat16 here, or no C compiler")
 
 
 def load(path: Path, communicator: Communicator, native: bool = True) -> Decoder:

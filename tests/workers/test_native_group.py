@@ -13,19 +13,11 @@ import torch
 from configs.errors import WorkerError
 from tests.workers.collective_ranks import part_of
 from tests.workers.test_giving_up import SUMS, in_threads, run_step
-from workers.native import NativeKernels, load
+from workers.native import NativeKernels
 from workers.native.group import NativeGroup
 from workers.parallel import Communicator, SharedMemoryCommunicator, StepGivenUp, sum_in_rank_order
 
 SLOT_BYTES = 4096
-
-
-@pytest.fixture
-def native() -> NativeKernels:
-    kernels = load()
-    if kernels is None:
-        pytest.skip("no AMX tiles of bfloat16 here, or no C compiler")
-    return kernels
 
 
 class NativeSums(SharedMemoryCommunicator):

@@ -83,45 +83,35 @@ static void put(const Job *job, const float *left, const float *right, int64_t r
     }
 }
 
-// Up to 32 rows from `row` on of one panel.
+// 17 to 32 rows from `row` on of one panel.
 static void multiply(const Job *job, int64_t row, int64_t rows, int64_t panel) {
     float sums[4][256] __attribute__((aligned(64)));
     int64_t k_tiles = job->k / TILE_K, stride = job->x_stride * 2;
     const bf16 *x = job->x + row * job->x_stride, *w = job->packed + panel * k_tiles * 2 * TILE;
     _tile_zero(0);
     _tile_zero(1);
-    if (rows > 16) {
-        const bf16 *lower = x + 16 * job->x_stride;
-        _tile_zero(2);
-        _tile_zero(3);
-        for (int64_t kt = 0; kt < k_tiles; kt++, w += 2 * TILE) {
-            _tile_loadd(6, w, 64);
-            _tile_loadd(4, x + kt * TILE_K, stride);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, w + TILE, 64);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_loadd(5, lower + kt * TILE_K, stride);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        }
-        _tile_stored(2, sums[2], 64);
-        _tile_stored(3, sums[3], 64);
-    } else {
-        for (int64_t kt = 0; kt < k_tiles; kt++, w += 2 * TILE) {
-            _tile_loadd(6, w, 64);
-            _tile_loadd(4, x + kt * TILE_K, stride);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, w + TILE, 64);
-            _tile_dpbf16ps(1, 4, 7);
-        }
+    _tile_zero(2);
+    _tile_zero(3);
+    const bf16 *lower = x + 16 * job->x_stride;
+    for (int64_t kt = 0; kt < k_tiles; kt++, w += 2 * TILE) {
+        _tile_loadd(6, w, 64);
+        _tile_loadd(4, x + kt * TILE_K, stride);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, w + TILE, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, lower + kt * TILE_K, stride);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
     }
     _tile_stored(0, sums[0], 64);
     _tile_stored(1, sums[1], 64);
-    put(job, sums[0], sums[1], row, least(rows, 16), panel);
-    if (rows > 16) put(job, sums[2], sums[3], row + 16, rows - 16, panel);
+    _tile_stored(2, sums[2], 64);
+    _tile_stored(3, sums[3], 64);
+    put(job, sums[0], sums[1], row, 16, panel);
+    put(job, sums[2], sums[3], row + 16, rows - 16, panel);
 }
 
-// Up to 16 rows from `row` on of several panels side by side: memory is read faster in more than one place.
+// Up to 16 rows from `row` on of one panel or two side by side: memory is read faster in more than one place.
 static void multiply_few(const Job *job, int64_t row, int64_t rows, int64_t panel, int64_t count) {
     float sums[4][256] __attribute__((aligned(64)));
     int64_t k_tiles = job->k / TILE_K, stride = job->x_stride * 2;
@@ -166,9 +156,12 @@ static void multiply_panels(const Job *job, int64_t first_panel, int64_t end_pan
         for (int64_t panel = first_panel; panel < end_panel; panel++) {
             if (rest && whole > block) shape_tiles(16, 16);
             for (int64_t row = block; row < whole; row += 32) multiply(job, row, 32, panel);
-            if (rest) {
-                shape_tiles((int)least(rest, 16), rest > 16 ? (int)rest - 16 : 0);
+            if (rest > 16) {
+                shape_tiles(16, (int)rest - 16);
                 multiply(job, whole, rest, panel);
+            } else if (rest) {
+                shape_tiles((int)rest, (int)rest);
+                multiply_few(job, whole, rest, panel, 1);
             }
         }
     }
