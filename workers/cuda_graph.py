@@ -68,7 +68,7 @@ class DecodeGraphs:
         largest, width = self._sizes[-1], -(-max_model_len // block_size)
         # Columns: input id, position, slot, number of keys. Each is one piece of memory.
         self._rows = torch.zeros((4, largest), dtype=torch.int64, device=device)
-        self._padding = torch.tensor([[0], [0], [-1], [0]], device=device).expand(-1, largest)
+        self._padding = torch.tensor([[0], [0], [-1], [0]], device=device).repeat(1, largest)
         self._tables = torch.zeros((largest, width), dtype=torch.int64, device=device)
         self._graphs: dict[int, tuple[Callable[[], object], torch.Tensor]] = {}
         self._captured: list[int] = []
@@ -109,13 +109,13 @@ class DecodeGraphs:
         assert metadata.device_seq_lens is not None, "the batch keeps its lengths on the host alone"
         columns = (batch.input_ids, batch.positions, metadata.slot_mapping, metadata.device_seq_lens)
         width = metadata.block_tables.shape[1]
-        targets = [*self._rows[:, :num_rows], self._tables[:num_rows, :width]]
-        sources = [*columns, metadata.block_tables]
+        targets, sources = [*self._rows[:, :num_rows]], [*columns]
         if num_rows < size:
             # Rows of a larger batch before, which would write into blocks that are somebody else's by now.
-            targets.append(self._rows[:, num_rows:size])
-            sources.append(self._padding[:, num_rows:size])
-        torch._foreach_copy_(targets, sources)  # in one launch
+            targets += self._rows[:, num_rows:size]
+            sources += self._padding[:, num_rows:size]
+        torch._foreach_copy_(targets, sources)  # in one launch, as each of them is one piece of memory
+        self._tables[:num_rows, :width].copy_(metadata.block_tables)
         replay, hidden = self._graphs[size]
         replay()
         return hidden[:num_rows]

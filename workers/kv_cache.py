@@ -20,6 +20,7 @@ from configs.engine import EngineConfig
 from configs.errors import CapacityError, EngineError
 from nanoengine.step import DEVICE_TO_DEVICE, DEVICE_TO_HOST, HOST_TO_DEVICE, BlockCopy
 from workers.attention.base import AttentionBackend
+from workers.staging import send
 
 GIB = 1 << 30
 # DESIGN.md, section 8: what all ranks on a CPU share by default.
@@ -226,13 +227,13 @@ def _independent(copies: list[BlockCopy]) -> Iterator[tuple[int, list[int], list
 
 
 def _copy_on_device(caches: list[torch.Tensor], sources: list[int], destinations: list[int]) -> None:
-    taken, put = (torch.tensor(ids, device=caches[0].device) for ids in (sources, destinations))
+    taken, put = (send(ids, caches[0].device) for ids in (sources, destinations))
     for cache in caches:
         cache.index_copy_(0, put, cache.index_select(0, taken))
 
 
 def _copy_to_host(caches: list[torch.Tensor], host: torch.Tensor, sources: list[int], destinations: list[int]) -> None:
-    taken = torch.tensor(sources, device=caches[0].device)
+    taken = send(sources, caches[0].device)
     gathered = torch.stack([cache.index_select(0, taken) for cache in caches], dim=1)  # (copies, layers, ...)
     for block, destination in zip(gathered, destinations, strict=True):
         host[destination].copy_(block, non_blocking=True)
@@ -241,7 +242,7 @@ def _copy_to_host(caches: list[torch.Tensor], host: torch.Tensor, sources: list[
 def _copy_from_host(
     caches: list[torch.Tensor], host: torch.Tensor, sources: list[int], destinations: list[int]
 ) -> None:
-    put = torch.tensor(destinations, device=caches[0].device)
+    put = send(destinations, caches[0].device)
     gathered = torch.empty((len(sources), *host.shape[1:]), dtype=host.dtype, device=caches[0].device)
     for block, source in zip(gathered, sources, strict=True):
         block.copy_(host[source], non_blocking=True)

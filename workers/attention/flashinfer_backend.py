@@ -14,8 +14,8 @@ import numpy.typing as npt
 import torch
 
 from workers.attention.library_backend import LibraryBackend
-from workers.attention.triton_backend import send
 from workers.forward_context import AttentionMetadata
+from workers.staging import send
 
 LEAST_WORKSPACE_BYTES = 128 << 20
 """What their documentation recommends."""

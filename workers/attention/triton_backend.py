@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from configs.errors import ConfigError
 from workers.attention.base import AttentionBackend
 from workers.forward_context import AttentionMetadata
 from workers.kernels import activation, attention, is_interpreted, norm, rotary_store
+from workers.staging import send
 
 # What num_splits counts on under the interpreter, so that some cases are split.
 _INTERPRETED_PROCESSORS = 4
@@ -126,19 +125,16 @@ class TritonBackend(AttentionBackend):
             token += query_len
         seq_lens = metadata.device_seq_lens
         if seq_lens is None:
-            seq_lens = torch.tensor(metadata.seq_lens, device=q.device)
+            seq_lens = send(metadata.seq_lens, q.device)
         splits = 0
         if decodes:
             splits = attention.num_splits(len(decodes), num_kv_heads, longest, self._num_processors)
         if not chunks:
             return _Plan(seq_lens, splits, None, None)
         tiles = attention.plan_tiles(chunks, group, head_dim, q.element_size())
-        sent = send(decodes + tokens + tiles, q.device)
-        which = (sent[: len(decodes)], sent[len(decodes) : 2 * len(decodes)]) if decodes else None
-        return _Plan(seq_lens, splits, which, sent[2 * len(decodes) :])
-
-
-def send(numbers: list[int] | npt.NDArray[np.int64], device: torch.device) -> torch.Tensor:
-    """(len(numbers),) int64 on the device; from pinned memory, so that the host does not wait for the transfer."""
-    host = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return host.to(device, non_blocking=True)
+        # An even number of them, so that each list begins at 16 bytes: kernels are compiled anew for other places.
+        filling = [0] * (len(decodes) % 2)
+        sent = send(decodes + filling + tokens + filling + tiles, q.device)
+        num_rows, second = len(decodes), len(decodes + filling)
+        which = (sent[:num_rows], sent[second : second + num_rows]) if decodes else None
+        return _Plan(seq_lens, splits, which, sent[2 * second :])

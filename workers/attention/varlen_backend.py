@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from workers.attention.library_backend import LibraryBackend
-from workers.attention.triton_backend import send
 from workers.forward_context import AttentionMetadata
+from workers.staging import send
 
 
 @dataclasses.dataclass(slots=True)

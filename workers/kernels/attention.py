@@ -21,6 +21,10 @@ from workers.kernels import is_interpreted, next_power_of_2
 _LOG2_E = 1.4426950408889634
 # The least rows, and inner sizes, of a product in tensor cores.
 _LEAST_DOT = 16
+_MAX_SPLITS = 64
+# They differ from step to step: Triton would compile a kernel anew for a 1 and for a multiple of 16, while requests
+# wait. That a table's rows begin anywhere costs nothing, as its entries are read one by one.
+_ANY_NUMBER = ("table_stride", "splits")
 
 
 @triton.jit
@@ -31,7 +35,7 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _sequence_of(row, seq_lens, seqs, tokens, KEYS: tl.constexpr, SPLITS: tl.constexpr, INDEXED: tl.constexpr):
+def _sequence_of(row, seq_lens, seqs, tokens, splits, KEYS: tl.constexpr, INDEXED: tl.constexpr):
     """Which sequence a row decodes and which token of the step it is, its number of keys, and of keys in a share."""
     seq = row
     token = row
@@ -39,7 +43,7 @@ def _sequence_of(row, seq_lens, seqs, tokens, KEYS: tl.constexpr, SPLITS: tl.con
         seq = tl.load(seqs + row)
         token = tl.load(tokens + row)
     length = tl.load(seq_lens + seq).to(tl.int32)
-    return seq, token, length, tl.cdiv(tl.cdiv(length, SPLITS), KEYS) * KEYS
+    return seq, token, length, tl.cdiv(tl.cdiv(length, splits), KEYS) * KEYS
 
 
 @triton.jit
@@ -84,19 +88,19 @@ def _meet_keys(
     return acc, now_highest, weight * shrink + tl.sum(p, axis=1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY_NUMBER)
 def _decode(
     q, cache, tables, seq_lens, seqs, tokens, out, part_out, part_scale, scale,
-    table_stride, block_stride, v_offset, head_stride,
+    splits, table_stride, block_stride, v_offset, head_stride,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, SPLITS: tl.constexpr, INDEXED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, IS_SPLIT: tl.constexpr, INDEXED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: the query heads of a K/V head of a sequence, over one of SPLITS shares of its keys."""
+    """One program: the query heads of a K/V head of a sequence, over one of `splits` shares of its keys."""
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
-    seq, token, length, share = _sequence_of(row, seq_lens, seqs, tokens, KEYS, SPLITS, INDEXED)
+    seq, token, length, share = _sequence_of(row, seq_lens, seqs, tokens, splits, KEYS, INDEXED)
     start = split * share
     end = tl.minimum(start + share, length)
     member = tl.arange(0, ROWS)
@@ -104,7 +108,7 @@ def _decode(
     stored = (member < GROUP)[:, None] & (at < HEAD_DIM)[None, :]
     head = kv_head * GROUP + member
     heads = (token * NUM_HEADS + head[:, None]) * HEAD_DIM + at[None, :]
-    if start < end or SPLITS == 1:
+    if start < end or not IS_SPLIT:
         rows = tl.load(q + heads, mask=stored, other=0.0)
         acc = tl.zeros((ROWS, DIM_BLOCK), dtype=tl.float32)
         highest = tl.full((ROWS,), -float("inf"), dtype=tl.float32)
@@ -125,28 +129,28 @@ def _decode(
             )  # fmt: skip
         # A row without keys (padding of a captured graph) is 0, not NaN.
         acc = acc / tl.where(weight > 0, weight, 1.0)[:, None]
-        if SPLITS == 1:
+        if not IS_SPLIT:
             tl.store(out + heads, acc.to(out.dtype.element_ty), mask=stored)
         else:
-            part = (row * NUM_HEADS + head) * SPLITS + split
+            part = (row * NUM_HEADS + head) * splits + split
             tl.store(part_out + part[:, None] * HEAD_DIM + at[None, :], acc, mask=stored)
             tl.store(part_scale + part, highest + tl.log2(weight), mask=member < GROUP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY_NUMBER)
 def _merge_splits(
-    part_out, part_scale, seq_lens, seqs, tokens, out,
+    part_out, part_scale, seq_lens, seqs, tokens, out, splits,
     NUM_HEADS: tl.constexpr, KEYS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr, SPLITS_BLOCK: tl.constexpr, INDEXED: tl.constexpr,
+    SPLITS_BLOCK: tl.constexpr, INDEXED: tl.constexpr,
 ):  # fmt: skip
     """One program: one query head of a sequence. Shares that had no keys were not written, and are not read."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
-    _, token, length, share = _sequence_of(row, seq_lens, seqs, tokens, KEYS, SPLITS, INDEXED)
+    _, token, length, share = _sequence_of(row, seq_lens, seqs, tokens, splits, KEYS, INDEXED)
     split = tl.arange(0, SPLITS_BLOCK)
     at = tl.arange(0, DIM_BLOCK)
-    written = (split < SPLITS) & (split * share < length)
-    part = (row * NUM_HEADS + head) * SPLITS + split
+    written = (split < splits) & (split * share < length)
+    part = (row * NUM_HEADS + head) * splits + split
     scale = tl.load(part_scale + part, mask=written, other=-float("inf"))
     highest = tl.maximum(tl.max(scale, axis=0), -1e30)  # finite even where there are no keys
     factor = tl.exp2(scale - highest)
@@ -161,7 +165,7 @@ def _merge_splits(
     tl.store(target, merged.to(out.dtype.element_ty), mask=at < HEAD_DIM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY_NUMBER)
 def _prefill(
     q, cache, tables, tiles, out, scale, table_stride, block_stride, v_offset, head_stride,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
@@ -250,7 +254,7 @@ def num_splits(num_rows: int, num_kv_heads: int, max_seq_len: int, num_processor
     """
     wanted = 4 * num_processors // (num_rows * num_kv_heads)
     # A share below 128 keys costs more to merge than it saves.
-    return max(1, min(wanted, -(-max_seq_len // 128), 64))
+    return max(1, min(wanted, -(-max_seq_len // 128), _MAX_SPLITS))
 
 
 def decode_attention(
@@ -271,7 +275,7 @@ def decode_attention(
         block_tables: (num_seqs, max_blocks) int64.
         seq_lens: (num_seqs,) int64, keys of each sequence; a row of length 0 gets zeros.
         scale: what scores are multiplied by before the softmax.
-        splits: into how many shares the keys are cut.
+        splits: into how many shares the keys are cut, at most 64.
         out: like `q`; only the rows that are computed are written.
         which: (num_rows,) int64 sequences, and their tokens; None when token i is that of sequence i, for all.
     """
@@ -285,21 +289,22 @@ def decode_attention(
     if splits > 1:
         part_out = torch.empty((num_rows, num_heads, splits, head_dim), dtype=torch.float32, device=q.device)
         part_scale = torch.empty((num_rows, num_heads, splits), dtype=torch.float32, device=q.device)
+    assert splits <= _MAX_SPLITS, f"{splits} splits"
     assert q.is_contiguous(), "q must be contiguous"
     assert out.is_contiguous(), "out must be contiguous"
     _decode[(num_rows, num_kv_heads, splits)](
         q, cache, block_tables, seq_lens, seqs, tokens, out, part_out, part_scale, scale * _LOG2_E,
-        block_tables.stride(0), cache.stride(0), cache.stride(1), cache.stride(2),
+        splits, block_tables.stride(0), cache.stride(0), cache.stride(1), cache.stride(2),
         NUM_HEADS=num_heads, GROUP=group, ROWS=shape.rows, KEYS=shape.keys, BLOCK_SIZE=block_size,
-        HEAD_DIM=head_dim, DIM_BLOCK=max(_LEAST_DOT, next_power_of_2(head_dim)), SPLITS=splits,
+        HEAD_DIM=head_dim, DIM_BLOCK=max(_LEAST_DOT, next_power_of_2(head_dim)), IS_SPLIT=splits > 1,
         INDEXED=which is not None, PRECISION=_precision(q.dtype),
         num_warps=shape.num_warps, num_stages=shape.num_stages,
     )  # fmt: skip
     if splits > 1:
         _merge_splits[(num_rows, num_heads)](
-            part_out, part_scale, seq_lens, seqs, tokens, out,
+            part_out, part_scale, seq_lens, seqs, tokens, out, splits,
             NUM_HEADS=num_heads, KEYS=shape.keys, HEAD_DIM=head_dim, DIM_BLOCK=next_power_of_2(head_dim),
-            SPLITS=splits, SPLITS_BLOCK=next_power_of_2(splits), INDEXED=which is not None, num_warps=4,
+            SPLITS_BLOCK=_MAX_SPLITS, INDEXED=which is not None, num_warps=4,
         )  # fmt: skip
 
 

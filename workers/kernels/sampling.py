@@ -194,13 +194,17 @@ class DeviceRows:
             least = np.log(rows.min_p)
         uniform = uniforms(rows.seed, rows.index, rows.position)
         number = len(uniform)
-        columns: list[npt.NDArray[Any]] = [rows.top_p, uniform]
-        columns += [rows.temperature.astype(np.float32), least.astype(np.float32), rows.top_k.astype(np.int32)]
-        host = torch.frombuffer(bytearray(b"".join([column.tobytes() for column in columns])), dtype=torch.uint8)
-        sent = (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
-        top_p, drawn = sent[: 16 * number].view(torch.float64).view(2, number)
-        temperature, log_min_p = sent[16 * number : 24 * number].view(torch.float32).view(2, number)
-        return cls(temperature, sent[24 * number :].view(torch.int32), top_p, log_min_p, drawn)
+        room = -(-number // 4) * 4  # each column begins at a multiple of 16 bytes, or the kernel is compiled anew
+        host = np.zeros(28 * room, dtype=np.uint8)
+        columns: list[npt.NDArray[Any]] = [*host[: 16 * room].view(np.float64).reshape(2, room)]
+        columns += [*host[16 * room : 24 * room].view(np.float32).reshape(2, room), host[24 * room :].view(np.int32)]
+        for column, values in zip(columns, (rows.top_p, uniform, rows.temperature, least, rows.top_k), strict=True):
+            column[:number] = values
+        sent = torch.from_numpy(host)
+        sent = (sent.pin_memory() if device.type == "cuda" else sent).to(device, non_blocking=True)
+        top_p, drawn = sent[: 16 * room].view(torch.float64).view(2, room)[:, :number]
+        temperature, log_min_p = sent[16 * room : 24 * room].view(torch.float32).view(2, room)[:, :number]
+        return cls(temperature, sent[24 * room :].view(torch.int32)[:number], top_p, log_min_p, drawn)
 
 
 def sample(logits: torch.Tensor, rows: DeviceRows) -> torch.Tensor:

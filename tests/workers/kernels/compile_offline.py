@@ -71,11 +71,13 @@ def _compile(function: Any, values: dict[str, Any], options: dict[str, Any], cap
             signature[parameter.name] = _POINTERS[value.dtype]
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
-        elif value == 1:  # Triton makes a constant of it
+        elif value == 1 and not parameter.do_not_specialize:  # Triton makes a constant of it
             signature[parameter.name], constants[parameter.name] = "constexpr", 1
         else:
             signature[parameter.name] = "i32"
-        if signature[parameter.name] != "constexpr" and (isinstance(value, torch.Tensor) or value % 16 == 0):
+        if signature[parameter.name] == "constexpr" or parameter.do_not_specialize:
+            continue
+        if isinstance(value, torch.Tensor) or value % 16 == 0:
             hints[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=hints)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
