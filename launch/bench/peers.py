@@ -152,26 +152,47 @@ def run_turn(peer: Peer, arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out, log = Path(folder) / "out.json", Path(folder) / "log"
         command = [*peer.command, "--workloads", arguments.workloads, "--reps", str(arguments.reps), "--out", str(out)]
-        with log.open("wb") as sink:
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, env=os.environ | peer.env,
-                start_new_session=True,
-            )  # fmt: skip
-        try:
-            peak = _wait(process, arguments.timeout, arguments.memory)
-        finally:
-            # The engine's own children too, which it left behind if it failed.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        text = log.read_text(errors="replace").strip()
-        last = text.splitlines()[-1] if text else "and said nothing"
-        if process.returncode or not out.is_file():
-            return {"error": f"exit code {process.returncode}: {last}"}
+        code, peak = run_process(command, log, arguments.timeout, peer.env, arguments.memory)
+        if code or not out.is_file():
+            return {"error": f"exit code {code}: {last_line(log)}"}
         result: dict[str, Any] = json.loads(out.read_text())
     turn: dict[str, Any] = {"load_s": result["load_s"], "runs": result["runs"]}
     errors = [each["error"] for runs in turn["runs"].values() for each in runs if "error" in each]
     return turn | ({"error": errors[0]} if errors else {}) | ({"peak_pss": peak} if arguments.memory else {})
+
+
+def run_process(
+    command: list[str], log: Path, seconds: float, env: dict[str, str] | None = None, measures: bool = False
+) -> tuple[int, int]:
+    """Run a program in a session of its own, all of which is killed when it ends or its time is up.
+
+    Args:
+        log: a file for what it says.
+        env: added to the environment.
+        measures: look at its processes' memory meanwhile.
+
+    Returns:
+        Its exit code, and the peak of its processes' PSS in bytes if that is measured.
+    """
+    with log.open("wb") as sink:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, env=os.environ | (env or {}),
+            start_new_session=True,
+        )  # fmt: skip
+    try:
+        peak = _wait(process, seconds, measures)
+    finally:
+        # The engine's own children too, which it left behind if it failed.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        code = process.wait()
+    return code, peak
+
+
+def last_line(log: Path) -> str:
+    """The last thing that a program said."""
+    text = log.read_text(errors="replace").strip()
+    return text.splitlines()[-1] if text else "and said nothing"
 
 
 def _wait(process: subprocess.Popen[bytes], seconds: float, measures: bool) -> int:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+
+_DEMO_MODEL = Path(__file__).parents[2] / "configs" / "demo_model"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +46,16 @@ class Shape:
 
 QWEN3_06B = Shape("Qwen3-0.6B", 1024, 3072, 28, 16, 8, tied=True)
 QWEN3_8B = Shape("Qwen3-8B", 4096, 12288, 36, 32, 8, tied=False)
+TINY = Shape("tiny", 64, 96, 2, 4, 2, tied=True, head_dim=16, vocab_size=512)
+SHAPES = {"0.6B": QWEN3_06B, "8B": QWEN3_8B, "tiny": TINY}
+"""By the names that `run.py` takes; the last one is to try a program on a CPU."""
 
 
 def write_checkpoint(folder: Path, shape: Shape) -> Path:
-    """`folder` with config.json and one safetensors file a layer, in bfloat16; nothing is done where it is there."""
+    """`folder` with config.json and one safetensors file a layer, in bfloat16; nothing is done where it is there.
+
+    The tokenizer is the demo model's: some engines do not start without one, and none is asked for texts.
+    """
     config = {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
@@ -63,10 +72,13 @@ def write_checkpoint(folder: Path, shape: Shape) -> Path:
     if (folder / "config.json").is_file():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(0)
+    # Eight thousand million numbers take a CPU more than a minute, which a borrowed GPU has better use for.
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(0)
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
-        return torch.randn(rows, columns, generator=generator).mul_(columns**-0.5).bfloat16()
+        drawn = torch.randn(rows, columns, generator=generator, device=device)
+        return drawn.mul_(columns**-0.5).bfloat16().cpu()
 
     def ones(size: int) -> torch.Tensor:
         return torch.ones(size, dtype=torch.bfloat16)
@@ -94,9 +106,13 @@ def write_checkpoint(folder: Path, shape: Shape) -> Path:
     if not shape.tied:
         rest["lm_head.weight"] = matrix(shape.vocab_size, hidden)
     _save(folder, "rest.safetensors", rest, files)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(_DEMO_MODEL / name, folder / name)
     index = {"metadata": {}, "weight_map": files}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    if device == "cuda":
+        torch.cuda.empty_cache()  # other processes want it
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Batches of decodes through captured forward passes; where there is no GPU, a capture is called again instead.
+"""Batches of decodes through captured forward passes, on a GPU if there is one; else a capture is called again instead.
 
 Everything but the capture itself is as on a GPU then: buffers that stay, rows that fill up, tables of any width.
 """
@@ -12,13 +12,12 @@ import pytest
 import torch
 
 from nanoengine.step import PREVIOUS_SAMPLE, RowParams, SequenceState
+from tests.workers.kernels.inputs import DEVICE
 from tests.workers.test_model_runner import Steps, make_config, tokens
 from tests.workers.tiny_models import make_tiny_checkpoint
 from workers.cuda_graph import DecodeGraphs, sizes_to_capture
 from workers.model_runner import ModelRunner
 from workers.parallel import SingleCommunicator
-
-pytest.importorskip("triton")
 
 CPU = torch.device("cpu")
 GREEDY = RowParams(0.0, 0, 1.0, 0.0, 0, 0)
@@ -38,14 +37,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_runner(path: Path, capture: bool) -> ModelRunner:
-    """Computes by Triton's kernels under its interpreter, on a cache full of NaN."""
+    """Computes by Triton's kernels, on a cache full of NaN."""
     settings = {"attention_backend": "triton", "max_num_seqs": MAX_SEQS, "max_model_len": 120}
     config = make_config(path, num_kv_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, **settings)
-    runner = ModelRunner(config, CPU, SingleCommunicator())
+    runner = ModelRunner(config, DEVICE, SingleCommunicator())
     runner.load_model()
     runner.allocate(NUM_BLOCKS)
     if capture:
-        runner.capture_graphs(call_again)
+        runner.capture_graphs(call_again if DEVICE == CPU else None)
     for cache in runner._kv_caches:
         cache.fill_(torch.nan)
     return runner

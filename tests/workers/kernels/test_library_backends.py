@@ -17,7 +17,7 @@ from configs.errors import ConfigError
 from nanoengine.step import RowParams, SequenceState
 from tests.workers.attention_batches import Sequences, random_chunks, slots
 from tests.workers.fake_libraries import install_flash_attn, install_flashinfer, pretend_gpu, torch_varlen_on_cpu
-from tests.workers.kernels.inputs import TOLERANCE
+from tests.workers.kernels.inputs import DEVICE, TOLERANCE
 from tests.workers.test_cuda_graph import call_again
 from tests.workers.test_model_runner import Steps, make_config, tokens
 from tests.workers.tiny_models import make_tiny_checkpoint
@@ -31,6 +31,11 @@ CPU = torch.device("cpu")
 GREEDY = RowParams(0.0, 0, 1.0, 0.0, 0, 0)
 LIBRARIES = ("flash_attn", "flashinfer", "torch_varlen")
 BLOCK_SIZE, NUM_BLOCKS = 256, 12
+
+pytestmark = pytest.mark.skipif(
+    DEVICE.type == "cuda",
+    reason="there the libraries themselves are tested (tests/gpu)",
+)
 
 
 @pytest.fixture
