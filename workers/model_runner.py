@@ -45,6 +45,8 @@ from workers.structured import BoolArray, GrammarMatchers, constrain
 logger = logging.getLogger(__name__)
 
 _PROBE_EPOCH = Epoch(0, 0)
+_MANY_KEYS = 160
+"""So many that a row that decodes has them split (`workers.kernels.attention.num_splits`)."""
 _PROBE_PARAMS = RowParams(temperature=1.0, top_k=8, top_p=0.9, min_p=0.01, seed=0, sequence_index=0)
 
 
@@ -162,7 +164,8 @@ class ModelRunner:
     def warm_up(self) -> None:
         """Run one small prefill and one decode through model and sampler, so that no request waits for first calls.
 
-        Leaves no row; what it wrote into the cache, nobody reads. On a GPU decode batches are captured then.
+        Leaves no row; what it wrote into the cache, nobody reads. On a GPU decode batches are captured then, and
+        whatever other kernels a step may launch are compiled.
         """
         config = self._config
         room = min(config.max_model_len, len(self._kv_caches[0]) * config.cache.block_size)
@@ -174,9 +177,28 @@ class ModelRunner:
             decode = SequenceState(-1, [PREVIOUS_SAMPLE], length, [], True)
             self.execute(StepInput(_PROBE_EPOCH, 2, [], [decode], []))
         self.execute(StepInput(_PROBE_EPOCH, 3, [], [], [-1]))
+        if self._device.type == "cuda":
+            self.warm_up_mixed()
         capturable = self._spec().backend.capturable and self._communicator.capturable
         if self._device.type == "cuda" and capturable and not config.model.enforce_eager:
             self.capture_graphs()
+
+    def warm_up_mixed(self) -> None:
+        """Run decodes of few keys and of many, beside prompts and alone: other kernels take these. Leaves no row."""
+        config, block_size = self._config, self._config.cache.block_size
+        most = min(config.max_model_len, config.scheduler.max_num_batched_tokens, len(self._kv_caches[0]) * block_size)
+        if most < _MANY_KEYS + 2 or config.scheduler.max_num_seqs < 2:
+            return
+        lengths = {-2: 4, -3: _MANY_KEYS, -4: 4}
+        blocks = list(range(-(-(_MANY_KEYS + 2) // block_size)))  # of all of them: what is computed does not matter
+        before: list[SequenceState] = []
+        for number, (seq_id, length) in enumerate(lengths.items(), start=4):
+            prompt = SequenceState(seq_id, [0] * length, 0, blocks, True, length, _PROBE_PARAMS)
+            self.execute(StepInput(_PROBE_EPOCH, number, [], [*before, prompt], []))
+            before = [SequenceState(seq_id, [PREVIOUS_SAMPLE], length, [], True)]
+        alone = SequenceState(-3, [PREVIOUS_SAMPLE], _MANY_KEYS + 1, [], True)
+        self.execute(StepInput(_PROBE_EPOCH, 7, [], [alone], []))
+        self.execute(StepInput(_PROBE_EPOCH, 8, [], [], list(lengths)))
 
     @torch.inference_mode()
     def capture_graphs(self, record: Recorder | None = None) -> None:

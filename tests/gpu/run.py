@@ -74,7 +74,7 @@ class Run:
         for name, content in (("results.md", text), ("results.json", json.dumps(self.found, indent=1) + "\n")):
             (self.arguments.out / name).write_text(content, encoding="utf-8")
         if self.arguments.record:
-            record(text)
+            record(text, self.arguments.results)
 
     def child(self, script: str, *options: str, seconds: float) -> dict[str, Any]:
         """What a script of this folder wrote, with an `error` where it did not come to its end."""
@@ -95,6 +95,9 @@ class Run:
 def main(given: list[str] | None = None) -> int:
     """Run the parts that are asked for; 0 when the tests passed and our engine came to its end."""
     arguments = parse(sys.argv[1:] if given is None else given)
+    if arguments.record_from is not None:
+        record(section(json.loads(arguments.record_from.read_text(encoding="utf-8"))), arguments.results)
+        return 0
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("there is no CUDA device; --device cpu --models tiny tries this program without", file=sys.stderr)
         return 1
@@ -134,6 +137,11 @@ def parse(given: list[str]) -> argparse.Namespace:
     parser.add_argument("--peers", nargs="+", choices=peers, default=peers, help="(default: all that are installed)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tries this program, on `tiny`")
     parser.add_argument("--record", action="store_true", help=f"also put the results into {RESULTS.name}")
+    parser.add_argument(
+        "--record-from", type=Path, metavar="FILE",
+        help="do only that, with the results.json that another machine's run has left",
+    )  # fmt: skip
+    parser.add_argument("--results", type=Path, default=RESULTS, help=f"what to record in (default: {RESULTS.name})")
     arguments = parser.parse_args(given)
     arguments.given = given
     return arguments

@@ -23,6 +23,7 @@ from nanoengine.step import (
     StepOutput,
 )
 from tests.workers.tiny_models import load_reference, make_tiny_checkpoint
+from workers.input_batch import Batch
 from workers.model_runner import ModelRunner
 from workers.parallel import SingleCommunicator, ThreadCommunicator
 
@@ -311,9 +312,25 @@ def test_copies_come_before_the_forward_pass(checkpoint: Path) -> None:
 def test_warm_up_leaves_no_row_and_fits_any_setting(checkpoint: Path, settings: dict[str, int]) -> None:
     runner = make_runner(checkpoint, **settings)
     runner.warm_up()
+    runner.warm_up_mixed()  # on a GPU a part of it
     assert len(runner._batch) == 0
     with pytest.raises(EngineError, match="unknown"):
         Steps(runner).run(SequenceState(-1, [1], 0, [], True))
+
+
+def test_warm_up_runs_decodes_of_few_and_of_many_keys(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is a kernel of its own on a GPU, which would be compiled while requests wait."""
+    runner = make_runner(checkpoint)
+    seen: list[tuple[list[int], list[int]]] = []
+    forward = runner._forward
+
+    def watched(batch: Batch, caches: list[torch.Tensor]) -> torch.Tensor | None:
+        seen.append((batch.metadata.query_lens, batch.metadata.seq_lens))
+        return forward(batch, caches)
+
+    monkeypatch.setattr(runner, "_forward", watched)
+    runner.warm_up_mixed()
+    assert seen == [([4], [4]), ([1, 160], [5, 160]), ([1, 4], [161, 4]), ([1], [162])]
 
 
 def test_the_largest_step_runs_on_one_block(checkpoint: Path) -> None:
