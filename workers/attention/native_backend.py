@@ -14,7 +14,7 @@ from workers.attention.torch_backend import TorchBackend
 from workers.forward_context import AttentionMetadata
 from workers.native import NativeKernels
 from workers.native.decoder import AttentionPlan
-from workers.native.kernels import LARGEST_HEAD, QUANTUM, ROWS_PER_ITEM
+from workers.native.kernels import LARGEST_HEAD, PLAIN, QUANTUM, ROWS_PER_ITEM
 
 
 class NativeBackend(TorchBackend):
@@ -88,7 +88,7 @@ class NativeBackend(TorchBackend):
         self._kernels.library.nano_attention(
             q.data_ptr(), cache.data_ptr(), out.data_ptr(), plan.items.data_ptr(), plan.items.shape[0],
             plan.tables.data_ptr(), plan.tables.stride(0), starts, starts + row, starts + 2 * row,
-            block_size, group, num_kv_heads, head_dim, q.stride(0), scale, plan.scratch.data_ptr(), num_threads,
+            block_size, group, num_kv_heads, head_dim, q.stride(0), scale, PLAIN, plan.scratch.data_ptr(), num_threads,
         )  # fmt: skip
         return out
 

@@ -37,22 +37,16 @@ static inline __m512 rounded(__m512 x) {  // to bfloat16 and back
 
 static inline __mmask16 first(int64_t count) { return count >= 16 ? 0xFFFF : (__mmask16)((1u << count) - 1); }
 
-// exp(x) for x <= 88, relative error about 1e-7; 0 below -87.3. 2^n * exp(r), |r| <= log(2) / 2, by Taylor's series.
-static inline __m512 exponential(__m512 x) {
-    const __m512 log2e = _mm512_set1_ps(1.44269504f), high = _mm512_set1_ps(0.693359375f),
-                 low = _mm512_set1_ps(-2.12194440e-4f);
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, log2e), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m512 r = _mm512_fnmadd_ps(n, low, _mm512_fnmadd_ps(n, high, x));
-    __m512 sum = _mm512_set1_ps(1.0f / 5040);
-    sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(1.0f / 720));
-    sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(1.0f / 120));
-    sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(1.0f / 24));
-    sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(1.0f / 6));
-    sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(0.5f));
+// 2^x for x <= 128, relative error below 2e-7 and 2^0 = 1; 0 below -126. 2^n * 2^r, |r| <= 1/2, by a polynomial.
+static inline __m512 power_of_2(__m512 x) {
+    __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = _mm512_sub_ps(x, n);
+    __m512 sum = _mm512_set1_ps(0.001326472731307149f);
+    sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(0.009671512991189957f));
+    sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(0.05550733581185341f));
+    sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(0.24022242426872253f));
+    sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(0.6931470036506653f));
     sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(1.0f));
-    sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(1.0f));
-    __mmask16 tiny = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.3f), _CMP_LT_OQ);
-    return _mm512_mask_mov_ps(_mm512_scalef_ps(sum, n), tiny, _mm512_setzero_ps());
+    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ), sum, n);
 }
 
 static inline void transpose(__m512i r[16]) {  // 16 x 16 of 32 bits
@@ -109,6 +103,16 @@ static inline void shape_tiles(int upper_rows, int lower_rows) {
 
 enum { NARROW, WIDE, SWIGLU };  // what a linear writes: bfloat16, float32, or silu(gate) * up in bfloat16
 
+// Rows that nothing but a linear reads lie in the tiles that it loads, (rows / 16, size / 32, 16, 32), and there are
+// places for an even number of tiles of rows: a tile of rows that are far apart is loaded more slowly. size % 32 == 0.
+static inline int64_t place_in_tiles(int64_t row, int64_t column, int64_t size) {
+    return (row / TILE_ROWS * (size / TILE_K) + column / TILE_K) * TILE + row % TILE_ROWS * TILE_K + column % TILE_K;
+}
+
+enum { PLAIN, IN_TILES };
+
+#define LOG2_E 1.44269504f
+
 typedef struct {  // of ranks that share memory; workers/native/group.py fills it in
     int64_t *flags;  // words_per_rank apart; a rank's first word is the exchange that it has reached
     char *slots;     // two buffers of slot_bytes a rank
@@ -118,9 +122,9 @@ typedef struct {  // of ranks that share memory; workers/native/group.py fills i
 
 int nano_all_reduce(Group *g, bf16 *x, int64_t numel, int threads);
 void nano_add_rms_norm(bf16 *x, const bf16 *residual, const bf16 *weight, bf16 *out, int64_t rows, int64_t size,
-                       float eps, int threads);
+                       float eps, int layout, int threads);
 void nano_linear(const bf16 *x, const bf16 *packed, const bf16 *bias, void *out, int64_t m, int64_t n, int64_t k,
-                 int64_t x_stride, int64_t out_stride, int kind, int threads);
+                 int64_t x_stride, int64_t out_stride, int kind, int layout, int threads);
 void nano_norm_rotate(bf16 *x, const bf16 *weight, const float *cos, const float *sin, int64_t tokens, int64_t heads,
                       int64_t dim, int64_t stride, int64_t angle_stride, float eps, int threads);
 void nano_store(const bf16 *k, const bf16 *v, const int64_t *slots, bf16 *cache, int64_t tokens, int64_t heads,
@@ -128,6 +132,6 @@ void nano_store(const bf16 *k, const bf16 *v, const int64_t *slots, bf16 *cache,
 void nano_attention(const bf16 *q, const bf16 *cache, bf16 *out, const int64_t *items, int64_t num_items,
                     const int64_t *tables, int64_t table_stride, const int64_t *starts, const int64_t *query_lens,
                     const int64_t *seq_lens, int64_t block_size, int64_t group, int64_t kv_heads, int64_t dim,
-                    int64_t q_stride, float scale, char *scratch, int threads);
+                    int64_t q_stride, float scale, int layout, char *scratch, int threads);
 
 #endif

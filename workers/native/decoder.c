@@ -27,15 +27,16 @@ void nano_attention_half(const Model *m, const Step *s, int64_t index, bf16 *x, 
     int64_t own = m->heads * m->dim, kv = m->kv_heads * m->dim, width = own + 2 * kv;
     int threads = (int)s->threads;
     bf16 *cache = s->caches[index], *k = s->qkv + own, *v = k + kv;
-    nano_add_rms_norm(x, residual, layer->input_norm, s->normed, s->tokens, m->size, m->eps, threads);
-    nano_linear(s->normed, layer->qkv, layer->qkv_bias, s->qkv, s->tokens, width, m->size, m->size, width, NARROW, threads);
+    nano_add_rms_norm(x, residual, layer->input_norm, s->normed, s->tokens, m->size, m->eps, IN_TILES, threads);
+    nano_linear(s->normed, layer->qkv, layer->qkv_bias, s->qkv, s->tokens, width, m->size, m->size, width, NARROW, IN_TILES,
+                threads);
     nano_norm_rotate(s->qkv, layer->head_norm, s->cos, s->sin, s->tokens, m->heads + m->kv_heads, m->dim, width,
                      s->angle_stride, m->eps, threads);
     nano_store(k, v, s->slots, cache, s->tokens, m->kv_heads, m->dim, s->block_size, width, width, threads);
     nano_attention(s->qkv, cache, s->attended, s->items, s->num_items, s->tables, s->table_stride, s->starts,
                    s->query_lens, s->seq_lens, s->block_size, m->heads / m->kv_heads, m->kv_heads, m->dim, width,
-                   m->scale, s->scratch, threads);
-    nano_linear(s->attended, layer->o, layer->o_bias, out, s->tokens, m->size, own, own, m->size, NARROW, threads);
+                   m->scale, IN_TILES, s->scratch, threads);
+    nano_linear(s->attended, layer->o, layer->o_bias, out, s->tokens, m->size, own, own, m->size, NARROW, IN_TILES, threads);
 }
 
 // x (tokens, size) += residual; out = down_proj(silu(gate) * up), gate and up of norm(x), this rank's part of it.
@@ -43,10 +44,11 @@ void nano_mlp_half(const Model *m, const Step *s, int64_t index, bf16 *x, const 
     const Layer *layer = m->layers + index;
     int64_t wide = m->intermediate;
     int threads = (int)s->threads;
-    nano_add_rms_norm(x, residual, layer->post_norm, s->normed, s->tokens, m->size, m->eps, threads);
+    nano_add_rms_norm(x, residual, layer->post_norm, s->normed, s->tokens, m->size, m->eps, IN_TILES, threads);
     nano_linear(s->normed, layer->gate_up, layer->gate_up_bias, s->gated, s->tokens, 2 * wide, m->size, m->size, wide,
-                SWIGLU, threads);
-    nano_linear(s->gated, layer->down, layer->down_bias, out, s->tokens, m->size, wide, wide, m->size, NARROW, threads);
+                SWIGLU, IN_TILES, threads);
+    nano_linear(s->gated, layer->down, layer->down_bias, out, s->tokens, m->size, wide, wide, m->size, NARROW, IN_TILES,
+                threads);
 }
 
 // All layers: x in, their contribution out; residual (tokens, size) out, which x has not been added to yet. Each half's

@@ -161,12 +161,13 @@ class NativeLayers:
             self._caches = caches
             self._cache_addresses = (_POINTER * len(caches))(*(cache.data_ptr() for cache in caches))
         # Kept from step to step: fresh pages would cost more than what is computed in them.
-        needed = num_tokens * sum(self._widths)
+        num_rows = -(-num_tokens // 32) * 32  # tiles of rows come in twos
+        needed = num_rows * sum(self._widths)
         if self._workspace.numel() < needed:
             self._workspace = torch.empty(needed, dtype=torch.bfloat16)
         places = [self._workspace.data_ptr()]
         for width in self._widths:
-            places.append(places[-1] + 2 * num_tokens * width)
+            places.append(places[-1] + 2 * num_rows * width)
         starts, row = plan.lengths.data_ptr(), 8 * plan.lengths.shape[1]
         return _Step(
             num_tokens, cos.stride(0), len(plan.items), plan.tables.stride(0), plan.block_size, torch.get_num_threads(),

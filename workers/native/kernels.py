@@ -25,13 +25,13 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "nano_init": ([], _INT),
     "nano_use_large_pages": ([_POINTER, _INT64], None),
     "nano_pack": ([_POINTER] * 2 + [_INT64] * 3 + [_INT], None),
-    "nano_linear": ([_POINTER] * 4 + [_INT64] * 5 + [_INT] * 2, None),
-    "nano_add_rms_norm": ([_POINTER] * 4 + [_INT64] * 2 + [_FLOAT, _INT], None),
+    "nano_linear": ([_POINTER] * 4 + [_INT64] * 5 + [_INT] * 3, None),
+    "nano_add_rms_norm": ([_POINTER] * 4 + [_INT64] * 2 + [_FLOAT] + [_INT] * 2, None),
     "nano_norm_rotate": ([_POINTER] * 4 + [_INT64] * 5 + [_FLOAT, _INT], None),
     "nano_store": ([_POINTER] * 4 + [_INT64] * 6 + [_INT], None),
     "nano_attention_scratch": ([_INT64], _INT64),
     "nano_attention": (
-        [_POINTER] * 4 + [_INT64, _POINTER, _INT64] + [_POINTER] * 3 + [_INT64] * 5 + [_FLOAT, _POINTER, _INT],
+        [_POINTER] * 4 + [_INT64, _POINTER, _INT64] + [_POINTER] * 3 + [_INT64] * 5 + [_FLOAT, _INT, _POINTER, _INT],
         None,
     ),
     "nano_attention_half": ([_POINTER, _POINTER, _INT64] + [_POINTER] * 3, None),
@@ -40,10 +40,12 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "nano_layers": ([_POINTER] * 5, _INT),
 }  # fmt: skip
 _KINDS = {"narrow": 0, "wide": 1, "swiglu": 2}
+PLAIN = 0
+"""The layout of rows as torch has them; see `IN_TILES` in common.h for the other."""
 QUANTUM = 32
 """in_features and head_dim must be a multiple of this."""
 LARGEST_HEAD = 1024
-ROWS_PER_ITEM = 256
+ROWS_PER_ITEM = 512
 """Rows of a query block: (token, member of the group that shares a K/V head) of one sequence."""
 
 
@@ -85,7 +87,7 @@ class NativeLinear:
             x = x.contiguous()
         self._multiply(
             x.data_ptr(), self.address, None if bias is None else bias.data_ptr(), out.data_ptr(),
-            num_rows, self._n, self._k, x.stride(0), self._columns, self._kind, torch.get_num_threads(),
+            num_rows, self._n, self._k, x.stride(0), self._columns, self._kind, PLAIN, torch.get_num_threads(),
         )  # fmt: skip
         return out
 
@@ -111,7 +113,7 @@ class NativeKernels:
         out = torch.empty_like(x)
         self.library.nano_add_rms_norm(
             x.data_ptr(), None if residual is None else residual.data_ptr(), weight.data_ptr(), out.data_ptr(),
-            x.shape[0], x.shape[1], eps, torch.get_num_threads(),
+            x.shape[0], x.shape[1], eps, PLAIN, torch.get_num_threads(),
         )  # fmt: skip
         return out, x
 

@@ -8,7 +8,12 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-enum { BLOCK_BYTES = 1 << 20 };  // of x, that is gone through for each panel
+enum {
+    BLOCK_BYTES = 1 << 20,  // of x, that are gone through for each panel: half of a usual second cache
+    BLOCK_ROWS = 512,
+    CHUNK = 8,
+    FEW_PAIRS = 2,
+};
 
 // Asks the kernel for the tiles' registers, once a process; 0 when they may be used.
 int nano_init(void) {
@@ -47,25 +52,46 @@ void nano_pack(const bf16 *weight, bf16 *packed, int64_t n, int64_t k, int64_t h
 typedef struct {
     const bf16 *x, *packed, *bias;  // bias may be NULL
     void *out;
-    int64_t m, n, k, x_stride, out_stride;
-    int kind;
+    int64_t m, n, k;
+    int64_t x_tile, x_step, x_row;  // from a tile of x to the next one below, to the next one beside it, and a row's bytes
+    int64_t out_stride;
+    int kind, layout, past_caches;
 } Job;
 
-static inline __m512 silu(__m512 x) {
-    __m512 negative = _mm512_min_ps(_mm512_sub_ps(_mm512_setzero_ps(), x), _mm512_set1_ps(88.0f));
-    return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), exponential(negative)));
+static inline __m512 silu(__m512 x) {  // x / (1 + e^-x), relative error below 1e-6
+    __m512 power = _mm512_min_ps(_mm512_mul_ps(x, _mm512_set1_ps(-LOG2_E)), _mm512_set1_ps(125.0f));
+    __m512 below = _mm512_add_ps(_mm512_set1_ps(1.0f), power_of_2(power)), inverse = _mm512_rcp14_ps(below);
+    inverse = _mm512_mul_ps(inverse, _mm512_fnmadd_ps(below, inverse, _mm512_set1_ps(2.0f)));
+    return _mm512_mul_ps(x, inverse);
+}
+
+// Write silu(gate) * up of one panel and up to 16 rows: two tiles of (16, 16) float32.
+static void put_swiglu(const Job *job, const float *gate, const float *up, int64_t row, int64_t rows, int64_t panel) {
+    int64_t start = panel * 16, total = job->n / 2, stride = job->layout == IN_TILES ? TILE_K : job->out_stride;
+    __mmask16 within = first(total - start);
+    __m512 gate_bias = _mm512_setzero_ps(), up_bias = _mm512_setzero_ps();
+    if (job->bias) {
+        gate_bias = load_wide_some(job->bias + start, within);
+        up_bias = load_wide_some(job->bias + total + start, within);
+    }
+    bf16 *to = job->out;
+    to += job->layout == IN_TILES ? place_in_tiles(row, start, total) : row * stride + start;
+    for (int64_t i = 0; i < rows; i++, to += stride) {
+        __m512 a = _mm512_add_ps(_mm512_load_ps(gate + i * 16), gate_bias);
+        __m512 b = _mm512_add_ps(_mm512_load_ps(up + i * 16), up_bias);
+        _mm256_mask_storeu_epi16(to, within, narrow(_mm512_mul_ps(silu(a), b)));
+    }
 }
 
 // Write the sums of one panel and up to 16 rows: two tiles of (16, 16) float32.
 static void put(const Job *job, const float *left, const float *right, int64_t row, int64_t rows, int64_t panel) {
-    int64_t columns = job->kind == SWIGLU ? 16 : 32, start = panel * columns, total = job->n;
-    if (job->kind == SWIGLU) total /= 2;
-    __mmask16 in_left = first(total - start), in_right = total - start > 16 ? first(total - start - 16) : 0;
+    if (job->kind == SWIGLU) return put_swiglu(job, left, right, row, rows, panel);
+    int64_t start = panel * 32, rest = job->n - start - 16;
+    __mmask16 in_left = first(rest + 16), in_right = rest > 0 ? first(rest) : 0;
     __m512 bias_left = _mm512_setzero_ps(), bias_right = _mm512_setzero_ps();
     if (job->bias) {
-        int64_t second = job->kind == SWIGLU ? total + start : start + 16;
         bias_left = load_wide_some(job->bias + start, in_left);
-        bias_right = load_wide_some(job->bias + second, job->kind == SWIGLU ? in_left : in_right);
+        bias_right = load_wide_some(job->bias + start + 16, in_right);
     }
     for (int64_t i = 0; i < rows; i++) {
         __m512 a = _mm512_add_ps(_mm512_load_ps(left + i * 16), bias_left);
@@ -74,55 +100,69 @@ static void put(const Job *job, const float *left, const float *right, int64_t r
         if (job->kind == WIDE) {
             _mm512_mask_storeu_ps((float *)job->out + at, in_left, a);
             _mm512_mask_storeu_ps((float *)job->out + at + 16, in_right, b);
-        } else if (job->kind == NARROW) {
-            _mm256_mask_storeu_epi16((bf16 *)job->out + at, in_left, narrow(a));
-            _mm256_mask_storeu_epi16((bf16 *)job->out + at + 16, in_right, narrow(b));
+            continue;
+        }
+        bf16 *to = (bf16 *)job->out + at;
+        __m512i both = (__m512i)_mm512_cvtne2ps_pbh(b, a);
+        if (job->past_caches) {
+            _mm512_stream_si512((void *)to, both);
         } else {
-            _mm256_mask_storeu_epi16((bf16 *)job->out + at, in_left, narrow(_mm512_mul_ps(silu(a), b)));
+            _mm512_mask_storeu_epi16(to, in_left | (__mmask32)in_right << 16, both);
         }
     }
 }
 
-// 17 to 32 rows from `row` on of one panel.
-static void multiply(const Job *job, int64_t row, int64_t rows, int64_t panel) {
-    float sums[4][256] __attribute__((aligned(64)));
-    int64_t k_tiles = job->k / TILE_K, stride = job->x_stride * 2;
-    const bf16 *x = job->x + row * job->x_stride, *w = job->packed + panel * k_tiles * 2 * TILE;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    const bf16 *lower = x + 16 * job->x_stride;
-    for (int64_t kt = 0; kt < k_tiles; kt++, w += 2 * TILE) {
+// Up to 32 rows from `row` on of one panel, the products of tiles `from` to `to` of k on top of those before in `sums`.
+// Without tiles there are more than 16 rows, as the tiles are shaped.
+static void multiply(const Job *job, int64_t row, int64_t rows, int64_t panel, int64_t from, int64_t to, float *sums,
+                     int64_t first_line, int64_t lines) {
+    int64_t k_tiles = job->k / TILE_K, stride = job->x_row;
+    const bf16 *upper = job->x + row / 16 * job->x_tile + from * job->x_step, *lower = upper + job->x_tile;
+    const bf16 *w = job->packed + (panel * k_tiles + from) * 2 * TILE;
+    if (from) {
+        _tile_loadd(0, sums, 64);
+        _tile_loadd(1, sums + 256, 64);
+        _tile_loadd(2, sums + 512, 64);
+        _tile_loadd(3, sums + 768, 64);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int64_t kt = from; kt < to; kt++, w += 2 * TILE, upper += job->x_step, lower += job->x_step) {
         _tile_loadd(6, w, 64);
-        _tile_loadd(4, x + kt * TILE_K, stride);
+        _tile_loadd(4, upper, stride);
         _tile_dpbf16ps(0, 4, 6);
         _tile_loadd(7, w + TILE, 64);
         _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, lower + kt * TILE_K, stride);
+        _tile_loadd(5, lower, stride);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
+        const char *ahead = (const char *)(w + k_tiles * 2 * TILE) + first_line * 64;
+        for (int64_t line = 0; line < lines; line++) _mm_prefetch(ahead + line * 64, _MM_HINT_T1);
     }
-    _tile_stored(0, sums[0], 64);
-    _tile_stored(1, sums[1], 64);
-    _tile_stored(2, sums[2], 64);
-    _tile_stored(3, sums[3], 64);
-    put(job, sums[0], sums[1], row, 16, panel);
-    put(job, sums[2], sums[3], row + 16, rows - 16, panel);
+    _tile_stored(0, sums, 64);
+    _tile_stored(1, sums + 256, 64);
+    _tile_stored(2, sums + 512, 64);
+    _tile_stored(3, sums + 768, 64);
+    if (to < k_tiles) return;
+    put(job, sums, sums + 256, row, least(rows, 16), panel);
+    if (rows > 16) put(job, sums + 512, sums + 768, row + 16, rows - 16, panel);
 }
 
 // Up to 16 rows from `row` on of one panel or two side by side: memory is read faster in more than one place.
 static void multiply_few(const Job *job, int64_t row, int64_t rows, int64_t panel, int64_t count) {
     float sums[4][256] __attribute__((aligned(64)));
-    int64_t k_tiles = job->k / TILE_K, stride = job->x_stride * 2;
-    const bf16 *x = job->x + row * job->x_stride, *w = job->packed + panel * k_tiles * 2 * TILE;
+    int64_t k_tiles = job->k / TILE_K, stride = job->x_row;
+    const bf16 *x = job->x + row / 16 * job->x_tile, *w = job->packed + panel * k_tiles * 2 * TILE;
     const bf16 *second = w + (count - 1) * k_tiles * 2 * TILE;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int64_t kt = 0; kt < k_tiles; kt++, w += 2 * TILE, second += 2 * TILE) {
-        _tile_loadd(4, x + kt * TILE_K, stride);
+    for (int64_t kt = 0; kt < k_tiles; kt++, w += 2 * TILE, second += 2 * TILE, x += job->x_step) {
+        _tile_loadd(4, x, stride);
         _tile_loadd(6, w, 64);
         _tile_dpbf16ps(0, 4, 6);
         _tile_loadd(7, w + TILE, 64);
@@ -141,24 +181,27 @@ static void multiply_few(const Job *job, int64_t row, int64_t rows, int64_t pane
     if (count > 1) put(job, sums[2], sums[3], row, rows, panel + 1);
 }
 
-static void multiply_panels(const Job *job, int64_t first_panel, int64_t end_panel) {
-    if (job->m <= 16) {
-        shape_tiles((int)job->m, (int)job->m);
-        for (int64_t panel = first_panel; panel < end_panel; panel += 2)
-            multiply_few(job, 0, job->m, panel, least(2, end_panel - panel));
-        return;
-    }
-    int64_t rows_at_once = BLOCK_BYTES / (2 * job->k) / 32 * 32;
-    if (rows_at_once < 32) rows_at_once = 32;
-    for (int64_t block = 0; block < job->m; block += rows_at_once) {
-        int64_t end = least(job->m, block + rows_at_once), whole = block + (end - block) / 32 * 32, rest = end - whole;
+// Many rows of a run of panels. A panel's tiles of CHUNK steps of k stay in the innermost cache while all rows of a
+// block pass by: reading both operands from the cache behind it takes longer than multiplying them.
+static void multiply_many(const Job *job, int64_t first_panel, int64_t end_panel) {
+    static __thread float sums[BLOCK_ROWS * 32] __attribute__((aligned(4096)));
+    int64_t k_tiles = job->k / TILE_K, tiles = job->layout == IN_TILES;
+    int64_t block_rows = least(BLOCK_BYTES / (2 * job->k) / 32 * 32, BLOCK_ROWS);
+    if (block_rows < 32) block_rows = 32;
+    for (int64_t block = 0; block < job->m; block += block_rows) {
+        int64_t end = least(job->m, block + block_rows), whole = tiles ? end : block + (end - block) / 32 * 32;
+        int64_t rest = end - whole, chunk = whole - block > FEW_PAIRS * 32 ? CHUNK : k_tiles;
+        int64_t pairs = (whole - block + 31) / 32, lines = pairs ? (32 + pairs - 1) / pairs : 0;
         if (whole > block) shape_tiles(16, 16);
         for (int64_t panel = first_panel; panel < end_panel; panel++) {
             if (rest && whole > block) shape_tiles(16, 16);
-            for (int64_t row = block; row < whole; row += 32) multiply(job, row, 32, panel);
+            for (int64_t from = 0; from < k_tiles; from += chunk)
+                for (int64_t row = block; row < whole; row += 32)
+                    multiply(job, row, least(32, end - row), panel, from, least(from + chunk, k_tiles),
+                             sums + (row - block) * 32, (row - block) / 32 * lines, lines);
             if (rest > 16) {
                 shape_tiles(16, (int)rest - 16);
-                multiply(job, whole, rest, panel);
+                multiply(job, whole, rest, panel, 0, k_tiles, sums, 0, 0);
             } else if (rest) {
                 shape_tiles((int)rest, (int)rest);
                 multiply_few(job, whole, rest, panel, 1);
@@ -167,14 +210,25 @@ static void multiply_panels(const Job *job, int64_t first_panel, int64_t end_pan
     }
 }
 
-// x (m, k) of rows x_stride apart -> out (m, n), of SWIGLU (m, n / 2), of rows out_stride apart.
+// x (m, k), laid out as `layout` says, plain rows x_stride apart -> out (m, n) of rows out_stride apart, of SWIGLU
+// (m, n / 2) laid out as x is.
 void nano_linear(const bf16 *x, const bf16 *packed, const bf16 *bias, void *out, int64_t m, int64_t n, int64_t k,
-                 int64_t x_stride, int64_t out_stride, int kind, int threads) {
-    const Job job = {x, packed, bias, out, m, n, k, x_stride, out_stride, kind};
+                 int64_t x_stride, int64_t out_stride, int kind, int layout, int threads) {
+    int is_aligned = n % 32 == 0 && ((uintptr_t)out | (uintptr_t)out_stride * 2) % 64 == 0;
+    Job job = {x, packed, bias, out, m, n, k, 16 * x_stride, TILE_K, 2 * x_stride, out_stride, kind, layout,
+               kind == NARROW && is_aligned && m * n * 2 > BLOCK_BYTES};
+    if (layout == IN_TILES) job.x_tile = 16 * k, job.x_step = TILE, job.x_row = 64;
     int64_t panels = kind == SWIGLU ? (n / 2 + 15) / 16 : (n + 31) / 32;
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
     for (int thread = 0; thread < threads; thread++) {
-        multiply_panels(&job, panels * thread / threads, panels * (thread + 1) / threads);
+        int64_t first_panel = panels * thread / threads, end_panel = panels * (thread + 1) / threads;
+        if (m > 16) {
+            multiply_many(&job, first_panel, end_panel);
+        } else {
+            shape_tiles((int)m, (int)m);
+            for (int64_t panel = first_panel; panel < end_panel; panel += 2)
+                multiply_few(&job, 0, m, panel, least(2, end_panel - panel));
+        }
         _tile_release();
     }
 }

@@ -6,12 +6,12 @@ enum { WORTH_THREADS = 1 << 15 };  // numbers; fewer are done before another thr
 
 static inline float root(float x) { return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(x))); }
 
-// x (rows, size) += residual, if there is one; out = x / sqrt(mean(x * x) + eps) * weight.
+// x (rows, size) += residual, if there is one; out = x / sqrt(mean(x * x) + eps) * weight, laid out as `layout` says.
 void nano_add_rms_norm(bf16 *x, const bf16 *residual, const bf16 *weight, bf16 *out, int64_t rows, int64_t size,
-                       float eps, int threads) {
+                       float eps, int layout, int threads) {
 #pragma omp parallel for num_threads(threads) if (rows * size >= WORTH_THREADS)
     for (int64_t row = 0; row < rows; row++) {
-        bf16 *own = x + row * size, *to = out + row * size;
+        bf16 *own = x + row * size;
         __m512 squares = _mm512_setzero_ps();
         for (int64_t i = 0; i < size; i += 16) {
             __mmask16 some = first(size - i);
@@ -27,7 +27,8 @@ void nano_add_rms_norm(bf16 *x, const bf16 *residual, const bf16 *weight, bf16 *
         for (int64_t i = 0; i < size; i += 16) {
             __mmask16 some = first(size - i);
             __m512 value = rounded(_mm512_mul_ps(load_wide_some(own + i, some), scale));
-            _mm256_mask_storeu_epi16(to + i, some, narrow(_mm512_mul_ps(value, load_wide_some(weight + i, some))));
+            bf16 *to = out + (layout == IN_TILES ? place_in_tiles(row, i, size) : row * size + i);
+            _mm256_mask_storeu_epi16(to, some, narrow(_mm512_mul_ps(value, load_wide_some(weight + i, some))));
         }
     }
 }
