@@ -29,8 +29,6 @@ from torch.nn import functional as F
 
 from workers.cpu_features import has_tiles_for
 from workers.memory import is_out_of_memory
-from workers.native import NativeKernels, NativeLinear
-from workers.native.kernels import QUANTUM
 
 _AMX_TILE, _AMX_UNCUT, _PLAIN_TILE = 32, 384, 16
 
@@ -108,26 +106,16 @@ def compiled_rows(num_rows: int) -> int:
     return -(-num_rows // step) * step
 
 
-def make_kernel(weight: torch.Tensor, native: NativeKernels | None = None) -> LinearKernel:
-    """The best kernel for `weight` (out_features, in_features) on the device where it lies.
-
-    `native` is used where it is given and applies.
-    """
+def make_kernel(weight: torch.Tensor) -> LinearKernel:
+    """The best kernel for a `weight` (out_features, in_features) that was loaded plain, on the device where it lies."""
     if weight.device.type != "cpu":
         return DeviceKernel(weight)
-    if native is not None and native_applies(weight):
-        return NativeLinear(native, weight)
     try:
         return PackedKernel(weight)
     except (AttributeError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise  # the plain one has other bits, and other ranks or groups may have had room
         return PlainKernel(weight)
-
-
-def native_applies(weight: torch.Tensor) -> bool:
-    """Whether the native kernels multiply by this weight."""
-    return weight.dtype is torch.bfloat16 and weight.shape[1] % QUANTUM == 0
 
 
 def _in_tiles(

@@ -119,6 +119,21 @@ class InventedLogits(_Runner):
         return self._batch.apply(step), self._logits
 
 
+class _Random:
+    """A tensor of a checkpoint that does not exist."""
+
+    def __init__(self, shape: tuple[int, ...], generator: torch.Generator) -> None:
+        self.shape, self._generator = shape, generator
+
+    def read(self, dim: int, start: int, size: int) -> torch.Tensor:
+        """See `TensorSource`; every reading gives other numbers."""
+        shape = (*self.shape[:dim], size, *self.shape[dim + 1 :])
+        if len(shape) == 1:
+            return torch.ones(shape)
+        bound = (3 / self.shape[1]) ** 0.5
+        return torch.empty(shape).uniform_(-bound, bound, generator=self._generator)
+
+
 class RandomModel(_Runner):
     """Computes with random weights, made in memory."""
 
@@ -142,11 +157,7 @@ class RandomModel(_Runner):
         )
         model = get_model_class(checkpoint.architecture)(spec)
         generator = torch.Generator().manual_seed(0)
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.data.fill_(1)
-            else:
-                bound = (3 / parameter.shape[1]) ** 0.5
-                parameter.data.uniform_(-bound, bound, generator=generator)
+        for parameter, name in model.checkpoint_parameters().values():
+            parameter.load(name, _Random(parameter.shards[name].shape, generator))
         model.finish_loading()
         self._model = model.eval()

@@ -18,6 +18,7 @@ from workers.layers.norm import rms_norm
 from workers.layers.rotary import rotate
 from workers.native import NativeKernels, NativeLinear
 from workers.native.build import BuildError, build, default_cache, find_compiler
+from workers.native.kernels import LinearKind
 
 COUNTS = (1, 2, 3, 8, 15, 16, 17, 31, 32, 33, 47, 48, 49, 64, 100, 257)
 
@@ -35,14 +36,22 @@ def assert_close(found: torch.Tensor, wanted: torch.Tensor) -> None:
     assert ((found - wanted).float().abs().mean() / wanted.float().abs().mean()) < 2e-3
 
 
+def packed(native: NativeKernels, weight: torch.Tensor, kind: LinearKind = "narrow") -> NativeLinear:
+    linear = NativeLinear(native, *weight.shape, kind)
+    linear.put(weight, 0)
+    return linear
+
+
 @pytest.mark.parametrize("kind", ["narrow", "wide", "swiglu"])
 @pytest.mark.parametrize(("in_features", "out_features"), [(32, 2), (64, 34), (1024, 96), (3072, 130)])
-def test_a_linear_maps_to_other_numbers(native: NativeKernels, in_features: int, out_features: int, kind: str) -> None:
+def test_a_linear_maps_to_other_numbers(
+    native: NativeKernels, in_features: int, out_features: int, kind: LinearKind
+) -> None:
     generator = torch.Generator().manual_seed(in_features)
     x = torch.randn(49, in_features, generator=generator).bfloat16()
     weight = (torch.randn(out_features, in_features, generator=generator) / in_features**0.5).bfloat16()
     for bias in (None, torch.randn(out_features, generator=generator).bfloat16()):
-        out = NativeLinear(native, weight, kind)(x, bias)  # type: ignore[arg-type]
+        out = packed(native, weight, kind)(x, bias)
         wanted = x.double() @ weight.double().T + (0 if bias is None else bias.double())
         if kind == "swiglu":
             assert_close(out, silu_and_mul(wanted.float()))
@@ -53,9 +62,11 @@ def test_a_linear_maps_to_other_numbers(native: NativeKernels, in_features: int,
 
 @pytest.mark.parametrize("kind", ["narrow", "wide", "swiglu"])
 @pytest.mark.parametrize("shape", [(256, 264), (768, 40), (4096, 64)], ids=str)
-def test_a_rows_bits_depend_on_the_rows_beside_it(native: NativeKernels, shape: tuple[int, int], kind: str) -> None:
+def test_a_rows_bits_depend_on_the_rows_beside_it(
+    native: NativeKernels, shape: tuple[int, int], kind: LinearKind
+) -> None:
     x, weight = cancelling_pair(*shape, max(COUNTS), torch.bfloat16)
-    linear = NativeLinear(native, weight, kind)  # type: ignore[arg-type]
+    linear = packed(native, weight, kind)
     torch.set_num_threads(1)
     whole = linear(x, None)
     for count in COUNTS:
@@ -66,7 +77,7 @@ def test_a_rows_bits_depend_on_the_rows_beside_it(native: NativeKernels, shape: 
 
 def test_a_linear_reads_past_rows_that_are_strided(native: NativeKernels) -> None:
     wide, weight = torch.randn(40, 128).bfloat16(), torch.randn(48, 64).bfloat16()
-    linear = NativeLinear(native, weight)
+    linear = packed(native, weight)
     assert torch.equal(linear(wide[:, 64:], None), linear(wide[:, 64:].contiguous(), None))
     assert torch.equal(linear(wide[:, ::2], None), linear(wide[:, ::2].contiguous(), None))
     assert linear(wide[:0, 64:], None).shape == (0, 48)

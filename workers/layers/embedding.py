@@ -10,15 +10,26 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from workers.layers.linear import LinearBase
-from workers.layers.parameter import Shard, ShardedParameter
+from workers.layers.linear import LinearBase, native_linear
+from workers.layers.parameter import Shard, ShardedParameter, WeightStore
 from workers.native import NativeKernels, NativeLinear
-from workers.packed_linear import native_applies
 from workers.parallel import Communicator
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Looks up the rows that lie on this rank and adds the ranks' results; one of them is not zero."""
+    """Looks up the rows that lie on this rank and adds the ranks' results; one of them is not zero.
+
+    Args:
+        vocab_size: rows of the whole table.
+        hidden_size: columns of it.
+        communicator: this rank's.
+        dtype: of the table.
+        device: where it lies.
+        native: kernels of a head that is tied to it. Where they apply, the table lies in the head's packed form alone.
+
+    Attributes:
+        packed: that form.
+    """
 
     def __init__(
         self,
@@ -27,25 +38,33 @@ class VocabParallelEmbedding(nn.Module):
         communicator: Communicator,
         dtype: torch.dtype,
         device: torch.device,
+        native: NativeKernels | None = None,
     ) -> None:
         super().__init__()
         self._communicator = communicator
-        self.weight = vocabulary_shard(vocab_size, hidden_size, communicator, dtype, device)
-        self._size = self.weight.shape[0]
+        self._size = shard_size(vocab_size, communicator)
         self._start = communicator.rank * self._size
+        self.packed = packed_head(vocab_size, hidden_size, communicator, dtype, native)
+        self.weight = vocabulary_shard(vocab_size, hidden_size, communicator, dtype, device, self.packed)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Map (num_tokens,) int64 ids to (num_tokens, hidden_size), whole on every rank."""
         if self._communicator.world_size == 1:
-            return F.embedding(input_ids, self.weight)
+            return self._look_up(input_ids)
         local = input_ids - self._start
         elsewhere = (local < 0) | (local >= self._size)
-        hidden = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
+        hidden = self._look_up(local.masked_fill(elsewhere, 0))
         return self._communicator.all_reduce(hidden.masked_fill_(elsewhere[:, None], 0))
+
+    def _look_up(self, ids: torch.Tensor) -> torch.Tensor:
+        return F.embedding(ids, self.weight) if self.packed is None else self.packed.rows(ids)
 
 
 class ParallelLMHead(LinearBase):
-    """Hidden states to logits. Tied to an embedding, it takes that layer's weight; untied, it has its own."""
+    """Hidden states to logits. Tied to an embedding, it takes that layer's weight; untied, it has its own.
+
+    The native kernel gives logits in float32, so that they are not rounded on their way.
+    """
 
     def __init__(
         self,
@@ -55,6 +74,7 @@ class ParallelLMHead(LinearBase):
         dtype: torch.dtype,
         device: torch.device,
         tied_to: VocabParallelEmbedding | None = None,
+        native: NativeKernels | None = None,
     ) -> None:
         super().__init__()
         self._communicator, self._vocab_size = communicator, vocab_size
@@ -62,20 +82,12 @@ class ParallelLMHead(LinearBase):
         self._start = communicator.rank * size
         self._num_own = min(size, max(0, vocab_size - self._start))  # the rest of the shard is padding
         if tied_to is None:
-            self.weight = vocabulary_shard(vocab_size, hidden_size, communicator, dtype, device)
+            self._kernel = packed = packed_head(vocab_size, hidden_size, communicator, dtype, native)
+            self.weight = vocabulary_shard(vocab_size, hidden_size, communicator, dtype, device, packed)
         else:
-            # One storage. On CPU the packed form is a second one: a lookup table cannot be packed.
-            self.weight = tied_to.weight
+            # One storage. What oneDNN packs is a second one: it looks up no rows.
+            self._kernel, self.weight = tied_to.packed, tied_to.weight
         self.bias = None
-
-    def finish_loading(self, native: NativeKernels | None = None) -> None:
-        """See `LinearBase`. The native kernel gives logits in float32, so that they are not rounded on their way."""
-        assert self.weight is not None
-        if native is None or not native_applies(self.weight):
-            super().finish_loading(native)
-            return
-        self._kernel = NativeLinear(native, self.weight, "wide")
-        self.weight = None
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """Map (num_rows, hidden_size) to (num_rows, vocab_size) float32 on rank 0, to None on the others."""
@@ -132,11 +144,23 @@ def shard_size(vocab_size: int, communicator: Communicator) -> int:
     return -(-vocab_size // communicator.world_size)
 
 
+def packed_head(
+    vocab_size: int, hidden_size: int, communicator: Communicator, dtype: torch.dtype, native: NativeKernels | None
+) -> NativeLinear | None:
+    """What packs and multiplies by this rank's rows of a head, where `native` is given and applies."""
+    return native_linear(native, (shard_size(vocab_size, communicator), hidden_size), dtype, "wide")
+
+
 def vocabulary_shard(
-    vocab_size: int, hidden_size: int, communicator: Communicator, dtype: torch.dtype, device: torch.device
+    vocab_size: int,
+    hidden_size: int,
+    communicator: Communicator,
+    dtype: torch.dtype,
+    device: torch.device,
+    store: WeightStore | None = None,
 ) -> ShardedParameter:
     """This rank's rows of a (vocab_size, hidden_size) weight, padded with zero rows to the size all ranks share."""
     size = shard_size(vocab_size, communicator)
     start = min(communicator.rank * size, vocab_size)
     shard = Shard((vocab_size, hidden_size), 0, start, min(size, vocab_size - start))
-    return ShardedParameter((size, hidden_size), {"": shard}, dtype, device)
+    return ShardedParameter((size, hidden_size), {"": shard}, dtype, device, store)

@@ -1,8 +1,9 @@
 """Linear layers split over the ranks, fused where the inputs are the same; knows no model and no checkpoint file.
 
 A column-parallel layer splits its outputs, so each rank computes some of them from the whole input; a row-parallel
-one splits its inputs, and the ranks' results are added. After loading, `finish_loading` hands the weight to the kernel
-that computes with it, and where that keeps a form of its own (packed for oneDNN) the original is dropped.
+one splits its inputs, and the ranks' results are added. Where the native kernels apply, the weight is packed for them
+as it is loaded. Elsewhere `finish_loading` hands the loaded weight to the kernel that computes with it, and where that
+keeps a form of its own (packed for oneDNN) the original is dropped.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import torch
 from torch import nn
 
 from workers.layers.parameter import Shard, ShardedParameter
-from workers.native import NativeKernels
+from workers.native import NativeKernels, NativeLinear
+from workers.native.kernels import QUANTUM, LinearKind
 from workers.packed_linear import LinearKernel, make_kernel
 from workers.parallel import Communicator, divide, divide_kv_heads
 
@@ -28,15 +30,16 @@ class LinearBase(nn.Module):
         super().__init__()
         self._kernel: LinearKernel | None = None
 
-    def finish_loading(self, native: NativeKernels | None = None) -> None:
-        """Choose the kernel; call once, when the weight is loaded."""
+    def finish_loading(self) -> None:
+        """Choose the kernel, if that is not done; call once, when the weight is loaded."""
         assert self.weight is not None
-        self._kernel = make_kernel(self.weight.data, native)
+        if self._kernel is None:
+            self._kernel = make_kernel(self.weight.data)
         self.weight = None  # the kernel has it
 
     @property
     def kernel(self) -> LinearKernel | None:
-        """What computes, after `finish_loading`."""
+        """What computes; a `NativeLinear` is there from the beginning, another after `finish_loading`."""
         return self._kernel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -45,12 +48,23 @@ class LinearBase(nn.Module):
         return self._kernel(x, self.bias)
 
 
+def native_linear(
+    native: NativeKernels | None, shape: tuple[int, int], dtype: torch.dtype, kind: LinearKind = "narrow"
+) -> NativeLinear | None:
+    """What packs and multiplies by a weight (out_features, in_features), where `native` is given and applies."""
+    if native is None or dtype is not torch.bfloat16 or shape[1] % QUANTUM:
+        return None
+    return NativeLinear(native, *shape, kind)
+
+
 class ColumnParallelLinear(LinearBase):
     """One or several layers with the same input, each split by its outputs; their results stand side by side.
 
     Args:
         in_features: size of the input, whole on every rank.
         parts: the fused layers by the checkpoint's name: total outputs, this rank's first, and how many it holds.
+        native: kernels that compute, on CPU, where they apply.
+        kind: what they make of the outputs; see `NativeLinear`.
     """
 
     def __init__(
@@ -60,6 +74,8 @@ class ColumnParallelLinear(LinearBase):
         bias: bool,
         dtype: torch.dtype,
         device: torch.device,
+        native: NativeKernels | None = None,
+        kind: LinearKind = "narrow",
     ) -> None:
         super().__init__()
         weight_shards, bias_shards, target = {}, {}, 0
@@ -67,7 +83,9 @@ class ColumnParallelLinear(LinearBase):
             weight_shards[name] = Shard((total, in_features), 0, start, size, target)
             bias_shards[name] = Shard((total,), 0, start, size, target)
             target += size
-        self.weight = ShardedParameter((target, in_features), weight_shards, dtype, device)
+        shape = (target, in_features)
+        self._kernel = packed = native_linear(native, shape, dtype, kind)
+        self.weight = ShardedParameter(shape, weight_shards, dtype, device, packed)
         self.bias = ShardedParameter((target,), bias_shards, dtype, device) if bias else None
 
 
@@ -83,10 +101,12 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
         communicator: Communicator,
         dtype: torch.dtype,
         device: torch.device,
+        native: NativeKernels | None = None,
+        kind: LinearKind = "narrow",
     ) -> None:
         share = divide(out_features, communicator.world_size, f"the size of {names[0]}")
         part = (out_features, communicator.rank * share, share)
-        super().__init__(in_features, dict.fromkeys(names, part), bias, dtype, device)
+        super().__init__(in_features, dict.fromkeys(names, part), bias, dtype, device, native, kind)
 
 
 class QKVParallelLinear(ColumnParallelLinear):
@@ -107,6 +127,7 @@ class QKVParallelLinear(ColumnParallelLinear):
         communicator: Communicator,
         dtype: torch.dtype,
         device: torch.device,
+        native: NativeKernels | None = None,
     ) -> None:
         rank, world_size = communicator.rank, communicator.world_size
         heads = divide(num_heads, world_size, "num_attention_heads")
@@ -117,7 +138,7 @@ class QKVParallelLinear(ColumnParallelLinear):
             "k_proj": kv_part,
             "v_proj": kv_part,
         }
-        super().__init__(in_features, parts, bias, dtype, device)
+        super().__init__(in_features, parts, bias, dtype, device, native)
         self.num_heads, self.num_kv_heads = heads, kv_heads
 
 
@@ -132,21 +153,24 @@ class RowParallelLinear(LinearBase):
         communicator: Communicator,
         dtype: torch.dtype,
         device: torch.device,
+        native: NativeKernels | None = None,
     ) -> None:
         super().__init__()
         self._communicator = communicator
         share = divide(in_features, communicator.world_size, "the input size of a row-parallel layer")
         shard = Shard((out_features, in_features), 1, communicator.rank * share, share)
-        self.weight = ShardedParameter((out_features, share), {"": shard}, dtype, device)
+        shape = (out_features, share)
+        self._kernel = packed = native_linear(native, shape, dtype)
+        self.weight = ShardedParameter(shape, {"": shard}, dtype, device, packed)
         self.bias = None
         if bias:
             # Added once, by rank 0. The others know of the tensor but hold nothing of it.
             size = out_features if communicator.rank == 0 else 0
             self.bias = ShardedParameter((size,), {"": Shard((out_features,), size=size)}, dtype, device)
 
-    def finish_loading(self, native: NativeKernels | None = None) -> None:
+    def finish_loading(self) -> None:
         """See `LinearBase`."""
-        super().finish_loading(native)
+        super().finish_loading()
         if self._communicator.rank != 0:
             self.bias = None
 

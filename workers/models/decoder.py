@@ -24,7 +24,6 @@ from workers.layers.rotary import RotaryEmbedding
 from workers.native import NativeKernels, NativeLinear
 from workers.native.decoder import LayerShape, LayerWeights, NativeLayers
 from workers.native.kernels import QUANTUM
-from workers.packed_linear import native_applies
 from workers.parallel import Communicator
 
 
@@ -67,6 +66,7 @@ class DecoderAttention(nn.Module):
             spec.communicator,
             dtype,
             device,
+            spec.native,
         )
         self.o_proj = RowParallelLinear(
             config.num_attention_heads * head_dim,
@@ -75,6 +75,7 @@ class DecoderAttention(nn.Module):
             spec.communicator,
             dtype,
             device,
+            spec.native,
         )
         self._heads, self._kv_heads = self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads
         self.head_dim, self.eps = head_dim, config.rms_norm_eps
@@ -111,6 +112,8 @@ class DecoderMLP(nn.Module):
             spec.communicator,
             spec.dtype,
             spec.device,
+            spec.native,
+            "swiglu",
         )
         self.down_proj = RowParallelLinear(
             config.intermediate_size,
@@ -119,24 +122,19 @@ class DecoderMLP(nn.Module):
             spec.communicator,
             spec.dtype,
             spec.device,
+            spec.native,
         )
         self._silu_and_mul = spec.backend.silu_and_mul
         self.intermediate_size = config.intermediate_size // spec.communicator.world_size  # of this rank
-        self._native = spec.native
-        self.gated: NativeLinear | None = None
-
-    def finish_loading(self) -> None:
-        """Fuse the activation into the first projection where the native kernel can. Before the projections' own."""
-        weight = self.gate_up_proj.weight
-        if self._native is not None and weight is not None and native_applies(weight):
-            self.gated = NativeLinear(self._native, weight, "swiglu")
-            self.gate_up_proj.weight = None
+        kernel = self.gate_up_proj.kernel
+        self.gated = kernel if isinstance(kernel, NativeLinear) else None
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Map (num_tokens, hidden_size) to the same shape."""
-        if self.gated is not None:
-            return self.down_proj(self.gated(hidden, self.gate_up_proj.bias))  # type: ignore[no-any-return]
-        return self.down_proj(self._silu_and_mul(self.gate_up_proj(hidden)))  # type: ignore[no-any-return]
+        hidden = self.gate_up_proj(hidden)
+        if self.gated is None:
+            hidden = self._silu_and_mul(hidden)
+        return self.down_proj(hidden)  # type: ignore[no-any-return]
 
 
 class DecoderLayer(nn.Module):
@@ -205,10 +203,11 @@ class Decoder(nn.Module):
         config, dtype, device = spec.config, spec.dtype, spec.device
         vocabulary = (config.vocab_size, config.hidden_size, spec.communicator, dtype, device)
         self.config = config
-        self.embed_tokens = VocabParallelEmbedding(*vocabulary)
+        tied = config.tie_word_embeddings
+        self.embed_tokens = VocabParallelEmbedding(*vocabulary, native=spec.native if tied else None)
         self.layers = nn.ModuleList(DecoderLayer(spec, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device, spec.backend.add_rms_norm)
-        self.lm_head = ParallelLMHead(*vocabulary, tied_to=self.embed_tokens if config.tie_word_embeddings else None)
+        self.lm_head = ParallelLMHead(*vocabulary, tied_to=self.embed_tokens if tied else None, native=spec.native)
         self._rotary = RotaryEmbedding(config.head_dim, spec.max_positions, config.rope, device)
         self._native, self._backend, self._communicator = spec.native, spec.backend, spec.communicator
         self._native_layers: NativeLayers | None = None
@@ -260,11 +259,9 @@ class Decoder(nn.Module):
 
     def finish_loading(self) -> None:
         """Bring the loaded weights into the form that is computed with. Call once."""
-        for module in self.modules():  # an MLP before its projections
-            if isinstance(module, DecoderAttention | DecoderMLP):
+        for module in self.modules():
+            if isinstance(module, DecoderAttention | LinearBase):
                 module.finish_loading()
-            elif isinstance(module, LinearBase) and module.weight is not None:
-                module.finish_loading(self._native)
         if self._native is not None and isinstance(self._backend, NativeBackend):
             layers = [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
             found = [weights for layer in layers if (weights := layer.native_weights()) is not None]

@@ -24,7 +24,8 @@ _POINTER, _INT64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, 
 _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "nano_init": ([], _INT),
     "nano_use_large_pages": ([_POINTER, _INT64], None),
-    "nano_pack": ([_POINTER] * 2 + [_INT64] * 3 + [_INT], None),
+    "nano_pack": ([_POINTER, _INT64, _POINTER] + [_INT64] * 4 + [_INT], None),
+    "nano_look_up": ([_POINTER] * 3 + [_INT64] * 3 + [_INT], _INT),
     "nano_linear": ([_POINTER] * 4 + [_INT64] * 5 + [_INT] * 3, None),
     "nano_add_rms_norm": ([_POINTER] * 4 + [_INT64] * 2 + [_FLOAT] + [_INT] * 2, None),
     "nano_norm_rotate": ([_POINTER] * 4 + [_INT64] * 5 + [_FLOAT, _INT], None),
@@ -39,7 +40,11 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "nano_all_reduce": ([_POINTER] * 2 + [_INT64, _INT], _INT),
     "nano_layers": ([_POINTER] * 5, _INT),
 }  # fmt: skip
+LinearKind = Literal["narrow", "wide", "swiglu"]
 _KINDS = {"narrow": 0, "wide": 1, "swiglu": 2}
+_LARGE_PAGE = 1 << 21
+_ROWS_PUT_AT_ONCE = 4096
+"""What is converted on its way takes no more memory than so many rows."""
 PLAIN = 0
 """The layout of rows as torch has them; see `IN_TILES` in common.h for the other."""
 QUANTUM = 32
@@ -50,11 +55,12 @@ ROWS_PER_ITEM = 512
 
 
 class NativeLinear:
-    """x @ weight.T + bias, the weight in its packed form. The original may be dropped afterwards.
+    """x @ weight.T + bias, the weight in a packed form into which it is `put`, so that it never lies here plain.
 
     Args:
         kernels: whose it is.
-        weight: (out_features, in_features) bfloat16; in_features a multiple of QUANTUM.
+        out_features: rows of the weight.
+        in_features: columns of the weight, a multiple of QUANTUM.
         kind: the result: `narrow` bfloat16, `wide` the same sums unrounded in float32, `swiglu` silu(gate) * up of a
             weight that holds gate's rows and then up's: (…, out_features / 2) bfloat16, rounded once.
 
@@ -63,19 +69,49 @@ class NativeLinear:
     """
 
     def __init__(
-        self, kernels: NativeKernels, weight: torch.Tensor, kind: Literal["narrow", "wide", "swiglu"] = "narrow"
+        self, kernels: NativeKernels, out_features: int, in_features: int, kind: LinearKind = "narrow"
     ) -> None:
-        self._n, self._k = weight.shape
-        half = self._n // 2 if kind == "swiglu" else 0
-        panels = -(-half // 16) if half else -(-self._n // 32)
-        self._packed = torch.empty(panels * 32 * self._k, dtype=torch.bfloat16)
+        self._n, self._k = out_features, in_features
+        self._half = self._n // 2 if kind == "swiglu" else 0
+        num_panels = -(-self._half // 16) if self._half else -(-self._n // 32)
+        self._library = kernels.library
+        self._packed = _in_large_pages(self._library, num_panels * 32 * self._k)
+        if num_panels * 32 != self._n:
+            self._packed[-32 * self._k :].zero_()  # the last panel has places for rows that are not there
         self.address = self._packed.data_ptr()
-        library, weight = kernels.library, weight.contiguous()
-        library.nano_use_large_pages(self.address, self._packed.nbytes)
-        library.nano_pack(weight.data_ptr(), self.address, self._n, self._k, half, torch.get_num_threads())
-        self._multiply, self._kind = library.nano_linear, _KINDS[kind]
-        self._columns = half or self._n
+        self._multiply, self._kind = self._library.nano_linear, _KINDS[kind]
+        self._columns = self._half or self._n
         self._dtype = torch.float32 if kind == "wide" else torch.bfloat16
+
+    def put(self, part: torch.Tensor, start: int) -> None:
+        """Pack rows of the weight from row `start` on: (num_rows, in_features), of any floating dtype and strides."""
+        assert part.shape[1] == self._k
+        assert 0 <= start <= self._n - len(part)
+        for rows in torch.split(part, _ROWS_PUT_AT_ONCE):
+            rows = rows.to(torch.bfloat16)
+            if rows.stride(1) != 1:
+                rows = rows.contiguous()
+            self._library.nano_pack(
+                rows.data_ptr(), rows.stride(0), self.address, start, len(rows), self._k, self._half,
+                torch.get_num_threads(),
+            )  # fmt: skip
+            start += len(rows)
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of the weight as they were put: (num_ids,) int64 to (num_ids, in_features). Not of `swiglu`.
+
+        Raises:
+            IndexError: there is no such row.
+        """
+        assert not self._half, "rows of two layers lie side by side"
+        ids = ids.contiguous()
+        out = torch.empty(len(ids), self._k, dtype=torch.bfloat16)
+        found = self._library.nano_look_up(
+            self.address, ids.data_ptr(), out.data_ptr(), len(ids), self._n, self._k, torch.get_num_threads()
+        )
+        if found != 0:
+            raise IndexError(f"an index is not in [0, {self._n})")
+        return out
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Map (num_rows, in_features), contiguous along in_features, to (num_rows, out_features)."""
@@ -139,6 +175,16 @@ class NativeKernels:
             k.data_ptr(), v.data_ptr(), slot_mapping.data_ptr(), cache.data_ptr(),
             *k.shape, cache.shape[3], k.stride(0), v.stride(0), torch.get_num_threads(),
         )  # fmt: skip
+
+
+def _in_large_pages(library: ctypes.CDLL, numel: int) -> torch.Tensor:
+    """(numel,) bfloat16, not yet written: the system clears and finds large pages faster than small ones."""
+    spare = _LARGE_PAGE // 2 if numel >= _LARGE_PAGE // 2 else 0  # never touched
+    memory = torch.empty(numel + spare, dtype=torch.bfloat16)
+    skipped = -memory.data_ptr() % _LARGE_PAGE // 2 if spare else 0
+    placed = memory[skipped : skipped + numel]
+    library.nano_use_large_pages(placed.data_ptr(), placed.nbytes)
+    return placed
 
 
 @functools.cache

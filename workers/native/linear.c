@@ -28,25 +28,47 @@ void nano_use_large_pages(void *start, int64_t bytes) {
     if (end > begin) (void)madvise((void *)begin, end - begin, MADV_HUGEPAGE);
 }
 
-// weight (n, k), k a multiple of 32 -> packed. With `half`, a panel's tiles hold rows p and half + p (gate and up).
-void nano_pack(const bf16 *weight, bf16 *packed, int64_t n, int64_t k, int64_t half, int threads) {
-    int64_t step = half ? 16 : 32, panels = ((half ? half : n) + step - 1) / step, k_tiles = k / TILE_K;
+// Rows `first` to first + count of a weight of k columns, k a multiple of 32, into their places in `packed`; they lie
+// `stride` apart. With `half`, a panel's tiles hold rows p and half + p (gate and up) of the weight.
+void nano_pack(const bf16 *rows, int64_t stride, bf16 *packed, int64_t first, int64_t count, int64_t k, int64_t half,
+               int threads) {
+    if (half && first < half && first + count > half) {
+        nano_pack(rows, stride, packed, first, half - first, k, half, threads);
+        rows += (half - first) * stride, count -= half - first, first = half;
+    }
+    int64_t of_up = half && first >= half, k_tiles = k / TILE_K;
+    int64_t begin = of_up ? first - half : first, end = begin + count;
 #pragma omp parallel for num_threads(threads)
-    for (int64_t panel = 0; panel < panels; panel++)
-        for (int64_t tile = 0; tile < 2; tile++) {
-            int64_t start = half ? panel * 16 + tile * half : panel * 32 + tile * 16;
-            int64_t rows = least(16, (half ? (tile + 1) * half : n) - start);
-            for (int64_t kt = 0; kt < k_tiles; kt++) {
-                bf16 *to = packed + ((panel * k_tiles + kt) * 2 + tile) * TILE;
-                __m512i columns[16];
-                for (int64_t i = 0; i < 16; i++) {
-                    const bf16 *row = weight + (start + i) * k + kt * TILE_K;
-                    columns[i] = i < rows ? _mm512_loadu_si512(row) : _mm512_setzero_si512();
-                }
-                transpose(columns);
-                for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + i * 32, columns[i]);
-            }
+    for (int64_t upper = begin / 16; upper < (end + 15) / 16; upper++) {
+        int64_t panel = half ? upper : upper / 2, tile = half ? of_up : upper % 2;
+        int64_t from = begin > upper * 16 ? begin - upper * 16 : 0, to = least(16, end - upper * 16);
+        __mmask16 lanes = (__mmask16)((1u << to) - (1u << from));  // the other rows of the tile come from other calls
+        const bf16 *row = rows + (upper * 16 - begin) * stride;
+        for (int64_t kt = 0; kt < k_tiles; kt++) {
+            bf16 *place = packed + ((panel * k_tiles + kt) * 2 + tile) * TILE;
+            __m512i columns[16];
+            for (int64_t i = 0; i < 16; i++)
+                columns[i] = i >= from && i < to ? _mm512_loadu_si512(row + i * stride + kt * TILE_K)
+                                                 : _mm512_setzero_si512();
+            transpose(columns);
+            for (int64_t i = 0; i < 16; i++) _mm512_mask_storeu_epi32(place + i * 32, lanes, columns[i]);
         }
+    }
+}
+
+// The rows `ids` of a packed weight (n, k) that is not halved -> out (count, k). -1 where there is no such row.
+int nano_look_up(const bf16 *packed, const int64_t *ids, bf16 *out, int64_t count, int64_t n, int64_t k, int threads) {
+    const __m512i pairs = _mm512_setr_epi32(0, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240);
+    int64_t k_tiles = k / TILE_K;
+    for (int64_t i = 0; i < count; i++)
+        if (ids[i] < 0 || ids[i] >= n) return -1;
+#pragma omp parallel for num_threads(count < 16 ? 1 : threads)
+    for (int64_t i = 0; i < count; i++) {
+        const bf16 *tile = packed + (ids[i] / 32 * k_tiles * 2 + ids[i] % 32 / 16) * TILE + ids[i] % 16 * 2;
+        for (int64_t kt = 0; kt < k_tiles; kt++, tile += 2 * TILE)
+            _mm512_storeu_si512(out + i * k + kt * TILE_K, _mm512_i32gather_epi32(pairs, tile, 4));
+    }
+    return 0;
 }
 
 typedef struct {
