@@ -33,8 +33,9 @@ from nanoengine import processes
 from nanoengine.channel import Begin, Direction, Failed, Hello, Link, Loaded, RankPort, Ready
 from nanoengine.control_block import ControlBlock, Phase, RankWords
 from nanoengine.listener import await_listener
+from nanoengine.read_ahead import read_ahead
 from nanoengine.step import Epoch, GaveUp, StepOutput
-from nanoengine.watched import guard_threads, start_thread
+from nanoengine.watched import guard_threads, nothing_more, start_thread
 
 logger = logging.getLogger(__name__)
 
@@ -115,10 +116,14 @@ def run_rank(arguments: RankArguments) -> None:
     )  # fmt: skip
     try:
         port.set_phase(Phase.LOADING)
+        if not arguments.parked:
+            _start_reading_ahead(config, rank)
         began = time.monotonic()
         entry = resolve(arguments.entry)  # the imports, which take most of a start
         logger.log(logging.DEBUG if rank else logging.INFO, "imported its code in %.2f s", time.monotonic() - began)
         if not arguments.parked or port.await_begin():
+            if arguments.parked:
+                _start_reading_ahead(config, rank)
             processes.name_process(f"nano-worker-{rank}")
             port.set_phase(Phase.LOADING)
             entry(port)
@@ -127,6 +132,13 @@ def run_rank(arguments: RankArguments) -> None:
             port.report_failure(to_wire(error), traceback.format_exc())
         _leave(port, 1)
     _leave(port, 0)
+
+
+def _start_reading_ahead(config: EngineConfig, rank: int) -> None:
+    """One rank has the disk bring what all of them are about to read."""
+    if rank == 0 and config.model_dir is not None:
+        model_dir = Path(config.model_dir)
+        start_thread(lambda: read_ahead(model_dir), "read-ahead", nothing_more)
 
 
 def resolve(entry: str) -> Callable[..., Any]:

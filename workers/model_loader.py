@@ -130,7 +130,12 @@ def load_weights(
     for name, tensor in read_order(present):
         parameter, shard = wanted[name]
         parameter.load(shard, tensor)
-    if tied_head is not None and not wanted[_EMBEDDING][0].holds("", tied_head):
+        tensor.release()
+    if tied_head is None:
+        return
+    is_same = wanted[_EMBEDDING][0].holds("", tied_head)
+    tied_head.release()
+    if not is_same:
         raise CheckpointError(
             f"{where} says tie_word_embeddings, but {_HEAD} differs from {_EMBEDDING}; one of the two is wrong"
         )

@@ -6,6 +6,8 @@ Only headers are read when a checkpoint is opened. Files are mapped, and a read 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import mmap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _MAX_INDEX_BYTES = 64 * 2**20
 # The file's own type names. Anything else (int8, float8 …) belongs to a quantisation that is not implemented.
+_libc = ctypes.CDLL(None)
 _DTYPES = ("F32", "BF16", "F16")
 
 
@@ -31,6 +34,7 @@ class WeightTensor:
         header = file.get_slice(name)
         self.shape: tuple[int, ...] = tuple(header.get_shape())
         self.dtype_name: str = header.get_dtype()
+        self._mapped: list[torch.Tensor] = []
 
     def read(self, dim: int, start: int, size: int) -> torch.Tensor:
         """Read `size` indices from `start` along `dim` (0 or 1), and nothing else, in the file's dtype.
@@ -38,12 +42,27 @@ class WeightTensor:
         Raises:
             CheckpointError: the file cannot be read.
         """
-        part = slice(start, start + size)
+        wanted = slice(start, start + size)
         try:
-            tensor: torch.Tensor = self._file.get_slice(self._name)[(slice(None),) * dim + (part,)]
+            tensor: torch.Tensor = self._file.get_slice(self._name)[(slice(None),) * dim + (wanted,)]
         except (SafetensorError, OSError, RuntimeError) as error:
             raise CheckpointError(f"cannot read {self._name} from {self.path}: {error}") from error
+        self._mapped.append(tensor)
         return tensor
+
+    def release(self) -> None:
+        """Forget what was read, which nobody may use any more: it counts as this process's memory while it is mapped.
+
+        The file's pages stay in the system's cache. A view of other memory than a file's would lose its contents.
+        """
+        for tensor in filter(torch.numel, self._mapped):
+            strides = zip(tensor.shape, tensor.stride(), strict=True)
+            start = tensor.data_ptr()
+            end = start + tensor.element_size() * (1 + sum((size - 1) * stride for size, stride in strides))
+            start, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+            if start < end:
+                _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+        self._mapped.clear()
 
 
 @contextlib.contextmanager
@@ -65,7 +84,8 @@ def open_weights(model_dir: Path) -> Iterator[dict[str, WeightTensor]]:
             twice = names & tensors.keys()
             if twice:
                 raise CheckpointError(f"{path} and another file both hold {name_some(twice)}")
-            tensors |= {name: WeightTensor(file, name, path) for name in sorted(names)}
+            # As they lie in the file: a disk is read from front to back.
+            tensors |= {name: WeightTensor(file, name, path) for name in file.offset_keys()}
         odd = {name: tensor.dtype_name for name, tensor in tensors.items() if tensor.dtype_name not in _DTYPES}
         if odd:
             kinds = ", ".join(sorted(set(odd.values())))

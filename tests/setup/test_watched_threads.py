@@ -24,6 +24,7 @@ FUTURE = "what it raises is in the future, whose result whoever asked takes"
 SEEN = {
     # Ranks.
     ("nanoengine/rank_process.py", "run_rank", "start_thread"): ENDS_PROCESS,
+    ("nanoengine/rank_process.py", "_start_reading_ahead", "start_thread"): "logged; the rank reads without it",
     ("workers/structured.py", "GrammarMatchers.__init__", "ThreadPoolExecutor"): FUTURE,
     # Any process of ours.
     ("nanoengine/watched.py", "start_thread", "Thread"): "what whoever starts it says",
