@@ -360,3 +360,34 @@ def test_auto_computes_in_a_type_the_gpu_lacks(
 def test_a_list_of_names_is_cut_silently() -> None:
     assert weight_files.name_some({"b", "a"}) == "a, b"
     assert weight_files.name_some({str(i) for i in range(10)}, limit=2) == "0, 1 and 8 more"
+
+
+# Memory
+
+
+def test_what_was_read_counts_as_memory_until_the_end(tmp_path: Path) -> None:
+    wanted = torch.randn(3000, 1000)
+    save_file({"large": wanted, "small": torch.ones(3)}, tmp_path / SINGLE)
+
+    def resident() -> int:
+        lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+        found = [next(line for line in lines if line.startswith("Rss:")) for line in lines if str(tmp_path) in line]
+        return sum(int(line.split()[1]) * 1024 for line in found)
+
+    with open_weights(tmp_path) as tensors:
+        large = tensors["large"]
+        for dim, start, size in ((0, 0, 3000), (1, 400, 600), (0, 0, 0)):
+            assert torch.equal(large.read(dim, start, size), wanted.narrow(dim, start, size))
+            before = resident()
+            large.release()
+            assert resident() < before / 10 or size == 0
+        assert before < wanted.nbytes / 10
+        assert torch.equal(tensors["small"].read(0, 0, 3), torch.ones(3))
+        tensors["small"].release()
+
+
+def test_files_are_read_by_the_order_of_names(tmp_path: Path) -> None:
+    """safetensors puts what has larger numbers first."""
+    save_file({"a": torch.ones(4).bfloat16(), "b": torch.ones(4), "c": torch.ones(4).half()}, tmp_path / SINGLE)
+    with open_weights(tmp_path) as tensors:
+        assert list(tensors) == ["b", "a", "c"]

@@ -42,7 +42,6 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
 }  # fmt: skip
 LinearKind = Literal["narrow", "wide", "swiglu"]
 _KINDS = {"narrow": 0, "wide": 1, "swiglu": 2}
-_LARGE_PAGE = 1 << 21
 _ROWS_PUT_AT_ONCE = 4096
 """What is converted on its way takes no more memory than so many rows."""
 PLAIN = 0
@@ -75,10 +74,11 @@ class NativeLinear:
         self._half = self._n // 2 if kind == "swiglu" else 0
         num_panels = -(-self._half // 16) if self._half else -(-self._n // 32)
         self._library = kernels.library
-        self._packed = _in_large_pages(self._library, num_panels * 32 * self._k)
+        self._packed = torch.empty(num_panels * 32 * self._k, dtype=torch.bfloat16)
+        self.address = self._packed.data_ptr()
+        self._library.nano_use_large_pages(self.address, self._packed.nbytes)
         if num_panels * 32 != self._n:
             self._packed[-32 * self._k :].zero_()  # the last panel has places for rows that are not there
-        self.address = self._packed.data_ptr()
         self._multiply, self._kind = self._library.nano_linear, _KINDS[kind]
         self._columns = self._half or self._n
         self._dtype = torch.float32 if kind == "wide" else torch.bfloat16
@@ -175,16 +175,6 @@ class NativeKernels:
             k.data_ptr(), v.data_ptr(), slot_mapping.data_ptr(), cache.data_ptr(),
             *k.shape, cache.shape[3], k.stride(0), v.stride(0), torch.get_num_threads(),
         )  # fmt: skip
-
-
-def _in_large_pages(library: ctypes.CDLL, numel: int) -> torch.Tensor:
-    """(numel,) bfloat16, not yet written: the system clears and finds large pages faster than small ones."""
-    spare = _LARGE_PAGE // 2 if numel >= _LARGE_PAGE // 2 else 0  # never touched
-    memory = torch.empty(numel + spare, dtype=torch.bfloat16)
-    skipped = -memory.data_ptr() % _LARGE_PAGE // 2 if spare else 0
-    placed = memory[skipped : skipped + numel]
-    library.nano_use_large_pages(placed.data_ptr(), placed.nbytes)
-    return placed
 
 
 @functools.cache
