@@ -35,6 +35,8 @@ class LinearBase(nn.Module):
         assert self.weight is not None
         if self._kernel is None:
             self._kernel = make_kernel(self.weight.data)
+        elif isinstance(self._kernel, NativeLinear):
+            self._kernel.settle()
         self.weight = None  # the kernel has it
 
     @property

@@ -21,7 +21,7 @@ int nano_init(void) {
     return (int)syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA);
 }
 
-// Large pages spare a weight that is read from front to back most of its page walks. To be called before it is written.
+// Large pages spare a weight that is read from front to back most of its page walks.
 void nano_use_large_pages(void *start, int64_t bytes) {
     const uintptr_t page = 1 << 21;
     uintptr_t begin = ((uintptr_t)start + page - 1) & -page, end = ((uintptr_t)start + (uintptr_t)bytes) & -page;
