@@ -75,6 +75,39 @@ def test_a_rows_bits_depend_on_the_rows_beside_it(
             assert torch.equal(linear(x[start : start + count], None), whole[start : start + count]), (count, start)
 
 
+def test_a_rows_bits_depend_on_its_block(native: NativeKernels) -> None:
+    """Rows that take more than one block, whose sums wait between parts of in_features, and go past the caches."""
+    x, weight = cancelling_pair(768, 1024, 1100, torch.bfloat16)
+    linear = NativeLinear(native, weight)
+    torch.set_num_threads(1)
+    whole = linear(x, None)
+    torch.set_num_threads(2)
+    assert torch.equal(linear(x, None), whole)
+    for start, end in ((0, 1), (500, 533), (511, 513), (600, 700), (1090, 1100)):
+        assert torch.equal(linear(x[start:end], None), whole[start:end]), (start, end)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 40, 100, 700])
+@pytest.mark.parametrize("kind", ["narrow", "swiglu"])
+def test_rows_in_tiles_are_multiplied_otherwise(native: NativeKernels, kind: str, rows: int) -> None:
+    """The layout in which kernels hand rows to a linear, and swiglu its results on; see IN_TILES in common.h."""
+    x, weight = cancelling_pair(288, 192, rows, torch.bfloat16)
+    linear = NativeLinear(native, weight, kind)  # type: ignore[arg-type]
+    wanted, padded = linear(x, None), -(-rows // 32) * 32
+    tiles = torch.full((padded, 288), torch.nan, dtype=torch.bfloat16)  # rows beyond the last may hold anything
+    tiles[:rows] = x
+    tiles = tiles.view(padded // 16, 16, 288 // 32, 32).transpose(1, 2).contiguous()
+    out = torch.full((padded, wanted.shape[1]), 7.0, dtype=torch.bfloat16)
+    native.library.nano_linear(
+        tiles.data_ptr(), linear.address, None, out.data_ptr(), rows, 192, 288, 0, wanted.shape[1],
+        {"narrow": 0, "swiglu": 2}[kind], 1, 2,
+    )  # fmt: skip
+    if kind == "swiglu":
+        out = out.view(padded // 16, 96 // 32, 16, 32).transpose(1, 2).reshape(padded, 96)
+    assert torch.equal(out[:rows], wanted)
+    assert bool((out[rows:] == 7.0).all())
+
+
 def test_a_linear_reads_past_rows_that_are_strided(native: NativeKernels) -> None:
     wide, weight = torch.randn(40, 128).bfloat16(), torch.randn(48, 64).bfloat16()
     linear = packed(native, weight)
@@ -129,6 +162,7 @@ LENGTHS = [1, 7, 64, 65, 130, 300, 577, 1100]
         (96, 7, 5, 1),
         (128, 4, 16, 3),
         (64, 40, 1, 1),
+        (64, 16, 16, 2),
         (160, 3, 32, 2),
         (96, 6, 24, 1),
     ],

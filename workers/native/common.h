@@ -91,6 +91,7 @@ static inline void set_shapes(const int rows[8], const int bytes_per_row[8]) {
         shape.bytes_per_row[tile] = rows[tile] ? (uint16_t)bytes_per_row[tile] : 0;
         shape.rows[tile] = (uint8_t)rows[tile];
     }
+    __asm__ volatile("" : : "r"(&shape) : "memory");  // GCC 12 thinks that only the first 8 bytes are read
     _tile_loadconfig(&shape);
 }
 

@@ -10,9 +10,9 @@
 
 enum {
     BLOCK_BYTES = 1 << 20,  // of x, that are gone through for each panel: half of a usual second cache
-    BLOCK_ROWS = 512,
-    CHUNK = 8,
-    FEW_PAIRS = 2,
+    BLOCK_ROWS = 512,       // the most of x
+    CHUNK = 8,              // of 32 products: 16 KiB of a panel
+    FEW_PAIRS = 2,          // of tiles of rows, which are not worth storing sums between chunks
 };
 
 // Asks the kernel for the tiles' registers, once a process; 0 when they may be used.
@@ -134,14 +134,20 @@ static void put(const Job *job, const float *left, const float *right, int64_t r
     }
 }
 
-// Up to 32 rows from `row` on of one panel, the products of tiles `from` to `to` of k on top of those before in `sums`.
-// Without tiles there are more than 16 rows, as the tiles are shaped.
-static void multiply(const Job *job, int64_t row, int64_t rows, int64_t panel, int64_t from, int64_t to, float *sums,
-                     int64_t first_line, int64_t lines) {
+typedef struct {  // of a product
+    int64_t panel, row, rows;     // up to 32
+    int64_t from, to;             // steps of k; those before `from` are in `sums`
+    float *sums;                  // (4, 16, 16)
+    int64_t first_line, lines;    // of each step of the next panel, which are asked for meanwhile
+} Part;
+
+// A part whose tiles have 16 rows, or, of plain rows, as many as there are.
+static void multiply(const Job *job, const Part *part) {
     int64_t k_tiles = job->k / TILE_K, stride = job->x_row;
-    const bf16 *upper = job->x + row / 16 * job->x_tile + from * job->x_step, *lower = upper + job->x_tile;
-    const bf16 *w = job->packed + (panel * k_tiles + from) * 2 * TILE;
-    if (from) {
+    const bf16 *upper = job->x + part->row / 16 * job->x_tile + part->from * job->x_step, *lower = upper + job->x_tile;
+    const bf16 *w = job->packed + (part->panel * k_tiles + part->from) * 2 * TILE;
+    float *sums = part->sums;
+    if (part->from) {
         _tile_loadd(0, sums, 64);
         _tile_loadd(1, sums + 256, 64);
         _tile_loadd(2, sums + 512, 64);
@@ -152,7 +158,7 @@ static void multiply(const Job *job, int64_t row, int64_t rows, int64_t panel, i
         _tile_zero(2);
         _tile_zero(3);
     }
-    for (int64_t kt = from; kt < to; kt++, w += 2 * TILE, upper += job->x_step, lower += job->x_step) {
+    for (int64_t kt = part->from; kt < part->to; kt++, w += 2 * TILE, upper += job->x_step, lower += job->x_step) {
         _tile_loadd(6, w, 64);
         _tile_loadd(4, upper, stride);
         _tile_dpbf16ps(0, 4, 6);
@@ -161,16 +167,16 @@ static void multiply(const Job *job, int64_t row, int64_t rows, int64_t panel, i
         _tile_loadd(5, lower, stride);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
-        const char *ahead = (const char *)(w + k_tiles * 2 * TILE) + first_line * 64;
-        for (int64_t line = 0; line < lines; line++) _mm_prefetch(ahead + line * 64, _MM_HINT_T1);
+        const char *ahead = (const char *)(w + k_tiles * 2 * TILE) + part->first_line * 64;
+        for (int64_t line = 0; line < part->lines; line++) _mm_prefetch(ahead + line * 64, _MM_HINT_T1);
     }
     _tile_stored(0, sums, 64);
     _tile_stored(1, sums + 256, 64);
     _tile_stored(2, sums + 512, 64);
     _tile_stored(3, sums + 768, 64);
-    if (to < k_tiles) return;
-    put(job, sums, sums + 256, row, least(rows, 16), panel);
-    if (rows > 16) put(job, sums + 512, sums + 768, row + 16, rows - 16, panel);
+    if (part->to < k_tiles) return;
+    put(job, sums, sums + 256, part->row, least(part->rows, 16), part->panel);
+    if (part->rows > 16) put(job, sums + 512, sums + 768, part->row + 16, part->rows - 16, part->panel);
 }
 
 // Up to 16 rows from `row` on of one panel or two side by side: memory is read faster in more than one place.
@@ -203,27 +209,36 @@ static void multiply_few(const Job *job, int64_t row, int64_t rows, int64_t pane
     if (count > 1) put(job, sums[2], sums[3], row, rows, panel + 1);
 }
 
-// Many rows of a run of panels. A panel's tiles of CHUNK steps of k stay in the innermost cache while all rows of a
-// block pass by: reading both operands from the cache behind it takes longer than multiplying them.
+// Rows block .. end of one panel, in tiles of 16. The panel's tiles of CHUNK steps of k stay in the innermost cache while
+// all rows pass by: reading both operands from the cache behind it takes longer than multiplying them.
+static void multiply_block(const Job *job, int64_t panel, int64_t block, int64_t end, float *sums) {
+    int64_t k_tiles = job->k / TILE_K, pairs = (end - block + 31) / 32, chunk = pairs > FEW_PAIRS ? CHUNK : k_tiles;
+    int64_t lines = (2 * TILE * (int64_t)sizeof(bf16) / 64 + pairs - 1) / pairs;
+    for (int64_t from = 0; from < k_tiles; from += chunk)
+        for (int64_t pair = 0; pair < pairs; pair++) {
+            int64_t row = block + pair * 32;
+            Part part = {panel, row, least(32, end - row), from, least(from + chunk, k_tiles), sums + pair * 1024,
+                         pair * lines, lines};
+            multiply(job, &part);
+        }
+}
+
+// More than 16 rows of a run of panels.
 static void multiply_many(const Job *job, int64_t first_panel, int64_t end_panel) {
     static __thread float sums[BLOCK_ROWS * 32] __attribute__((aligned(4096)));
-    int64_t k_tiles = job->k / TILE_K, tiles = job->layout == IN_TILES;
     int64_t block_rows = least(BLOCK_BYTES / (2 * job->k) / 32 * 32, BLOCK_ROWS);
     if (block_rows < 32) block_rows = 32;
     for (int64_t block = 0; block < job->m; block += block_rows) {
-        int64_t end = least(job->m, block + block_rows), whole = tiles ? end : block + (end - block) / 32 * 32;
-        int64_t rest = end - whole, chunk = whole - block > FEW_PAIRS * 32 ? CHUNK : k_tiles;
-        int64_t pairs = (whole - block + 31) / 32, lines = pairs ? (32 + pairs - 1) / pairs : 0;
+        int64_t end = least(job->m, block + block_rows);
+        int64_t whole = job->layout == IN_TILES ? end : block + (end - block) / 32 * 32, rest = end - whole;
         if (whole > block) shape_tiles(16, 16);
         for (int64_t panel = first_panel; panel < end_panel; panel++) {
             if (rest && whole > block) shape_tiles(16, 16);
-            for (int64_t from = 0; from < k_tiles; from += chunk)
-                for (int64_t row = block; row < whole; row += 32)
-                    multiply(job, row, least(32, end - row), panel, from, least(from + chunk, k_tiles),
-                             sums + (row - block) * 32, (row - block) / 32 * lines, lines);
+            if (whole > block) multiply_block(job, panel, block, whole, sums);
             if (rest > 16) {
+                Part part = {panel, whole, rest, 0, job->k / TILE_K, sums, 0, 0};
                 shape_tiles(16, (int)rest - 16);
-                multiply(job, whole, rest, panel, 0, k_tiles, sums, 0, 0);
+                multiply(job, &part);
             } else if (rest) {
                 shape_tiles((int)rest, (int)rest);
                 multiply_few(job, whole, rest, panel, 1);
@@ -252,5 +267,6 @@ void nano_linear(const bf16 *x, const bf16 *packed, const bf16 *bias, void *out,
                 multiply_few(&job, 0, m, panel, least(2, end_panel - panel));
         }
         _tile_release();
+        _mm_sfence();  // what went past the caches
     }
 }
