@@ -78,7 +78,7 @@ def test_a_rows_bits_depend_on_the_rows_beside_it(
 def test_a_rows_bits_depend_on_its_block(native: NativeKernels) -> None:
     """Rows that take more than one block, whose sums wait between parts of in_features, and go past the caches."""
     x, weight = cancelling_pair(768, 1024, 1100, torch.bfloat16)
-    linear = NativeLinear(native, weight)
+    linear = packed(native, weight)
     torch.set_num_threads(1)
     whole = linear(x, None)
     torch.set_num_threads(2)
@@ -89,10 +89,10 @@ def test_a_rows_bits_depend_on_its_block(native: NativeKernels) -> None:
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 40, 100, 700])
 @pytest.mark.parametrize("kind", ["narrow", "swiglu"])
-def test_rows_in_tiles_are_multiplied_otherwise(native: NativeKernels, kind: str, rows: int) -> None:
+def test_rows_in_tiles_are_multiplied_otherwise(native: NativeKernels, kind: LinearKind, rows: int) -> None:
     """The layout in which kernels hand rows to a linear, and swiglu its results on; see IN_TILES in common.h."""
     x, weight = cancelling_pair(288, 192, rows, torch.bfloat16)
-    linear = NativeLinear(native, weight, kind)  # type: ignore[arg-type]
+    linear = packed(native, weight, kind)
     wanted, padded = linear(x, None), -(-rows // 32) * 32
     tiles = torch.full((padded, 288), torch.nan, dtype=torch.bfloat16)  # rows beyond the last may hold anything
     tiles[:rows] = x
