@@ -23,9 +23,11 @@ from workers.attention.base import AttentionBackend
 from workers.staging import send
 
 GIB = 1 << 30
-# DESIGN.md, section 8: what all ranks on a CPU share by default.
+# What all ranks on a CPU share by default: a quarter of the free memory, at most 4 GiB; but as much as one sequence
+# needs, up to a half. Pages are taken as they are written, so a long context costs nothing until somebody uses it.
 MAX_CPU_BUDGET = 4 * GIB
 CPU_SHARE = 4
+CPU_SHARE_OF_ONE_SEQUENCE = 2
 # So many blocks at most are gathered at once on their way: it bounds the memory that this takes on the device.
 MAX_BLOCKS_PER_COPY = 32
 
@@ -124,9 +126,12 @@ def max_kv_blocks(config: EngineConfig, spec: KVCacheSpec, on_gpu: bool, measure
                 f"but {_gib(free)} are free; at most {fitting} blocks of {spec.block_size} tokens fit"
             )
         return asked
-    budget = free if on_gpu else min(MAX_CPU_BUDGET, free // CPU_SHARE)
-    fitting = budget // (spec.bytes_per_block * ranks)
     per_sequence = -(-config.max_model_len // spec.block_size)
+    budget = free
+    if not on_gpu:
+        one_sequence = min(per_sequence * spec.bytes_per_block * ranks, free // CPU_SHARE_OF_ONE_SEQUENCE)
+        budget = max(min(MAX_CPU_BUDGET, free // CPU_SHARE), one_sequence)
+    fitting = budget // (spec.bytes_per_block * ranks)
     if fitting < per_sequence:
         if not fitting:
             advice = "free some memory or use fewer ranks"

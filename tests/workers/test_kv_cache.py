@@ -57,6 +57,15 @@ def test_cpu_ranks_share_one_budget(free: int, budget: int, world_size: int) -> 
     assert blocks == budget // SPEC.bytes_per_block // world_size
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_context_beyond_the_usual_budget_is_refused_although_half_the_memory_holds_it(world_size: int) -> None:
+    tokens = 5 * GIB // (SPEC.bytes_per_block // SPEC.block_size) // world_size
+    blocks = max_kv_blocks(config(world_size, max_model_len=tokens), SPEC, False, lambda: 10 * GIB)
+    assert blocks * SPEC.block_size == tokens
+    with pytest.raises(CapacityError, match=f"lower --max-model-len to at most {tokens}, or set --num-kv-blocks"):
+        max_kv_blocks(config(world_size, max_model_len=tokens + 1), SPEC, False, lambda: 10 * GIB)
+
+
 def test_gpu_takes_all_that_the_profile_run_leaves() -> None:
     assert max_kv_blocks(config(2), SPEC, True, lambda: 5 * GIB) == 5 * GIB // SPEC.bytes_per_block
 
@@ -79,8 +88,8 @@ def test_more_than_there_is_is_refused_with_numbers() -> None:
 
 def test_budget_below_one_sequence_suggests_a_length_that_fits() -> None:
     with pytest.raises(CapacityError, match="lower --max-model-len to at most 2048, or set --num-kv-blocks"):
-        max_kv_blocks(config(), SPEC, False, lambda: GIB // 8)
-    assert max_kv_blocks(config(max_model_len=2048), SPEC, False, lambda: GIB // 8) == 128
+        max_kv_blocks(config(), SPEC, False, lambda: GIB // 16)
+    assert max_kv_blocks(config(max_model_len=2048), SPEC, False, lambda: GIB // 16) == 128
     with pytest.raises(CapacityError, match="free some memory"):
         max_kv_blocks(config(), SPEC, True, lambda: -GIB)
 
