@@ -1,13 +1,13 @@
 // Causal attention over a paged cache in AMX tiles. Knows no sequence but by its block table and lengths.
 //
-// The cache is (block, key or value, K/V head, token, dim). The rows of a query block are (token, member of the group of
-// heads that share a K/V head). Keys are taken in spans that begin at multiples of SPAN. Per span: scores = K Q^T, 2 to
-// the power of what they are below the largest one, V weighted by it, and what the spans before gave is rescaled to the
-// larger maximum. Of many rows 32 are taken at a time, with a row in each lane of a register; few, as those of a decode,
-// lie in as few columns of a tile, and each lane has a key. Both add in the same order: products 32 at a time by the
-// tiles, weights of 32 keys as a tree of neighbours, then those sums one after the other. So all bits are fixed by a
-// row's own position, whatever rows stand beside it and however a prompt is cut into chunks: keys after it have the
-// weight 0, which adds nothing. Who computes a block makes no difference either.
+// The cache is (block, key or value, K/V head, token, dim). The rows of a query block are (token, member of the group
+// of heads that share a K/V head). Keys are taken in spans that begin at multiples of SPAN. Per span: scores = K Q^T, 2
+// to the power of what they are below the largest one, V weighted by it, and what the spans before gave is rescaled to
+// the larger maximum. Of many rows 32 are taken at a time, with a row in each lane of a register; few, as those of a
+// decode, lie in as few columns of a tile, and each lane has a key. Both add in the same order: products 32 at a time
+// by the tiles, weights of 32 keys as a tree of neighbours, then those sums one after the other. So all bits are fixed
+// by a row's own position, whatever rows stand beside it and however a prompt is cut into chunks: keys after it have
+// the weight 0, which adds nothing. Who computes a block makes no difference either.
 #include "attention.h"
 
 int64_t nano_attention_scratch(int64_t dim) {  // bytes for each thread
@@ -20,7 +20,7 @@ static Scratch divide(char *from, int64_t dim) {
     s.key_groups = (const bf16 **)from;              // (SPAN / KEYS) places of KEYS keys, dim apart
     s.value_groups = s.key_groups + SPAN / KEYS;     // the same of values
     s.copies = (bf16 *)(s.value_groups + SPAN / KEYS);  // (2, SPAN, dim) of groups that lie in several pieces
-    s.values = s.copies + 2 * SPAN * dim;            // (SPAN / 32, dim / 16) tiles of dims by keys, or of key pairs by dims
+    s.values = s.copies + 2 * SPAN * dim;            // (SPAN / 32, dim / 16) tiles: dims by keys, or key pairs by dims
     s.queries = s.values + SPAN * dim;               // (pairs, 2, dim / 32) tiles of dim pairs by rows
     s.weights = s.queries + BLOCK_ROWS * dim;        // (SPAN / 32, 2) tiles of key pairs by rows, or of rows by keys
     s.scores = (float *)(s.weights + SPAN * PAIR);   // (2, SPAN, PAIR), or (rows, SPAN) and parts of it
@@ -109,8 +109,9 @@ static void attend_block(const Batch *b, const Scratch *s, int64_t seq, int64_t 
     }
 }
 
-// q (tokens, heads, dim), tokens q_stride apart -> out (tokens, heads * dim), laid out as `layout` says. `items` are (sequence, K/V head, first row)
-// of the blocks, 512 rows each but the last of a sequence; dim % 32 == 0 and at most LARGEST_DIM.
+// q (tokens, heads, dim), tokens q_stride apart -> out (tokens, heads * dim), laid out as `layout` says. `items` are
+// (sequence, K/V head, first row) of the blocks, 512 rows each but the last of a sequence; dim % 32 == 0 and at most
+// LARGEST_DIM.
 void nano_attention(const bf16 *q, const bf16 *cache, bf16 *out, const int64_t *items, int64_t num_items,
                     const int64_t *tables, int64_t table_stride, const int64_t *starts, const int64_t *query_lens,
                     const int64_t *seq_lens, int64_t block_size, int64_t group, int64_t kv_heads, int64_t dim,

@@ -1,5 +1,5 @@
-// Attention of many rows to a span of keys (see attention.c): 32 rows at a time, a row in each lane of a register. While
-// the scores of 32 rows become weights, the tiles multiply those of the next 32.
+// Attention of many rows to a span of keys (see attention.c): 32 rows at a time, a row in each lane of a register.
+// While the scores of 32 rows become weights, the tiles multiply those of the next 32.
 #include "attention.h"
 
 // Lay out `dims` of 32 values as tiles of dims by keys, in the same order of dims.
@@ -83,12 +83,13 @@ static inline void find_largest(const Scratch *s, int64_t pair, int64_t start, i
             largest[half] = _mm512_max_ps(largest[half], _mm512_loadu_ps(scores + i * PAIR + half * 16));
 }
 
-// weights of 32 keys = 2 to the power of scores * scale - largest; returns their sum. The tiles multiply meanwhile: of a
-// product, if there is one, the dims of this half.
+// weights of 32 keys = 2 to the power of scores * scale - largest; returns their sum. The tiles multiply meanwhile: of
+// a product, if there is one, the dims of this half.
 static inline __m512 weigh(const Scratch *s, int64_t pair, int half, int64_t key, __m512 scale, __m512 largest,
                            const Product *meanwhile, int64_t dim) {
-    const __m512i low = _mm512_setr_epi32(0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007,
-                                          0x180008, 0x190009, 0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f);
+    const __m512i in_turn =  // lower half and upper half
+        _mm512_setr_epi32(0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007, 0x180008,
+                          0x190009, 0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f);
     const float *scores = s->scores + (pair % 2 * SPAN + key) * PAIR + half * 16;
     bf16 *to = s->weights + key * PAIR + half * TILE;
     __m512 tree[5];  // sums of 2, 4, 8, 16 and 32 neighbours
@@ -108,7 +109,7 @@ static inline __m512 weigh(const Scratch *s, int64_t pair, int half, int64_t key
         for (; i >> level & 1; level++) total = _mm512_add_ps(tree[level], total);
         tree[level] = total;
         __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
-        _mm512_storeu_si512(to + i * 32, _mm512_permutexvar_epi16(low, both));
+        _mm512_storeu_si512(to + i * 32, _mm512_permutexvar_epi16(in_turn, both));
     }
     return tree[4];
 }
@@ -153,9 +154,11 @@ static inline int64_t keys_of(const Scratch *s, int64_t pair, int64_t start) {
 }
 
 // One span for one pair of tiles of rows, whose scores are there; those of the next pair are when it returns.
-static void attend(const Batch *b, const Scratch *s, int64_t pair, int64_t next_keys, int64_t start, __m512 largest[2]) {
+static void attend(const Batch *b, const Scratch *s, int64_t pair, int64_t next_keys, int64_t start,
+                   __m512 largest[2]) {
     const __m512 scale = _mm512_set1_ps(b->scale), none = _mm512_set1_ps(-__builtin_inff());
-    int64_t keys = keys_of(s, pair, start), next = pair + 1, sure = next_keys ? s->positions[next * PAIR] + 1 - start : 0;
+    int64_t keys = keys_of(s, pair, start), next = pair + 1;
+    int64_t sure = next_keys ? s->positions[next * PAIR] + 1 - start : 0;
     __m512 decay[2], scaled[2], sum[2], next_largest[2] = {none, none};
     for (int half = 0; half < 2; half++) {
         float *highest = s->highest + pair * PAIR + half * 16;

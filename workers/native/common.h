@@ -95,7 +95,7 @@ static inline void set_shapes(const int rows[8], const int bytes_per_row[8]) {
     _tile_loadconfig(&shape);
 }
 
-// Tiles 0 to 3 are results (0 and 1 of the upper rows, 2 and 3 of the lower), 4 and 5 left operands, 6 and 7 right ones.
+// Tiles 0 to 3 are results (0 and 1 of the upper rows, 2 and 3 of the lower), 4 and 5 left operands, 6 and 7 right.
 static inline void shape_tiles(int upper_rows, int lower_rows) {
     const int rows[8] = {upper_rows, upper_rows, lower_rows, lower_rows, upper_rows, lower_rows, TILE_ROWS, TILE_ROWS};
     const int bytes[8] = {64, 64, 64, 64, 64, 64, 64, 64};

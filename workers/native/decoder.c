@@ -3,7 +3,8 @@
 #include "common.h"
 
 typedef struct {  // a bias or head_norm may be NULL
-    const bf16 *input_norm, *qkv, *qkv_bias, *head_norm, *o, *o_bias, *post_norm, *gate_up, *gate_up_bias, *down, *down_bias;
+    const bf16 *input_norm, *qkv, *qkv_bias, *head_norm, *o, *o_bias;
+    const bf16 *post_norm, *gate_up, *gate_up_bias, *down, *down_bias;
 } Layer;
 
 typedef struct {
@@ -18,7 +19,8 @@ typedef struct {
     const int64_t *slots, *items, *tables, *starts, *query_lens, *seq_lens;
     bf16 *const *caches;
     char *scratch;
-    bf16 *normed, *qkv, *attended, *gated;  // (tokens, …) each: size, (heads + 2 kv_heads) dim, heads dim, intermediate
+    // (tokens, …): size, (heads + 2 kv_heads) dim, heads dim, intermediate. All but qkv lie in tiles.
+    bf16 *normed, *qkv, *attended, *gated;
 } Step;
 
 // x (tokens, size) += residual, if there is one; out = o_proj(attention(qkv_proj(norm(x)))), this rank's part of it.
@@ -28,15 +30,16 @@ void nano_attention_half(const Model *m, const Step *s, int64_t index, bf16 *x, 
     int threads = (int)s->threads;
     bf16 *cache = s->caches[index], *k = s->qkv + own, *v = k + kv;
     nano_add_rms_norm(x, residual, layer->input_norm, s->normed, s->tokens, m->size, m->eps, IN_TILES, threads);
-    nano_linear(s->normed, layer->qkv, layer->qkv_bias, s->qkv, s->tokens, width, m->size, m->size, width, NARROW, IN_TILES,
-                threads);
+    nano_linear(s->normed, layer->qkv, layer->qkv_bias, s->qkv, s->tokens, width, m->size, m->size, width, NARROW,
+                IN_TILES, threads);
     nano_norm_rotate(s->qkv, layer->head_norm, s->cos, s->sin, s->tokens, m->heads + m->kv_heads, m->dim, width,
                      s->angle_stride, m->eps, threads);
     nano_store(k, v, s->slots, cache, s->tokens, m->kv_heads, m->dim, s->block_size, width, width, threads);
     nano_attention(s->qkv, cache, s->attended, s->items, s->num_items, s->tables, s->table_stride, s->starts,
                    s->query_lens, s->seq_lens, s->block_size, m->heads / m->kv_heads, m->kv_heads, m->dim, width,
                    m->scale, IN_TILES, s->scratch, threads);
-    nano_linear(s->attended, layer->o, layer->o_bias, out, s->tokens, m->size, own, own, m->size, NARROW, IN_TILES, threads);
+    nano_linear(s->attended, layer->o, layer->o_bias, out, s->tokens, m->size, own, own, m->size, NARROW, IN_TILES,
+                threads);
 }
 
 // x (tokens, size) += residual; out = down_proj(silu(gate) * up), gate and up of norm(x), this rank's part of it.

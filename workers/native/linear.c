@@ -75,7 +75,8 @@ typedef struct {
     const bf16 *x, *packed, *bias;  // bias may be NULL
     void *out;
     int64_t m, n, k;
-    int64_t x_tile, x_step, x_row;  // from a tile of x to the next one below, to the next one beside it, and a row's bytes
+    int64_t x_tile, x_step;  // from a tile of x to the next one below, and to the next one beside it
+    int64_t x_row;           // bytes from a row of a tile to the next one
     int64_t out_stride;
     int kind, layout, past_caches;
 } Job;
@@ -209,8 +210,8 @@ static void multiply_few(const Job *job, int64_t row, int64_t rows, int64_t pane
     if (count > 1) put(job, sums[2], sums[3], row, rows, panel + 1);
 }
 
-// Rows block .. end of one panel, in tiles of 16. The panel's tiles of CHUNK steps of k stay in the innermost cache while
-// all rows pass by: reading both operands from the cache behind it takes longer than multiplying them.
+// Rows block .. end of one panel, in tiles of 16. The panel's tiles of CHUNK steps of k stay in the innermost cache
+// while all rows pass by: reading both operands from the cache behind it takes longer than multiplying them.
 static void multiply_block(const Job *job, int64_t panel, int64_t block, int64_t end, float *sums) {
     int64_t k_tiles = job->k / TILE_K, pairs = (end - block + 31) / 32, chunk = pairs > FEW_PAIRS ? CHUNK : k_tiles;
     int64_t lines = (2 * TILE * (int64_t)sizeof(bf16) / 64 + pairs - 1) / pairs;
