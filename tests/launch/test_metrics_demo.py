@@ -19,7 +19,7 @@ from tests.waiting import PATIENCE, until_async
 
 PROMPT = "Tell me a story about Lily the bear, the garden and the flute. " * 2
 ENDLESS = {"ignore_eos": True, "max_tokens": 3000}
-LATE = {"n": 16, "temperature": 1.0, "timeout": 1.5, **ENDLESS}
+LATE = {"n": 16, "temperature": 1.0, "timeout": 4, **ENDLESS}
 """Its first tokens come in time, and 3,000 steps of 16 rows do not, by far."""
 
 
