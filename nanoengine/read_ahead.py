@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import stat
 from pathlib import Path
-
-logger = logging.getLogger(__name__)
 
 _PIECE = 1 << 26
 _SINGLE = "model.safetensors"

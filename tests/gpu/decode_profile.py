@@ -1,6 +1,6 @@
 """Where the time of a steady decode step goes: its kernels, and the idle time between steps; a process of its own.
 
-    python tests/gpu/decode_profile.py --model DIR --out FILE [--streams 1 64] [--device cuda]
+    python -m tests.gpu.decode_profile --model DIR --out FILE [--streams 1 64] [--device cuda]
 
 The kernels are those of a ModelRunner in this process under torch's profiler, with graphs and without; the step they
 are compared with was timed without the profiler. The idle time is that of a whole engine (`step_clock.py`).
@@ -11,27 +11,22 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import sys
 import tempfile
 from array import array
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
-import torch  # noqa: E402
-from torch.autograd import DeviceType  # noqa: E402
-from torch.profiler import ProfilerActivity, profile  # noqa: E402
-
-from configs.engine import EngineConfig  # noqa: E402
-from launch.bench.figures import table  # noqa: E402
-from nanoengine import LLM, SamplingParams  # noqa: E402
-from nanoengine.step import DecodeRows, Epoch, RowParams, SequenceState, StepInput  # noqa: E402
-from tests.gpu.step_clock import StepClock, StepTimes, TimedRunner, timed  # noqa: E402
-from workers.parallel import SingleCommunicator  # noqa: E402
+from configs.engine import EngineConfig
+from launch.bench.figures import table
+from nanoengine import LLM, SamplingParams
+from nanoengine.step import DecodeRows, Epoch, RowParams, SequenceState, StepInput
+from tests.gpu.step_clock import StepClock, StepTimes, TimedRunner, timed
+from workers.parallel import SingleCommunicator
 
 _EPOCH = Epoch(0, 0)
 _GREEDY = RowParams(0.0, 0, 1.0, 0.0, 0, 0)

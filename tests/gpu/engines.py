@@ -1,6 +1,6 @@
 """Does the work of `works.py` on one engine, ours or another that is installed; a process of its own.
 
-    python tests/gpu/engines.py --engine transformers --model DIR --out FILE [--works single,bench] [--seconds 120]
+    python -m tests.gpu.engines --engine transformers --model DIR --out FILE [--works single,bench] [--seconds 120]
 
 The file is written anew after each work, so that what was measured stands there however this process ends.
 """
@@ -21,11 +21,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
-
-from tests.gpu.works import Generate, Work, measure, works  # noqa: E402
+from tests.gpu.works import Generate, Work, measure, works
 
 _LONG = {"max_model_len": 9000, "max_num_batched_tokens": 8192, "max_num_seqs": 64}
 _SHORT = {"max_model_len": 4096}

@@ -81,7 +81,8 @@ class Run:
         with tempfile.TemporaryDirectory() as folder:
             out, log = Path(folder) / "out.json", Path(folder) / "log"
             command = [sys.executable, str(Path(__file__).parent / script), *options, "--out", str(out)]
-            code, _ = run_process(command, log, self.left(seconds))
+            path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+            code, _ = run_process(command, log, self.left(seconds), {"PYTHONPATH": path})
             result: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
             if code:
                 ended = "its time was up" if code == -9 else f"exit code {code}"

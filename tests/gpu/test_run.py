@@ -13,7 +13,7 @@ from tests.gpu import run
 from tests.gpu.checkpoints import QWEN3_06B, QWEN3_8B, TINY, write_checkpoint
 from tests.gpu.report import record, section
 from tests.gpu.step_clock import StepTimes, timed
-from tests.gpu.works import SHARES, Generate, measure, share_of_limit, works
+from tests.gpu.works import SHARES, measure, share_of_limit, works
 
 WORKS = {work.name: work for work in works()}
 
@@ -66,7 +66,9 @@ def test_a_prompt_is_done_whole_and_counted_in_what_it_holds() -> None:
 
 
 def test_answers_that_end_early_are_no_figure() -> None:
-    short: Generate = lambda prompts, lengths, temperature: [length - 1 for length in lengths]  # noqa: E731
+    def short(prompts: list[list[int]], lengths: list[int], temperature: float) -> list[int]:
+        return [length - 1 for length in lengths]
+
     with pytest.raises(ValueError, match="tokens instead of"):
         measure(WORKS["single"], short, 151_936, 10.0)
 
@@ -173,11 +175,11 @@ def test_an_engine_that_fails_or_hangs_does_not_end_the_rest(tmp_path: Path) -> 
     """What it had written by then counts."""
     script = tmp_path / "engine.py"
     script.write_text(
-        "import json, pathlib, sys, time\n"
+        "import json, pathlib, signal, sys\n"
         "if sys.argv[1] == 'writes': pathlib.Path(sys.argv[-1]).write_text(json.dumps({'works': {'single': 1}}))\n"
         "if sys.argv[1] == 'fails': sys.exit('out of luck')\n"
         "print('still at it', flush=True)\n"
-        "time.sleep(60)\n"
+        "signal.pause()\n"
     )
     trial = parsed(tmp_path)
     assert trial.child(str(script), "fails", seconds=60) == {"error": "exit code 1: out of luck"}

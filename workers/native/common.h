@@ -12,13 +12,6 @@ enum { TILE_ROWS = 16, TILE_K = 32, TILE = TILE_ROWS * TILE_K };  // of bfloat16
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-static inline float widen(bf16 x) {
-    uint32_t bits = (uint32_t)x << 16;
-    float wide;
-    memcpy(&wide, &bits, sizeof wide);
-    return wide;
-}
-
 static inline __m512 load_wide(const bf16 *from) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)from)), 16));
 }
